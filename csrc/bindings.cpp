@@ -1,0 +1,457 @@
+// Every operator of engram_kernels: its schema, its checks, its way to the backend. LibTorch Stable ABI only, so that one
+// library serves every Python >= 3.10 and torch >= 2.13. Errors name the argument, what it needs and what it got.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/bits.h"
+#include "cpu/launch.h"
+
+STABLE_TORCH_LIBRARY(engram_kernels, m) {
+  m.def("pack_signs(Tensor x) -> Tensor");
+  m.def("pack_window(Tensor x, float width=1.0, Tensor? gate_bits=None) -> Tensor");
+  m.def("unpack_signs(Tensor bits, int k, ScalarType dtype) -> Tensor");
+  m.def("binary_matmul(Tensor x_bits, Tensor w_bits, int k, Tensor? gate_bits=None) -> Tensor");
+  m.def("sign_matmul(Tensor a, Tensor w_bits, int k) -> Tensor");
+  m.def("sign_matmul_t(Tensor x, Tensor w_bits, int k) -> Tensor");
+  m.def("gated_input_grad(Tensor d, Tensor w_bits, Tensor x, Tensor? gate_bits=None) -> Tensor");
+  m.def("masked_input_grad(Tensor d, Tensor w_bits, int k, Tensor mask_bits) -> Tensor");
+  m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
+  m.def(
+      "sample_engram(Tensor score, Tensor seed, float rate, str rule='gumbel_top_k', float temperature=1.0, "
+      "int first_row=0) -> Tensor");
+  m.def(
+      "metaplastic_adam_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!)? sign_bits, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "float metaplasticity, int step) -> ()");
+  m.def("_isa() -> str");
+  m.def("_available_isas() -> str");
+  m.def("_set_isa(str name) -> ()");
+}
+
+namespace {
+
+using engram::words_for;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- checks
+
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "dtype " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+std::string describe(const Tensor& t) {
+  std::ostringstream text;
+  text << dtype_name(t.scalar_type()) << " (";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+void check_cpu(const char* name, const Tensor& t) {
+  require(t.is_cpu(), name, ": expected a CPU tensor like the other arguments, got one on another device");
+}
+
+void check_floats(const char* name, const Tensor& t) {
+  check_cpu(name, t);
+  const ScalarType dtype = t.scalar_type();
+  require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+          ": expected float32, bfloat16 or float16, got ", describe(t));
+}
+
+void check_matrix(const char* name, const Tensor& t) {
+  check_floats(name, t);
+  require(t.dim() == 2, name, ": expected 2 dimensions, got ", describe(t));
+}
+
+void check_k(int64_t k) { require(k >= 1, "k: expected at least 1, got ", k); }
+
+// Packed rows of k units, two-dimensional.
+void check_packed(const char* name, const Tensor& t, int64_t k) {
+  check_cpu(name, t);
+  require(t.scalar_type() == ScalarType::Long && t.dim() == 2 && t.size(1) == words_for(k), name,
+          ": expected int64 of shape (rows, ", words_for(k), ") for k = ", k, ", got ", describe(t));
+}
+
+// Returns the stride of the gate in words: 0 where one gate serves all samples.
+int64_t check_gate(const char* name, const Tensor& t, int64_t samples, int64_t k) {
+  check_cpu(name, t);
+  const int64_t words = words_for(k);
+  const bool shared = t.dim() == 1 && t.size(0) == words;
+  const bool per_sample = t.dim() == 2 && t.size(0) == samples && t.size(1) == words;
+  require(t.scalar_type() == ScalarType::Long && (shared || per_sample), name, ": expected int64 of shape (", words,
+          ",) or (", samples, ", ", words, ") for k = ", k, ", got ", describe(t));
+  return shared ? 0 : words;
+}
+
+// ---- services
+
+const uint64_t* packed_data(const Tensor& t) { return static_cast<const uint64_t*>(t.const_data_ptr()); }
+const float* float_data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensor as_float32(const Tensor& t) {
+  return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+}
+
+Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+}
+
+// Threads and memory of torch, for the kernels.
+class TorchRuntime {
+ public:
+  explicit TorchRuntime(const Tensor& like) : like_(like) {}
+  engram::cpu::Runtime get() {
+    return {[](int64_t count, int64_t grain, engram::cpu::Runtime::Body body, void* context) {
+              torch::stable::parallel_for(0, count, grain,
+                                          [&](int64_t begin, int64_t end) { body(begin, end, context); });
+            },
+            [](void* owner, size_t bytes) -> void* {
+              auto* self = static_cast<TorchRuntime*>(owner);
+              const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
+              self->workspace_.push_back(new_tensor(self->like_, shape, ScalarType::Byte));
+              return self->workspace_.back().mutable_data_ptr();
+            },
+            this, static_cast<int>(torch::stable::get_num_threads())};
+  }
+
+ private:
+  const Tensor& like_;
+  std::vector<Tensor> workspace_;
+};
+
+int64_t rows_of(const Tensor& t) { return t.size(t.dim() - 1) == 0 ? 0 : t.numel() / t.size(t.dim() - 1); }
+
+std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+// ---- operators on the CPU
+
+Tensor pack_signs(const Tensor& x) {
+  check_floats("x", x);
+  require(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected at least 1 unit in the last dimension, got ",
+          describe(x));
+  const Tensor in = as_contiguous(x);
+  const int64_t k = in.size(in.dim() - 1);
+  Tensor bits = new_tensor(in, with_last(in, words_for(k)), ScalarType::Long);
+  const auto element = in.scalar_type() == ScalarType::Float      ? engram::cpu::Element::kFloat32
+                       : in.scalar_type() == ScalarType::BFloat16 ? engram::cpu::Element::kBFloat16
+                                                                  : engram::cpu::Element::kFloat16;
+  TorchRuntime rt(in);
+  const bool nan = engram::cpu::pack_signs(rt.get(), in.const_data_ptr(), element, rows_of(in), k,
+                                           static_cast<uint64_t*>(bits.mutable_data_ptr()));
+  require(!nan, "x: expected numbers, got NaN, which has no sign");
+  return bits;
+}
+
+Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bits) {
+  check_matrix("x", x);
+  const int64_t rows = x.size(0), k = x.size(1);
+  check_k(k);
+  require(width > 0, "width: expected above 0, got ", width);
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, rows, k) : 0;
+  const Tensor in = as_float32(x);
+  const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
+  Tensor bits = new_tensor(in, {rows, words_for(k)}, ScalarType::Long);
+  TorchRuntime rt(in);
+  engram::cpu::pack_window(rt.get(), float_data(in), static_cast<float>(width), rows, k,
+                           gate ? packed_data(*gate) : nullptr, stride,
+                           static_cast<uint64_t*>(bits.mutable_data_ptr()));
+  return bits;
+}
+
+Tensor unpack_signs(const Tensor& bits, int64_t k, ScalarType dtype) {
+  check_k(k);
+  check_cpu("bits", bits);
+  require(bits.scalar_type() == ScalarType::Long && bits.dim() >= 1 && bits.size(bits.dim() - 1) == words_for(k),
+          "bits: expected int64 of shape (..., ", words_for(k), ") for k = ", k, ", got ", describe(bits));
+  struct Pattern {
+    int size;
+    uint64_t plus, minus;
+  } pattern{};
+  switch (dtype) {
+    case ScalarType::Float:
+      pattern = {4, 0x3F800000u, 0xBF800000u};
+      break;
+    case ScalarType::BFloat16:
+      pattern = {2, 0x3F80u, 0xBF80u};
+      break;
+    case ScalarType::Half:
+      pattern = {2, 0x3C00u, 0xBC00u};
+      break;
+    case ScalarType::Double:
+      pattern = {8, 0x3FF0000000000000u, 0xBFF0000000000000u};
+      break;
+    case ScalarType::Char:
+      pattern = {1, 1, 0xFFu};
+      break;
+    case ScalarType::Int:
+      pattern = {4, 1, 0xFFFFFFFFu};
+      break;
+    default:
+      require(false, "dtype: expected float32, bfloat16, float16, float64, int8 or int32, got ", dtype_name(dtype));
+  }
+  const Tensor in = as_contiguous(bits);
+  Tensor out = new_tensor(in, with_last(in, k), dtype);
+  TorchRuntime rt(in);
+  engram::cpu::unpack_signs(rt.get(), packed_data(in), rows_of(in), k, pattern.size, pattern.plus, pattern.minus,
+                            out.mutable_data_ptr());
+  return out;
+}
+
+Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std::optional<Tensor> gate_bits) {
+  check_k(k);
+  check_packed("x_bits", x_bits, k);
+  check_packed("w_bits", w_bits, k);
+  const int64_t M = x_bits.size(0), N = w_bits.size(0);
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k) : 0;
+  const Tensor x = as_contiguous(x_bits), w = as_contiguous(w_bits);
+  const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
+  Tensor y = new_tensor(x, {M, N}, ScalarType::Int);
+  TorchRuntime rt(x);
+  engram::cpu::binary_matmul(rt.get(), {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride,
+                                        nullptr, static_cast<int32_t*>(y.mutable_data_ptr()), M, N, k, words_for(k)});
+  return y;
+}
+
+Tensor sign_matmul(const Tensor& a, const Tensor& w_bits, int64_t k) {
+  check_k(k);
+  check_matrix("a", a);
+  check_packed("w_bits", w_bits, k);
+  const int64_t M = a.size(0), N = w_bits.size(0);
+  require(a.size(1) == N, "a: expected shape (M, ", N, ") to meet the ", N, " rows of w_bits, got ", describe(a));
+  const Tensor in = as_float32(a), w = as_contiguous(w_bits);
+  Tensor y = new_tensor(in, {M, k}, ScalarType::Float);
+  TorchRuntime rt(in);
+  engram::cpu::sign_matmul(rt.get(), {float_data(in), nullptr, packed_data(w),
+                                      static_cast<float*>(y.mutable_data_ptr()), M, N, k, words_for(k)});
+  return as_dtype(y, a.scalar_type());
+}
+
+Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
+  check_k(k);
+  check_matrix("x", x);
+  check_packed("w_bits", w_bits, k);
+  require(x.size(1) == k, "x: expected shape (M, ", k, ") for k = ", k, ", got ", describe(x));
+  const int64_t M = x.size(0), N = w_bits.size(0);
+  const Tensor in = as_float32(x), w = as_contiguous(w_bits);
+  Tensor y = new_tensor(in, {M, N}, ScalarType::Float);
+  TorchRuntime rt(in);
+  engram::cpu::sign_matmul_t(rt.get(), {float_data(in), nullptr, packed_data(w),
+                                        static_cast<float*>(y.mutable_data_ptr()), M, N, k, words_for(k)});
+  return as_dtype(y, x.scalar_type());
+}
+
+Tensor masked_input_grad(const Tensor& d, const Tensor& w_bits, int64_t k, const Tensor& mask_bits) {
+  check_k(k);
+  check_matrix("d", d);
+  check_packed("w_bits", w_bits, k);
+  const int64_t M = d.size(0), N = w_bits.size(0);
+  require(d.size(1) == N, "d: expected shape (M, ", N, ") to meet the ", N, " rows of w_bits, got ", describe(d));
+  const int64_t stride = check_gate("mask_bits", mask_bits, M, k);
+  const Tensor in = as_float32(d), w = as_contiguous(w_bits), mask = as_contiguous(mask_bits);
+  Tensor dx = new_tensor(in, {M, k}, ScalarType::Float);
+  TorchRuntime rt(in);
+  engram::cpu::masked_input_grad(rt.get(), float_data(in), packed_data(w), packed_data(mask), stride,
+                                 static_cast<float*>(dx.mutable_data_ptr()), M, N, k);
+  return as_dtype(dx, d.scalar_type());
+}
+
+Tensor gated_input_grad(const Tensor& d, const Tensor& w_bits, const Tensor& x, std::optional<Tensor> gate_bits) {
+  check_matrix("d", d);
+  check_matrix("x", x);
+  require(x.size(0) == d.size(0), "x: expected ", d.size(0), " samples like d, got ", describe(x));
+  return masked_input_grad(d, w_bits, x.size(1), pack_window(x, 1.0, gate_bits));
+}
+
+Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::optional<Tensor> gate_bits) {
+  check_k(k);
+  check_matrix("d", d);
+  check_packed("x_bits", x_bits, k);
+  const int64_t M = d.size(0), N = d.size(1);
+  require(x_bits.size(0) == M, "x_bits: expected ", M, " samples like d, got ", describe(x_bits));
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k) : 0;
+  const Tensor in = as_float32(d), x = as_contiguous(x_bits);
+  const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
+  Tensor dw = new_tensor(in, {N, k}, ScalarType::Float);
+  TorchRuntime rt(in);
+  engram::cpu::gated_weight_grad(
+      rt.get(), {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, nullptr, nullptr,
+                 static_cast<float*>(dw.mutable_data_ptr()), M, N, k, words_for(k), 0, 0});
+  return as_dtype(dw, d.scalar_type());
+}
+
+Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, std::string rule, double temperature,
+                     int64_t first_row) {
+  check_matrix("score", score);
+  const int64_t M = score.size(0), K = score.size(1);
+  check_k(K);
+  check_cpu("seed", seed);
+  require(seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 2,
+          "seed: expected int64 (2,), the Philox key and offset, got ", describe(seed));
+  require(rate > 0 && rate <= 1, "rate: expected in (0, 1], got ", rate);
+  require(rule == "gumbel_top_k" || rule == "bernoulli", "rule: expected 'gumbel_top_k' or 'bernoulli', got '", rule,
+          "'");
+  require(temperature == 0 || temperature >= 1e-6, "temperature: expected 0 or at least 1e-6, got ", temperature);
+  require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
+  const Tensor in = as_float32(score), key = as_contiguous(seed);
+  Tensor gate = new_tensor(in, {M, words_for(K)}, ScalarType::Long);
+  const auto* words = static_cast<const int64_t*>(key.const_data_ptr());
+  require(words[1] >= 0 && words[1] <= 0xFFFFFFFF, "seed: expected an offset in [0, 2^32), got ", words[1]);
+  engram::cpu::SampleEngram p{};
+  p.score = float_data(in);
+  p.gate = static_cast<uint64_t*>(gate.mutable_data_ptr());
+  p.M = M;
+  p.K = K;
+  p.words = words_for(K);
+  p.bernoulli = rule == "bernoulli";
+  const auto count = static_cast<int64_t>(std::nearbyint(rate * static_cast<double>(K)));
+  p.count = count < 1 ? 1 : count;
+  p.threshold = static_cast<uint64_t>(std::nearbyint(rate * 4294967296.0));
+  p.inverse_temperature = temperature == 0 ? -1.0f : 1.0f / static_cast<float>(temperature);
+  p.seed = static_cast<uint64_t>(words[0]);
+  p.offset = static_cast<uint32_t>(words[1]);
+  p.first_row = static_cast<uint64_t>(first_row);
+  TorchRuntime rt(in);
+  require(!engram::cpu::sample_engram(rt.get(), p), "score: expected numbers, got NaN");
+  return gate;
+}
+
+void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
+                       std::optional<Tensor> sign_bits, double lr, double beta1, double beta2, double eps,
+                       double weight_decay, double metaplasticity, int64_t step) {
+  const auto check = [&weight](const char* name, const Tensor& t, bool in_place) {
+    check_cpu(name, t);
+    require(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == weight.size(0) &&
+                t.size(1) == weight.size(1),
+            name, ": expected float32 of the weight's shape ", describe(weight), ", got ", describe(t));
+    require(!in_place || t.is_contiguous(), name, ": expected a contiguous tensor, since it is updated in place");
+  };
+  require(weight.dim() == 2, "weight: expected 2 dimensions, got ", describe(weight));
+  check("weight", weight, true);
+  check("grad", grad, false);
+  check("exp_avg", exp_avg, true);
+  check("exp_avg_sq", exp_avg_sq, true);
+  const int64_t N = weight.size(0), K = weight.size(1);
+  check_k(K);
+  if (sign_bits) {
+    check_packed("sign_bits", *sign_bits, K);
+    require(sign_bits->size(0) == N && sign_bits->is_contiguous(), "sign_bits: expected ", N,
+            " contiguous rows, got ", describe(*sign_bits));
+  }
+  require(lr >= 0, "lr: expected at least 0, got ", lr);
+  require(beta1 >= 0 && beta1 < 1, "beta1: expected in [0, 1), got ", beta1);
+  require(beta2 >= 0 && beta2 < 1, "beta2: expected in [0, 1), got ", beta2);
+  require(eps >= 0, "eps: expected at least 0, got ", eps);
+  require(weight_decay >= 0, "weight_decay: expected at least 0, got ", weight_decay);
+  require(metaplasticity >= 0, "metaplasticity: expected at least 0, got ", metaplasticity);
+  require(step >= 1, "step: expected at least 1, got ", step);
+  const Tensor g = as_contiguous(grad);
+  const double t = static_cast<double>(step);
+  const double step_size = lr * std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t));
+  TorchRuntime rt(weight);
+  const bool nan = engram::cpu::metaplastic_adam(
+      rt.get(),
+      {static_cast<float*>(weight.mutable_data_ptr()), float_data(g), static_cast<float*>(exp_avg.mutable_data_ptr()),
+       static_cast<float*>(exp_avg_sq.mutable_data_ptr()),
+       sign_bits ? static_cast<uint64_t*>(sign_bits->mutable_data_ptr()) : nullptr, N, K, words_for(K),
+       static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(eps), static_cast<float>(weight_decay),
+       static_cast<float>(metaplasticity), static_cast<float>(step_size)});
+  require(!nan, "grad: expected finite numbers, got values that made a weight NaN");
+}
+
+// ---- instruction sets
+
+std::string isa() { return engram::cpu::isa(); }
+
+std::string available_isas() {
+  std::string names;
+  for (const std::string& name : engram::cpu::available_isas()) names += (names.empty() ? "" : ",") + name;
+  return names;
+}
+
+void set_isa(std::string name) {
+  require(engram::cpu::set_isa(name), "ISA: expected one of ", available_isas(), " on this machine, got '", name, "'");
+}
+
+void no_cuda(StableIValue*, uint64_t, uint64_t) {
+  throw std::runtime_error("expected CPU tensors: this build of engram_kernels has no CUDA kernels");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+  m.impl("pack_signs", TORCH_BOX(&pack_signs));
+  m.impl("pack_window", TORCH_BOX(&pack_window));
+  m.impl("unpack_signs", TORCH_BOX(&unpack_signs));
+  m.impl("binary_matmul", TORCH_BOX(&binary_matmul));
+  m.impl("sign_matmul", TORCH_BOX(&sign_matmul));
+  m.impl("sign_matmul_t", TORCH_BOX(&sign_matmul_t));
+  m.impl("gated_input_grad", TORCH_BOX(&gated_input_grad));
+  m.impl("masked_input_grad", TORCH_BOX(&masked_input_grad));
+  m.impl("gated_weight_grad", TORCH_BOX(&gated_weight_grad));
+  m.impl("sample_engram", TORCH_BOX(&sample_engram));
+  m.impl("metaplastic_adam_", TORCH_BOX(&metaplastic_adam_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CUDA, m) {
+  for (const char* name :
+       {"pack_signs", "pack_window", "unpack_signs", "binary_matmul", "sign_matmul", "sign_matmul_t",
+        "gated_input_grad", "masked_input_grad", "gated_weight_grad", "sample_engram", "metaplastic_adam_"})
+    m.impl(name, &no_cuda);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CompositeExplicitAutograd, m) {
+  m.impl("_isa", TORCH_BOX(&isa));
+  m.impl("_available_isas", TORCH_BOX(&available_isas));
+  m.impl("_set_isa", TORCH_BOX(&set_isa));
+}

@@ -1,0 +1,80 @@
+// Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+//
+// The draw of unit `column` of sample `row` is word `column % 4` of
+//     philox(key = seed, counter = (column / 4, row low, row high, offset))
+// and depends on nothing else: not on threads, block sizes or the device.
+//
+// gumbel() and natural_log() use only IEEE-754 single-precision operations in a fixed order and must be compiled without
+// contraction to fused multiply-add; then every device, and the PyTorch reference, computes the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define ENGRAM_FUNCTION static __host__ __device__ __forceinline__
+#else
+#define ENGRAM_FUNCTION static inline
+#endif
+
+namespace engram {
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+struct PhiloxCounter {
+  uint32_t v[4];
+};
+
+ENGRAM_FUNCTION PhiloxCounter philox(PhiloxCounter c, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = uint64_t{kPhiloxM0} * c.v[0], p1 = uint64_t{kPhiloxM1} * c.v[2];
+    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.v[1] ^ key0, static_cast<uint32_t>(p1),
+          static_cast<uint32_t>(p0 >> 32) ^ c.v[3] ^ key1, static_cast<uint32_t>(p0)}};
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
+  }
+  return c;
+}
+
+ENGRAM_FUNCTION float float_from_bits(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+ENGRAM_FUNCTION uint32_t bits_from_float(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+// ln(x) for positive normal x, absolute error below 2e-7 * max(1, |ln x|).
+// x = 2^e * m with m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh(s), s = (m - 1) / (m + 1), by its series in s^2.
+ENGRAM_FUNCTION float natural_log(float x) {
+  const uint32_t bits = bits_from_float(x);
+  const int32_t e = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;
+  const float m = float_from_bits(bits - (static_cast<uint32_t>(e) << 23));
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float z = s * s;
+  float p = z * 0.11111111f + 0.14285714f;
+  p = p * z + 0.2f;
+  p = p * z + 0.33333334f;
+  p = p * z + 1.0f;
+  return static_cast<float>(e) * 0.6931472f + (s + s) * p;
+}
+
+// Standard Gumbel variate from 32 random bits: -ln(-ln u), u = (r / 2^9 + 1/2) / 2^23, strictly inside (0, 1).
+ENGRAM_FUNCTION float gumbel(uint32_t r) {
+  const float u = (static_cast<float>(static_cast<int32_t>(r >> 9)) + 0.5f) * 0x1p-23f;
+  return 0.0f - natural_log(0.0f - natural_log(u));
+}
+
+// Maps floats to unsigned integers of the same order; -0 and +0 map to the same integer. x must not be NaN.
+ENGRAM_FUNCTION uint32_t ordered_key(float x) {
+  const uint32_t bits = bits_from_float(x + 0.0f);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+}
+
+}  // namespace engram

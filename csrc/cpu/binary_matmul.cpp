@@ -1,0 +1,163 @@
+// binary_matmul: y[m,n] = popc(g[m]) - 2 popc((x[m] ^ w[n]) & g[m])
+//
+//   x  [M, words]  packed signs of the activations (core/bits.h)
+//   w  [N, words]  packed signs of the weights
+//   g  [words] or [M, words] gate, 1 = recruited; null means every unit, and popc(g) = K
+//   y  [M, N] int32
+//
+// Panel form: 2 * kBitLanes rows of w are re-laid word by word into a panel that stays in the first-level cache, and
+// kTileRows samples meet it in registers. A word of x is broadcast; lane j of an accumulator is output column j, so
+// there is no reduction across lanes. Per 512 bits: one xor (with the gate one vpternlog), one popcount, one add;
+// those three bound the kernel. Re-laying costs one pass over w per call, 1 / M of the work.
+// Dot form, for a few samples: words stream through both rows and lanes are summed at the end.
+#include "cpu/simd.h"
+#include "cpu/tables.h"
+
+namespace engram::cpu::ENGRAM_ISA {
+
+namespace {
+
+constexpr int kPanel = 2 * kBitLanes;
+constexpr int64_t kBlockWords = 128;  // words of a panel worked on together: 16 KiB of w with AVX-512
+constexpr int64_t kDotSamples = 3;    // up to here re-laying w costs more than it saves
+
+ENGRAM_INLINE int32_t recruited(const BinaryMatmul& p, int64_t m) {
+  return p.recruited == nullptr ? static_cast<int32_t>(p.K) : p.recruited[p.gate_stride == 0 ? 0 : m];
+}
+
+ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, int64_t block, uint64_t* panel) {
+  for (int64_t j = 0; j < kPanel; ++j) {
+    const uint64_t* row = p.w + (n + j) * p.words + word;
+    if (n + j < p.N)
+      for (int64_t i = 0; i < block; ++i) panel[i * kPanel + j] = row[i];
+    else
+      for (int64_t i = 0; i < block; ++i) panel[i * kPanel + j] = 0;
+  }
+}
+
+// Rows samples from m against a panel: distance[r][j] = popc((x[m + r] ^ w[n + j]) & g).
+template <int Rows, bool Gated>
+ENGRAM_INLINE void tile(const BinaryMatmul& p, int64_t m, int64_t word, int64_t block, const uint64_t* panel,
+                        uint64_t distance[][kPanel]) {
+  Bits wide[Rows][2];
+  for (int r = 0; r < Rows; ++r) wide[r][0] = wide[r][1] = bits_zero();
+  const uint64_t* x = p.x + m * p.words + word;
+  const uint64_t* g = Gated ? p.gate + m * p.gate_stride + word : nullptr;
+  for (int64_t first = 0; first < block;) {
+    const int64_t last = smaller(block, first + kCountSteps);
+    Bits partial[Rows][2];
+    for (int r = 0; r < Rows; ++r) partial[r][0] = partial[r][1] = bits_zero();
+    for (int64_t i = first; i < last; ++i) {
+      const Bits w0 = bits_load(panel + i * kPanel), w1 = bits_load(panel + i * kPanel + kBitLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const Bits xr = bits_all(x[r * p.words + i]);
+        if constexpr (Gated) {
+          const Bits gr = bits_all(g[r * p.gate_stride + i]);
+          partial[r][0] = add_count(partial[r][0], count(differ_within(xr, w0, gr)));
+          partial[r][1] = add_count(partial[r][1], count(differ_within(xr, w1, gr)));
+        } else {
+          partial[r][0] = add_count(partial[r][0], count(differ(xr, w0)));
+          partial[r][1] = add_count(partial[r][1], count(differ(xr, w1)));
+        }
+      }
+    }
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < 2; ++v) wide[r][v] = add_wide(wide[r][v], widen(partial[r][v]));
+    first = last;
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < 2; ++v) bits_store(&distance[r][v * kBitLanes], wide[r][v]);
+}
+
+template <int Rows>
+void tile_rows(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, int64_t block, const uint64_t* panel) {
+  uint64_t distance[Rows][kPanel];
+  if (p.gate == nullptr)
+    tile<Rows, false>(p, m, word, block, panel, distance);
+  else
+    tile<Rows, true>(p, m, word, block, panel, distance);
+  const int64_t columns = smaller<int64_t>(kPanel, p.N - n);
+  for (int r = 0; r < Rows; ++r) {
+    int32_t* y = p.y + (m + r) * p.N + n;
+    const int32_t base = recruited(p, m + r);
+    if (word == 0)
+      for (int64_t j = 0; j < columns; ++j) y[j] = base - 2 * static_cast<int32_t>(distance[r][j]);
+    else
+      for (int64_t j = 0; j < columns; ++j) y[j] -= 2 * static_cast<int32_t>(distance[r][j]);
+  }
+}
+
+template <int Rows>
+void tile_remainder(const BinaryMatmul& p, int64_t rows, int64_t m, int64_t n, int64_t word, int64_t block,
+                    const uint64_t* panel) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      tile_rows<Rows>(p, m, n, word, block, panel);
+    else
+      tile_remainder<Rows - 1>(p, rows, m, n, word, block, panel);
+  }
+}
+
+void panel_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  alignas(64) uint64_t panel[kBlockWords * kPanel];
+  for (int64_t n = n_begin; n < n_end; n += kPanel) {
+    for (int64_t word = 0; word < p.words; word += kBlockWords) {
+      const int64_t block = smaller(kBlockWords, p.words - word);
+      relay_panel(p, n, word, block, panel);
+      int64_t m = m_begin;
+      for (; m + kTileRows <= m_end; m += kTileRows) tile_rows<kTileRows>(p, m, n, word, block, panel);
+      tile_remainder<kTileRows - 1>(p, m_end - m, m, n, word, block, panel);
+    }
+  }
+}
+
+// Up to kBitLanes words from p, the rest zero.
+ENGRAM_INLINE Bits load_words(const uint64_t* p, int64_t n) {
+  if (n >= kBitLanes) return bits_load(p);
+  uint64_t block[kBitLanes] = {};
+  for (int64_t i = 0; i < n; ++i) block[i] = p[i];
+  return bits_load(block);
+}
+
+void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  constexpr int kColumns = 4;
+  for (int64_t n = n_begin; n < n_end; n += kColumns) {
+    const int columns = static_cast<int>(smaller<int64_t>(kColumns, n_end - n));
+    for (int64_t m = m_begin; m < m_end; ++m) {
+      const uint64_t* x = p.x + m * p.words;
+      const uint64_t* g = p.gate == nullptr ? nullptr : p.gate + m * p.gate_stride;
+      const uint64_t* w[kColumns];
+      for (int j = 0; j < kColumns; ++j) w[j] = p.w + (n + (j < columns ? j : 0)) * p.words;
+      Bits wide[kColumns];
+      for (int j = 0; j < kColumns; ++j) wide[j] = bits_zero();
+      for (int64_t first = 0; first < p.words;) {
+        const int64_t last = first + smaller((p.words - first + kBitLanes - 1) / kBitLanes, kCountSteps) * kBitLanes;
+        Bits partial[kColumns];
+        for (int j = 0; j < kColumns; ++j) partial[j] = bits_zero();
+        for (int64_t i = first; i < smaller(last, p.words); i += kBitLanes) {
+          const Bits xi = load_words(x + i, p.words - i);
+          const Bits gi = g == nullptr ? bits_all(~uint64_t{0}) : load_words(g + i, p.words - i);
+          for (int j = 0; j < kColumns; ++j)
+            partial[j] = add_count(partial[j], count(differ_within(xi, load_words(w[j] + i, p.words - i), gi)));
+        }
+        for (int j = 0; j < kColumns; ++j) wide[j] = add_wide(wide[j], widen(partial[j]));
+        first = last;
+      }
+      const int32_t base = recruited(p, m);
+      for (int j = 0; j < columns; ++j)
+        p.y[m * p.N + n + j] = base - 2 * static_cast<int32_t>(bits_total(wide[j]));
+    }
+  }
+}
+
+}  // namespace
+
+void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  if (m_end - m_begin <= kDotSamples)
+    dot_form(p, m_begin, m_end, n_begin, n_end);
+  else
+    panel_form(p, m_begin, m_end, n_begin, n_end);
+}
+
+}  // namespace engram::cpu::ENGRAM_ISA

@@ -1,0 +1,45 @@
+// What bindings.cpp calls: each operator on plain pointers, its work shared out among threads and run by the kernels of
+// the active instruction set. Knows no torch; threads and workspace come through Runtime.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace engram::cpu {
+
+struct Runtime {
+  using Body = void (*)(int64_t begin, int64_t end, void* context);
+  // Calls body on disjoint ranges that cover [0, count), each of at least `grain` where possible.
+  void (*parallel_for)(int64_t count, int64_t grain, Body body, void* context);
+  // Memory that lives until the operator returns.
+  void* (*allocate)(void* owner, size_t bytes);
+  void* owner;
+  int threads;
+};
+
+// Name of the instruction set in use, and of those that this build has and this machine can run, best first.
+const char* isa();
+std::vector<std::string> available_isas();
+// False if `name` is not available.
+bool set_isa(const std::string& name);
+
+// True if a NaN was seen.
+bool pack_signs(const Runtime&, const void* x, Element element, int64_t rows, int64_t k, uint64_t* bits);
+void pack_window(const Runtime&, const float* x, float width, int64_t rows, int64_t k, const uint64_t* gate,
+                 int64_t gate_stride, uint64_t* bits);
+void unpack_signs(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, int size, uint64_t plus,
+                  uint64_t minus, void* out);
+void binary_matmul(const Runtime&, BinaryMatmul p);    // fills p.recruited itself
+void sign_matmul(const Runtime&, SignMatmul p);        // fills p.a_sum itself
+void sign_matmul_t(const Runtime&, SignMatmul p);      // fills p.a_sum itself
+void masked_input_grad(const Runtime&, const float* d, const uint64_t* w, const uint64_t* mask, int64_t mask_stride,
+                       float* dx, int64_t M, int64_t N, int64_t K);
+void gated_weight_grad(const Runtime&, GatedWeightGrad p);  // fills the lists and the chunks itself
+bool sample_engram(const Runtime&, const SampleEngram& p);
+bool metaplastic_adam(const Runtime&, const MetaplasticAdam& p);
+
+}  // namespace engram::cpu

@@ -1,0 +1,135 @@
+// pack_signs, pack_window, unpack_signs and the small bit services of the other operators.
+//
+//   bits[row] = 1{x[row] >= 0}            sign(0) = sign(-0) = +1; a NaN has no sign and is reported
+//   bits[row] = 1{|x[row]| <= width} & gate[row]
+//
+// Bound by memory: one read of x. 64 values become one word; a tail is copied into a padded block first.
+#include "cpu/simd.h"
+#include "cpu/tables.h"
+
+namespace engram::cpu::ENGRAM_ISA {
+
+namespace {
+
+constexpr uint16_t kBFloat16Infinity = 0x7F80, kFloat16Infinity = 0x7C00;
+
+template <typename T, typename Signs>
+bool pack_rows(const T* x, T padding, int64_t k, uint64_t* bits, int64_t begin, int64_t end, Signs signs) {
+  const int64_t words = words_for(k), full = k / kWordBits;
+  bool nan = false;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* in = x + row * k;
+    uint64_t* out = bits + row * words;
+    for (int64_t word = 0; word < full; ++word) out[word] = signs(in + word * kWordBits, nan);
+    for (int64_t word = full; word < words; ++word) out[word] = 0;
+    const int64_t tail = k - full * kWordBits;
+    if (tail > 0) {
+      T block[kWordBits];
+      for (int64_t i = 0; i < kWordBits; ++i) block[i] = i < tail ? in[full * kWordBits + i] : padding;
+      out[full] = signs(block, nan);
+    }
+  }
+  return nan;
+}
+
+template <typename T>
+void unpack_rows(const uint64_t* bits, int64_t k, T plus, T minus, T* out, int64_t begin, int64_t end) {
+  const int64_t words = words_for(k);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t word = 0; word * kWordBits < k; ++word) {
+      const uint64_t w = bits[row * words + word];
+      T* block = out + row * k + word * kWordBits;
+      const int64_t n = smaller(kWordBits, k - word * kWordBits);
+      for (int64_t i = 0; i < n; ++i) block[i] = w >> i & 1 ? plus : minus;
+    }
+  }
+}
+
+}  // namespace
+
+bool pack_signs(const void* x, Element element, int64_t k, uint64_t* bits, int64_t begin, int64_t end) {
+  if (element == Element::kFloat32) {
+    return pack_rows(static_cast<const float*>(x), -1.0f, k, bits, begin, end,
+                     [](const float* block, bool& nan) { return signs_of_64(block, nan); });
+  }
+  const uint16_t infinity = element == Element::kBFloat16 ? kBFloat16Infinity : kFloat16Infinity;
+  const uint16_t minus_infinity = infinity | 0x8000;
+  return pack_rows(static_cast<const uint16_t*>(x), minus_infinity, k, bits, begin, end,
+                   [infinity](const uint16_t* block, bool& nan) { return signs_of_64(block, infinity, nan); });
+}
+
+void pack_window(const float* x, float width, int64_t k, const uint64_t* gate, int64_t gate_stride, uint64_t* bits,
+                 int64_t begin, int64_t end) {
+  const float outside = __builtin_nanf("");
+  pack_rows(x, outside, k, bits, begin, end,
+            [width](const float* block, bool&) { return window_of_64(block, width); });
+  if (gate == nullptr) return;
+  const int64_t words = words_for(k);
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t word = 0; word < words; ++word) bits[row * words + word] &= gate[row * gate_stride + word];
+}
+
+void unpack_signs(const uint64_t* bits, int64_t k, int size, uint64_t plus, uint64_t minus, void* out, int64_t begin,
+                  int64_t end) {
+  switch (size) {
+    case 1:
+      return unpack_rows<uint8_t>(bits, k, static_cast<uint8_t>(plus), static_cast<uint8_t>(minus),
+                                  static_cast<uint8_t*>(out), begin, end);
+    case 2:
+      return unpack_rows<uint16_t>(bits, k, static_cast<uint16_t>(plus), static_cast<uint16_t>(minus),
+                                   static_cast<uint16_t*>(out), begin, end);
+    case 4:
+      return unpack_rows<uint32_t>(bits, k, static_cast<uint32_t>(plus), static_cast<uint32_t>(minus),
+                                   static_cast<uint32_t*>(out), begin, end);
+    default:
+      return unpack_rows<uint64_t>(bits, k, plus, minus, static_cast<uint64_t*>(out), begin, end);
+  }
+}
+
+void popcount_rows(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t sum = 0;
+    for (int64_t word = 0; word < words; ++word) sum += scalar_popcount(bits[row * words + word]);
+    out[row] = static_cast<int32_t>(sum);
+  }
+}
+
+void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end) {
+  const int64_t words = words_for(k), out_words = words_for(rows);
+  uint64_t block[kWordBits];
+  for (int64_t unit_word = begin; unit_word < end; ++unit_word) {
+    const int64_t units = smaller(kWordBits, k - unit_word * kWordBits);
+    for (int64_t row_word = 0; row_word < out_words; ++row_word) {
+      const int64_t first = row_word * kWordBits;
+      for (int64_t i = 0; i < kWordBits; ++i)
+        block[i] = first + i < rows ? bits[(first + i) * words + unit_word] : 0;
+      transpose_64x64(block);
+      for (int64_t j = 0; j < units; ++j) out[(unit_word * kWordBits + j) * out_words + row_word] = block[j];
+    }
+  }
+}
+
+void sum_rows(const float* a, int64_t k, float* out, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const float* in = a + row * k;
+    Floats sum[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= k; i += 4 * kLanes)
+      for (int j = 0; j < 4; ++j) sum[j] = add(sum[j], load(in + i + j * kLanes));
+    float rest = 0.0f;
+    for (; i < k; ++i) rest += in[i];
+    out[row] = total(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) + rest;
+  }
+}
+
+void zero_unrecruited(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    float* out = y + row * k;
+    const uint64_t* m = mask + row * mask_stride;
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) store(out + i, keep_where(mask_at(m, i), load(out + i)));
+    for (; i < k; ++i) out[i] = m[i / kWordBits] >> (i % kWordBits) & 1 ? out[i] : 0.0f;
+  }
+}
+
+}  // namespace engram::cpu::ENGRAM_ISA

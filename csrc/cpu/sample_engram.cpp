@@ -1,0 +1,141 @@
+// sample_engram: recruits units, one gate row per sample.
+//
+//   bernoulli    recruited where the 32-bit draw is below rate * 2^32, independently
+//   Gumbel-top-k the `count` units of largest score / temperature + Gumbel draw: sampling without replacement with
+//                probabilities softmax(score / temperature) (Vieira 2014; Kool et al. 2019); ties go to the lower index
+//
+// Draws are those of core/philox.h. Keys are ordered integers, so that the count-th largest is found by two passes of a
+// radix histogram and no sort. This file is compiled without fused multiply-add: every backend computes the same bits.
+#include "core/philox.h"
+#include "cpu/simd.h"
+#include "cpu/tables.h"
+
+namespace engram::cpu::ENGRAM_ISA {
+
+namespace {
+
+constexpr int64_t kGroup = 64;  // units drawn together: 16 Philox counters
+
+// draws[i] = 32 random bits of unit first + i of a sample. Structure of arrays, so that the compiler vectorises it.
+ENGRAM_INLINE void draw_group(const SampleEngram& p, int64_t m, int64_t first, uint32_t* draws) {
+  constexpr int kCounters = kGroup / 4;
+  const uint64_t row = p.first_row + static_cast<uint64_t>(m);
+  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
+  for (int i = 0; i < kCounters; ++i) {
+    c0[i] = static_cast<uint32_t>(first / 4 + i);
+    c1[i] = static_cast<uint32_t>(row);
+    c2[i] = static_cast<uint32_t>(row >> 32);
+    c3[i] = p.offset;
+  }
+  uint32_t key0 = static_cast<uint32_t>(p.seed), key1 = static_cast<uint32_t>(p.seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int i = 0; i < kCounters; ++i) {
+      const uint64_t p0 = uint64_t{kPhiloxM0} * c0[i], p1 = uint64_t{kPhiloxM1} * c2[i];
+      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ key0;
+      c1[i] = static_cast<uint32_t>(p1);
+      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ key1;
+      c3[i] = static_cast<uint32_t>(p0);
+    }
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
+  }
+  for (int i = 0; i < kCounters; ++i) {
+    draws[4 * i] = c0[i];
+    draws[4 * i + 1] = c1[i];
+    draws[4 * i + 2] = c2[i];
+    draws[4 * i + 3] = c3[i];
+  }
+}
+
+void bernoulli_row(const SampleEngram& p, int64_t m) {
+  uint32_t draws[kGroup];
+  uint64_t* gate = p.gate + m * p.words;
+  for (int64_t word = 0; word < p.words; ++word) {
+    uint64_t bits = 0;
+    if (word * kWordBits < p.K) {
+      draw_group(p, m, word * kWordBits, draws);
+      for (int64_t i = 0; i < kGroup; ++i) bits |= static_cast<uint64_t>(draws[i] < p.threshold) << i;
+    }
+    gate[word] = bits & valid_bits(word, p.K);
+  }
+}
+
+// keys[k] = ordered_key(score / temperature + gumbel); true if a score is NaN.
+bool make_keys(const SampleEngram& p, int64_t m, uint32_t* keys) {
+  const float* score = p.score + m * p.K;
+  const bool noisy = p.inverse_temperature >= 0.0f, scored = p.inverse_temperature != 0.0f;
+  bool nan = false;
+  for (int64_t first = 0; first < p.K; first += kGroup) {
+    const int64_t units = smaller(kGroup, p.K - first);
+    float value[kGroup] = {};
+    if (scored) {
+      for (int64_t i = 0; i < units; ++i) {
+        value[i] = score[first + i];
+        nan |= value[i] != value[i];
+      }
+    }
+    if (noisy) {
+      uint32_t draws[kGroup];
+      draw_group(p, m, first, draws);
+      if (scored)
+        for (int64_t i = 0; i < kGroup; ++i) value[i] = value[i] * p.inverse_temperature + gumbel(draws[i]);
+      else
+        for (int64_t i = 0; i < kGroup; ++i) value[i] = gumbel(draws[i]);
+    }
+    for (int64_t i = 0; i < units; ++i) keys[first + i] = ordered_key(value[i]);
+  }
+  return nan;
+}
+
+// The count-th largest key, and how many keys equal to it belong to the count largest.
+uint32_t find_threshold(const uint32_t* keys, int64_t k, int64_t count, int64_t& of_equal) {
+  uint32_t prefix = 0, known = 0;
+  int64_t left = count;
+  constexpr int kShifts[] = {21, 10, 0};
+  for (const int shift : kShifts) {
+    const int width = shift == 0 ? 10 : 11;
+    const uint32_t digits = uint32_t{1} << width;
+    int32_t histogram[1 << 11] = {};
+    for (int64_t i = 0; i < k; ++i)
+      if ((keys[i] & known) == prefix) ++histogram[keys[i] >> shift & (digits - 1)];
+    uint32_t digit = digits - 1;
+    for (; histogram[digit] < left; --digit) left -= histogram[digit];
+    prefix |= digit << shift;
+    known |= (digits - 1) << shift;
+  }
+  of_equal = left;
+  return prefix;
+}
+
+void gate_from_keys(const SampleEngram& p, int64_t m, const uint32_t* keys) {
+  int64_t of_equal = 0;
+  const uint32_t threshold = find_threshold(keys, p.K, p.count, of_equal);
+  uint64_t* gate = p.gate + m * p.words;
+  for (int64_t word = 0; word < p.words; ++word) {
+    const int64_t first = word * kWordBits, units = smaller(kWordBits, p.K - first);
+    uint64_t above = 0, equal = 0;
+    for (int64_t i = 0; i < units; ++i) {
+      above |= static_cast<uint64_t>(keys[first + i] > threshold) << i;
+      equal |= static_cast<uint64_t>(keys[first + i] == threshold) << i;
+    }
+    for (; equal != 0 && of_equal > 0; equal &= equal - 1, --of_equal) above |= equal & (~equal + 1);
+    gate[word] = above;
+  }
+}
+
+}  // namespace
+
+bool sample_engram(const SampleEngram& p, uint32_t* keys, int64_t m_begin, int64_t m_end) {
+  bool nan = false;
+  for (int64_t m = m_begin; m < m_end; ++m) {
+    if (p.bernoulli) {
+      bernoulli_row(p, m);
+    } else {
+      nan |= make_keys(p, m, keys);
+      gate_from_keys(p, m, keys);
+    }
+  }
+  return nan;
+}
+
+}  // namespace engram::cpu::ENGRAM_ISA

@@ -1,0 +1,405 @@
+// The few vector primitives the kernels are written in, per instruction set. ENGRAM_ISA names the namespace of this
+// compilation: scalar, avx2, avx512 or neon.
+//
+//   Bits    a vector of kBitLanes 64-bit words. Population counts go through two stages, since AVX2 and NEON count
+//           within bytes: `count` gives partial counts, `add_count` accumulates them at most kCountSteps times before
+//           `widen` folds them into 64-bit lanes.
+//   Floats  a vector of kLanes floats. A Mask selects lanes by packed bits; `add_where` adds only in selected lanes,
+//           which is how a sign costs no multiplication: sum_k s_k a_k = 2 * sum_{k: bit 1} a_k - sum_k a_k.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/bits.h"
+
+#if defined(ENGRAM_ISA_AVX2) || defined(ENGRAM_ISA_AVX512)
+#include <immintrin.h>
+#elif defined(ENGRAM_ISA_NEON)
+#include <arm_neon.h>
+#endif
+
+#define ENGRAM_INLINE static inline __attribute__((always_inline))
+
+namespace engram::cpu::ENGRAM_ISA {
+
+template <typename T>
+ENGRAM_INLINE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+
+ENGRAM_INLINE int64_t scalar_popcount(uint64_t v) {
+  v -= (v >> 1) & 0x5555555555555555u;
+  v = (v & 0x3333333333333333u) + ((v >> 2) & 0x3333333333333333u);
+  v = (v + (v >> 4)) & 0x0F0F0F0F0F0F0F0Fu;
+  return static_cast<int64_t>((v * 0x0101010101010101u) >> 56);
+}
+
+#if defined(ENGRAM_ISA_AVX512)
+
+using Bits = __m512i;
+constexpr int kBitLanes = 8;
+constexpr int64_t kCountSteps = int64_t{1} << 32;
+constexpr int kTileRows = 8;  // samples in a register tile of binary_matmul; 8 x 2 accumulators of 32 registers
+
+ENGRAM_INLINE Bits bits_zero() { return _mm512_setzero_si512(); }
+ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return _mm512_loadu_si512(p); }
+ENGRAM_INLINE void bits_store(uint64_t* p, Bits v) { _mm512_storeu_si512(p, v); }
+ENGRAM_INLINE Bits bits_all(uint64_t v) { return _mm512_set1_epi64(static_cast<int64_t>(v)); }
+ENGRAM_INLINE Bits differ(Bits a, Bits b) { return _mm512_xor_si512(a, b); }
+ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return _mm512_ternarylogic_epi64(a, b, g, 0x28); }
+ENGRAM_INLINE Bits count(Bits v) { return _mm512_popcnt_epi64(v); }
+ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
+ENGRAM_INLINE Bits widen(Bits v) { return v; }
+ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
+ENGRAM_INLINE int64_t bits_total(Bits v) { return _mm512_reduce_add_epi64(v); }
+
+using Floats = __m512;
+using Mask = __mmask16;
+constexpr int kLanes = 16;
+
+ENGRAM_INLINE Floats zero() { return _mm512_setzero_ps(); }
+ENGRAM_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
+ENGRAM_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+ENGRAM_INLINE Floats all(float v) { return _mm512_set1_ps(v); }
+ENGRAM_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+ENGRAM_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) { return static_cast<Mask>(word >> (16 * lane_group)); }
+ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
+  uint16_t m;
+  memcpy(&m, reinterpret_cast<const char*>(row) + k / 8, sizeof m);
+  return m;
+}
+ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return _mm512_mask_add_ps(acc, m, acc, v); }
+ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm512_maskz_mov_ps(m, v); }
+ENGRAM_INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
+
+ENGRAM_INLINE uint64_t signs_of_64(const float* x, bool& nan) {
+  uint64_t word = 0;
+  unsigned unordered = 0;
+  for (int g = 0; g < 4; ++g) {
+    const __m512 v = _mm512_loadu_ps(x + 16 * g);
+    word |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ)) << (16 * g);
+    unordered |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  }
+  nan |= unordered != 0;
+  return word;
+}
+ENGRAM_INLINE uint64_t signs_of_64(const uint16_t* x, uint16_t infinity, bool& nan) {
+  uint64_t word = 0;
+  uint32_t unordered = 0;
+  for (int g = 0; g < 2; ++g) {
+    const __m512i v = _mm512_loadu_si512(x + 32 * g);
+    const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi16(0x7FFF));
+    const uint32_t negative = _mm512_movepi16_mask(v) & _mm512_test_epi16_mask(magnitude, magnitude);
+    word |= static_cast<uint64_t>(~negative) << (32 * g);
+    unordered |= _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(static_cast<int16_t>(infinity)));
+  }
+  nan |= unordered != 0;
+  return word;
+}
+ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
+  uint64_t word = 0;
+  for (int g = 0; g < 4; ++g) {
+    const __m512 v = _mm512_abs_ps(_mm512_loadu_ps(x + 16 * g));
+    word |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_set1_ps(width), _CMP_LE_OQ)) << (16 * g);
+  }
+  return word;
+}
+
+#elif defined(ENGRAM_ISA_AVX2)
+
+using Bits = __m256i;
+constexpr int kBitLanes = 4;
+constexpr int64_t kCountSteps = 31;  // a byte holds at most 31 counts of up to 8
+constexpr int kTileRows = 4;
+
+ENGRAM_INLINE Bits bits_zero() { return _mm256_setzero_si256(); }
+ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+ENGRAM_INLINE void bits_store(uint64_t* p, Bits v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+ENGRAM_INLINE Bits bits_all(uint64_t v) { return _mm256_set1_epi64x(static_cast<int64_t>(v)); }
+ENGRAM_INLINE Bits differ(Bits a, Bits b) { return _mm256_xor_si256(a, b); }
+ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return _mm256_and_si256(_mm256_xor_si256(a, b), g); }
+ENGRAM_INLINE Bits count(Bits v) {  // nibble look-up (Mula, Kurz, Lemire 2018)
+  const Bits table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                      0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const Bits low = _mm256_set1_epi8(0x0F);
+  return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
+                         _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
+}
+ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return _mm256_add_epi8(a, b); }
+ENGRAM_INLINE Bits widen(Bits v) { return _mm256_sad_epu8(v, _mm256_setzero_si256()); }
+ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return _mm256_add_epi64(a, b); }
+ENGRAM_INLINE int64_t bits_total(Bits v) {
+  const __m128i s = _mm_add_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  return _mm_cvtsi128_si64(_mm_add_epi64(s, _mm_unpackhi_epi64(s, s)));
+}
+
+using Floats = __m256;
+using Mask = __m256;
+constexpr int kLanes = 8;
+
+ENGRAM_INLINE Floats zero() { return _mm256_setzero_ps(); }
+ENGRAM_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
+ENGRAM_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+ENGRAM_INLINE Floats all(float v) { return _mm256_set1_ps(v); }
+ENGRAM_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+ENGRAM_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+ENGRAM_INLINE Mask mask_from_byte(int byte) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bit), bit));
+}
+ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) {
+  return mask_from_byte(static_cast<int>(word >> (8 * lane_group) & 0xFF));
+}
+ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
+  return mask_from_byte(reinterpret_cast<const unsigned char*>(row)[k / 8]);
+}
+ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return _mm256_add_ps(acc, _mm256_and_ps(m, v)); }
+ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm256_and_ps(m, v); }
+ENGRAM_INLINE float total(Floats v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+ENGRAM_INLINE uint64_t signs_of_64(const float* x, bool& nan) {
+  uint64_t word = 0;
+  int unordered = 0;
+  for (int g = 0; g < 8; ++g) {
+    const __m256 v = _mm256_loadu_ps(x + 8 * g);
+    const int ge = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GE_OQ));
+    word |= static_cast<uint64_t>(static_cast<unsigned>(ge)) << (8 * g);
+    unordered |= _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  }
+  nan |= unordered != 0;
+  return word;
+}
+ENGRAM_INLINE uint64_t signs_of_64(const uint16_t* x, uint16_t infinity, bool& nan) {
+  uint64_t word = 0;
+  int unordered = 0;
+  for (int g = 0; g < 2; ++g) {
+    __m256i negative[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * g + 16 * h));
+      const __m256i magnitude = _mm256_and_si256(v, _mm256_set1_epi16(0x7FFF));
+      negative[h] = _mm256_and_si256(_mm256_srai_epi16(v, 15), _mm256_cmpgt_epi16(magnitude, _mm256_setzero_si256()));
+      const __m256i above = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(static_cast<int16_t>(infinity)));
+      unordered |= _mm256_movemask_epi8(above);
+    }
+    // packs works within 128-bit halves; the permutation puts the bytes back into order
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(negative[0], negative[1]), 0xD8);
+    word |= static_cast<uint64_t>(~static_cast<uint32_t>(_mm256_movemask_epi8(bytes))) << (32 * g);
+  }
+  nan |= unordered != 0;
+  return word;
+}
+ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
+  uint64_t word = 0;
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+  for (int g = 0; g < 8; ++g) {
+    const __m256 v = _mm256_and_ps(_mm256_loadu_ps(x + 8 * g), magnitude);
+    const int le = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(width), _CMP_LE_OQ));
+    word |= static_cast<uint64_t>(static_cast<unsigned>(le)) << (8 * g);
+  }
+  return word;
+}
+
+#elif defined(ENGRAM_ISA_NEON)
+
+using Bits = uint64x2_t;
+constexpr int kBitLanes = 2;
+constexpr int64_t kCountSteps = 31;
+constexpr int kTileRows = 8;
+
+ENGRAM_INLINE Bits bits_zero() { return vdupq_n_u64(0); }
+ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return vld1q_u64(p); }
+ENGRAM_INLINE void bits_store(uint64_t* p, Bits v) { vst1q_u64(p, v); }
+ENGRAM_INLINE Bits bits_all(uint64_t v) { return vdupq_n_u64(v); }
+ENGRAM_INLINE Bits differ(Bits a, Bits b) { return veorq_u64(a, b); }
+ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return vandq_u64(veorq_u64(a, b), g); }
+ENGRAM_INLINE Bits count(Bits v) { return vreinterpretq_u64_u8(vcntq_u8(vreinterpretq_u8_u64(v))); }
+ENGRAM_INLINE Bits add_count(Bits a, Bits b) {
+  return vreinterpretq_u64_u8(vaddq_u8(vreinterpretq_u8_u64(a), vreinterpretq_u8_u64(b)));
+}
+ENGRAM_INLINE Bits widen(Bits v) { return vpaddlq_u32(vpaddlq_u16(vpaddlq_u8(vreinterpretq_u8_u64(v)))); }
+ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return vaddq_u64(a, b); }
+ENGRAM_INLINE int64_t bits_total(Bits v) { return static_cast<int64_t>(vaddvq_u64(v)); }
+
+using Floats = float32x4_t;
+using Mask = uint32x4_t;
+constexpr int kLanes = 4;
+
+ENGRAM_INLINE Floats zero() { return vdupq_n_f32(0); }
+ENGRAM_INLINE Floats load(const float* p) { return vld1q_f32(p); }
+ENGRAM_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
+ENGRAM_INLINE Floats all(float v) { return vdupq_n_f32(v); }
+ENGRAM_INLINE Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
+ENGRAM_INLINE Floats subtract(Floats a, Floats b) { return vsubq_f32(a, b); }
+ENGRAM_INLINE Mask mask_from_nibble(uint32_t nibble) {
+  const uint32_t lanes[4] = {1, 2, 4, 8};
+  return vtstq_u32(vdupq_n_u32(nibble), vld1q_u32(lanes));
+}
+ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) {
+  return mask_from_nibble(static_cast<uint32_t>(word >> (4 * lane_group)) & 0xF);
+}
+ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
+  return mask_from_nibble(static_cast<uint32_t>(row[k / 64] >> (k % 64)) & 0xF);
+}
+ENGRAM_INLINE Floats keep_where(Mask m, Floats v) {
+  return vreinterpretq_f32_u32(vandq_u32(m, vreinterpretq_u32_f32(v)));
+}
+ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return vaddq_f32(acc, keep_where(m, v)); }
+ENGRAM_INLINE float total(Floats v) { return vaddvq_f32(v); }
+
+// Lane masks to four bits.
+ENGRAM_INLINE uint64_t nibble_from(uint32x4_t mask) {
+  const uint32_t lanes[4] = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(mask, vld1q_u32(lanes)));
+}
+ENGRAM_INLINE uint64_t signs_of_64(const float* x, bool& nan) {
+  uint64_t word = 0;
+  uint32x4_t ordered = vdupq_n_u32(~0u);
+  for (int g = 0; g < 16; ++g) {
+    const float32x4_t v = vld1q_f32(x + 4 * g);
+    word |= nibble_from(vcgezq_f32(v)) << (4 * g);
+    ordered = vandq_u32(ordered, vceqq_f32(v, v));
+  }
+  nan |= vminvq_u32(ordered) == 0;
+  return word;
+}
+ENGRAM_INLINE uint64_t signs_of_64(const uint16_t* x, uint16_t infinity, bool& nan) {
+  const uint16_t lanes[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  uint64_t word = 0;
+  uint16x8_t unordered = vdupq_n_u16(0);
+  for (int g = 0; g < 8; ++g) {
+    const uint16x8_t v = vld1q_u16(x + 8 * g);
+    const uint16x8_t positive = vcleq_u16(v, vdupq_n_u16(0x8000));  // every positive value, and -0
+    word |= static_cast<uint64_t>(vaddvq_u16(vandq_u16(positive, vld1q_u16(lanes)))) << (8 * g);
+    unordered = vorrq_u16(unordered, vcgtq_u16(vandq_u16(v, vdupq_n_u16(0x7FFF)), vdupq_n_u16(infinity)));
+  }
+  nan |= vmaxvq_u16(unordered) != 0;
+  return word;
+}
+ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
+  uint64_t word = 0;
+  for (int g = 0; g < 16; ++g) word |= nibble_from(vcaleq_f32(vld1q_f32(x + 4 * g), vdupq_n_f32(width))) << (4 * g);
+  return word;
+}
+
+#else  // scalar
+
+using Bits = uint64_t;
+constexpr int kBitLanes = 1;
+constexpr int64_t kCountSteps = int64_t{1} << 32;
+constexpr int kTileRows = 4;
+
+ENGRAM_INLINE Bits bits_zero() { return 0; }
+ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return *p; }
+ENGRAM_INLINE void bits_store(uint64_t* p, Bits v) { *p = v; }
+ENGRAM_INLINE Bits bits_all(uint64_t v) { return v; }
+ENGRAM_INLINE Bits differ(Bits a, Bits b) { return a ^ b; }
+ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return (a ^ b) & g; }
+ENGRAM_INLINE Bits count(Bits v) { return static_cast<uint64_t>(scalar_popcount(v)); }
+ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return a + b; }
+ENGRAM_INLINE Bits widen(Bits v) { return v; }
+ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return a + b; }
+ENGRAM_INLINE int64_t bits_total(Bits v) { return static_cast<int64_t>(v); }
+
+// Four floats in the compiler's own vector type: plain C++ that any target can lower.
+using Floats = float __attribute__((vector_size(16), aligned(16)));
+using Mask = int32_t __attribute__((vector_size(16), aligned(16)));
+constexpr int kLanes = 4;
+
+ENGRAM_INLINE Floats zero() { return Floats{0, 0, 0, 0}; }
+ENGRAM_INLINE Floats load(const float* p) {
+  Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+ENGRAM_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+ENGRAM_INLINE Floats all(float v) { return Floats{v, v, v, v}; }
+ENGRAM_INLINE Floats add(Floats a, Floats b) { return a + b; }
+ENGRAM_INLINE Floats subtract(Floats a, Floats b) { return a - b; }
+ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) {
+  const int32_t nibble = static_cast<int32_t>(word >> (4 * lane_group) & 0xF);
+  return (Mask{nibble, nibble, nibble, nibble} & Mask{1, 2, 4, 8}) != 0;
+}
+ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
+  return mask_from(row[k / 64], static_cast<int>(k % 64 / 4));
+}
+ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return reinterpret_cast<Floats>(reinterpret_cast<Mask>(v) & m); }
+ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return acc + keep_where(m, v); }
+ENGRAM_INLINE float total(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+ENGRAM_INLINE uint64_t signs_of_64(const float* x, bool& nan) {
+  uint64_t word = 0;
+  bool unordered = false;
+  for (int i = 0; i < 64; ++i) {
+    word |= static_cast<uint64_t>(x[i] >= 0.0f) << i;
+    unordered |= x[i] != x[i];
+  }
+  nan |= unordered;
+  return word;
+}
+ENGRAM_INLINE uint64_t signs_of_64(const uint16_t* x, uint16_t infinity, bool& nan) {
+  uint64_t word = 0;
+  bool unordered = false;
+  for (int i = 0; i < 64; ++i) {
+    word |= static_cast<uint64_t>(x[i] <= 0x8000) << i;  // every positive value, and -0
+    unordered |= (x[i] & 0x7FFF) > infinity;
+  }
+  nan |= unordered;
+  return word;
+}
+ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
+  uint64_t word = 0;
+  for (int i = 0; i < 64; ++i) word |= static_cast<uint64_t>(x[i] <= width && x[i] >= -width) << i;
+  return word;
+}
+
+#endif
+
+// out[j * out_stride + i] = in[i * in_stride + j] for i, j < kTransposeSize.
+#if defined(ENGRAM_ISA_AVX2) || defined(ENGRAM_ISA_AVX512)
+constexpr int kTransposeSize = 8;
+ENGRAM_INLINE void transpose_floats(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + i * in_stride);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+constexpr int kTransposeSize = 4;
+ENGRAM_INLINE void transpose_floats(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 4; ++i) out[j * out_stride + i] = in[i * in_stride + j];
+}
+#endif
+
+// Transposes a 64 x 64 block of bits in place: bit j of a[i] becomes bit i of a[j] (Hacker's Delight, 7-3).
+ENGRAM_INLINE void transpose_64x64(uint64_t* a) {
+  uint64_t mask = 0x00000000FFFFFFFFu;
+  for (int j = 32; j != 0; j >>= 1, mask ^= mask << j) {
+    for (int i = 0; i < 64; i = ((i | j) + 1) & ~j) {
+      const uint64_t t = ((a[i] >> j) ^ a[i | j]) & mask;
+      a[i] ^= t << j;
+      a[i | j] ^= t;
+    }
+  }
+}
+
+}  // namespace engram::cpu::ENGRAM_ISA

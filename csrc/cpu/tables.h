@@ -1,0 +1,26 @@
+// Declares this compilation's kernels; tables.cpp gathers them into the Kernels of the instruction set.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace engram::cpu::ENGRAM_ISA {
+
+bool pack_signs(const void* x, Element element, int64_t k, uint64_t* bits, int64_t begin, int64_t end);
+void pack_window(const float* x, float width, int64_t k, const uint64_t* gate, int64_t gate_stride, uint64_t* bits,
+                 int64_t begin, int64_t end);
+void unpack_signs(const uint64_t* bits, int64_t k, int size, uint64_t plus, uint64_t minus, void* out, int64_t begin,
+                  int64_t end);
+void popcount_rows(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end);
+void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
+void sum_rows(const float* a, int64_t k, float* out, int64_t begin, int64_t end);
+void zero_unrecruited(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
+void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
+void sign_matmul(const SignMatmul& p, int64_t m_begin, int64_t m_end, int64_t word_begin, int64_t word_end);
+void sign_matmul_t(const SignMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
+void gated_input_grad(const GatedInputGrad& p, int64_t m_begin, int64_t m_end);
+void list_samples(const GatedWeightGrad& p, int64_t word_begin, int64_t word_end);
+void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end);
+bool sample_engram(const SampleEngram& p, uint32_t* keys, int64_t m_begin, int64_t m_end);
+bool metaplastic_adam(const MetaplasticAdam& p, int64_t begin, int64_t end);
+
+}  // namespace engram::cpu::ENGRAM_ISA

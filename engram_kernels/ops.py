@@ -1,0 +1,270 @@
+"""The operators, bit-packed: thin functions over ``torch.ops.engram_kernels``, their fakes and gradients.
+
+Names and arguments are those of :mod:`engram_kernels.reference`, which defines what each computes. ``bits`` are int64
+words, 64 units each, rows padded to a multiple of 128 units (``csrc/core/bits.h``). Float arguments may be float32,
+bfloat16 or float16; results come in the dtype of the float argument. Every function raises RuntimeError that names the
+argument, what it needs and what it got.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .reference import words_for
+
+_library = next(Path(__file__).parent.glob("_C*.so"), None)
+if _library is None:
+    raise ImportError(
+        "engram_kernels: the compiled library engram_kernels/_C.abi3.so is missing; "
+        "install the package (pip install .) or build it in place (python setup.py build_ext --inplace)"
+    )
+torch.ops.load_library(str(_library))
+_ops = torch.ops.engram_kernels
+
+
+# ---- instruction sets
+
+
+def isa() -> str:
+    """Instruction set of the CPU kernels in use: "avx512", "avx2", "neon" or "scalar"."""
+    return _ops._isa()
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this build has and this machine can run, best first."""
+    return _ops._available_isas().split(",")
+
+
+def set_isa(name: str) -> None:
+    """Uses another instruction set from now on, in all threads; ``ENGRAM_ISA`` does so from the start.
+
+    Raises: RuntimeError if ``name`` is not in :func:`available_isas`.
+    """
+    _ops._set_isa(name)
+
+
+if os.environ.get("ENGRAM_ISA"):
+    try:
+        set_isa(os.environ["ENGRAM_ISA"])
+    except RuntimeError as error:
+        raise ImportError(f"environment variable ENGRAM_ISA: {str(error).splitlines()[0]}") from None
+
+
+def build_info() -> dict[str, str]:
+    """How the loaded library was built: its ``file`` name, the CPU ``isas`` usable here, ``cuda`` kernels yes or no."""
+    return {"file": _library.name, "isas": ",".join(available_isas()), "cuda": "no"}
+
+
+# ---- operators
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """Signs of ``x``, sign(0) = +1. Floats (..., K) -> bits (..., words). NaN is an error."""
+    return _ops.pack_signs(x)
+
+
+def pack_window(x: Tensor, width: float = 1.0, gate_bits: Tensor | None = None) -> Tensor:
+    """Straight-through window ``1{|x| <= width} * gate``. Floats (M, K) -> bits (M, words)."""
+    return _ops.pack_window(x, width, gate_bits)
+
+
+def unpack_signs(bits: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bits (..., words) -> (..., K) of +1 and -1 in ``dtype`` (float32/64, bfloat16, float16, int8, int32)."""
+    return _ops.unpack_signs(bits, k, dtype)
+
+
+def binary_matmul(x_bits: Tensor, w_bits: Tensor, k: int, gate_bits: Tensor | None = None) -> Tensor:
+    """Gated product of sign matrices, exact: ``y[m,n] = sum_k g[m,k] s(x[m,k]) s(W[n,k])``.
+
+    Shapes: ``x_bits`` (M, words), ``w_bits`` (N, words), ``gate_bits`` (words,) shared or (M, words) -> int32 (M, N).
+    Padding bits of all three must be 0, as :func:`pack_signs` and :func:`sample_engram` leave them.
+    """
+    return _ops.binary_matmul(x_bits, w_bits, k, gate_bits)
+
+
+def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
+    """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K). Differentiable in ``a``."""
+    return _ops.sign_matmul(a, w_bits, k)
+
+
+def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
+    """``y = x @ s(W).T``, the real-valued first layer. Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``."""
+    return _ops.sign_matmul_t(x, w_bits, k)
+
+
+def gated_input_grad(d: Tensor, w_bits: Tensor, x: Tensor, gate_bits: Tensor | None = None) -> Tensor:
+    """Straight-through gradient of the input: ``dx = gate * 1{|x| <= 1} * (d @ s(W))``.
+
+    Shapes: ``d`` (M, N), ``w_bits`` (N, words), ``x`` (M, K), gate as in :func:`binary_matmul` -> (M, K).
+    Cost is proportional to the units that take part.
+    """
+    return _ops.gated_input_grad(d, w_bits, x, gate_bits)
+
+
+def masked_input_grad(d: Tensor, w_bits: Tensor, k: int, mask_bits: Tensor) -> Tensor:
+    """:func:`gated_input_grad` where gate and window are already one mask, as :func:`pack_window` makes it."""
+    return _ops.masked_input_grad(d, w_bits, k, mask_bits)
+
+
+def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | None = None) -> Tensor:
+    """Gradient of the hidden weight: ``dW[n,k] = sum_m d[m,n] g[m,k] s(x[m,k])``.
+
+    Shapes: ``d`` (M, N), ``x_bits`` (M, words), gate as in :func:`binary_matmul` -> (N, K).
+    Cost is proportional to the recruited units.
+    """
+    return _ops.gated_weight_grad(d, x_bits, k, gate_bits)
+
+
+def sample_engram(
+    score: Tensor,
+    seed: Tensor,
+    rate: float,
+    rule: str = "gumbel_top_k",
+    temperature: float = 1.0,
+    first_row: int = 0,
+) -> Tensor:
+    """Recruits units: floats (M, K) -> gate bits (M, words). Rules in :func:`engram_kernels.reference.sample_engram`.
+
+    ``seed`` is int64 (2,) on the CPU: the Philox key and an offset below 2^32; :func:`draw_seed` takes one from torch's
+    generator. ``first_row`` is the number of this batch's first sample in the whole batch of a data-parallel step.
+    The same seed gives the same engram on every device, for any thread count.
+    """
+    return _ops.sample_engram(score, seed, rate, rule, temperature, first_row)
+
+
+def draw_seed() -> Tensor:
+    """A seed for :func:`sample_engram` from torch's default CPU generator, so that ``torch.manual_seed`` governs it."""
+    return torch.stack([torch.randint(2**63 - 1, ()), torch.zeros((), dtype=torch.int64)])
+
+
+def metaplastic_adam_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sign_bits: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    metaplasticity: float,
+    step: int,
+) -> None:
+    """One metaplastic Adam step in place, in a single pass over memory; writes fresh sign bits in the same pass.
+
+    Shapes: all float32 (N, K), ``sign_bits`` (N, words) or None. ``step`` counts from 1. Formula and source in
+    :func:`engram_kernels.reference.metaplastic_adam_`.
+    """
+    _ops.metaplastic_adam_(
+        weight,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        sign_bits,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        metaplasticity=metaplasticity,
+        step=step,
+    )
+
+
+# ---- fakes: shapes and dtypes without data, for torch.compile and meta tensors
+
+
+def _check_fake_packed(name: str, bits: Tensor, k: int) -> None:
+    torch._check(
+        bits.dtype == torch.int64 and bits.dim() == 2 and bits.shape[1] == words_for(k),
+        lambda: f"{name}: expected int64 of shape (rows, {words_for(k)}) for k = {k}, "
+        f"got {bits.dtype} {tuple(bits.shape)}",
+    )
+
+
+@torch.library.register_fake("engram_kernels::pack_signs")
+def _(x):
+    return x.new_empty((*x.shape[:-1], words_for(x.shape[-1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::pack_window")
+def _(x, width=1.0, gate_bits=None):
+    return x.new_empty((x.shape[0], words_for(x.shape[1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::unpack_signs")
+def _(bits, k, dtype):
+    return bits.new_empty((*bits.shape[:-1], k), dtype=dtype)
+
+
+@torch.library.register_fake("engram_kernels::binary_matmul")
+def _(x_bits, w_bits, k, gate_bits=None):
+    _check_fake_packed("x_bits", x_bits, k)
+    _check_fake_packed("w_bits", w_bits, k)
+    return x_bits.new_empty((x_bits.shape[0], w_bits.shape[0]), dtype=torch.int32)
+
+
+@torch.library.register_fake("engram_kernels::sign_matmul")
+def _(a, w_bits, k):
+    _check_fake_packed("w_bits", w_bits, k)
+    return a.new_empty((a.shape[0], k))
+
+
+@torch.library.register_fake("engram_kernels::sign_matmul_t")
+def _(x, w_bits, k):
+    _check_fake_packed("w_bits", w_bits, k)
+    return x.new_empty((x.shape[0], w_bits.shape[0]))
+
+
+@torch.library.register_fake("engram_kernels::gated_input_grad")
+def _(d, w_bits, x, gate_bits=None):
+    _check_fake_packed("w_bits", w_bits, x.shape[1])
+    return d.new_empty(x.shape)
+
+
+@torch.library.register_fake("engram_kernels::masked_input_grad")
+def _(d, w_bits, k, mask_bits):
+    _check_fake_packed("w_bits", w_bits, k)
+    return d.new_empty((d.shape[0], k))
+
+
+@torch.library.register_fake("engram_kernels::gated_weight_grad")
+def _(d, x_bits, k, gate_bits=None):
+    _check_fake_packed("x_bits", x_bits, k)
+    return d.new_empty((d.shape[1], k))
+
+
+@torch.library.register_fake("engram_kernels::sample_engram")
+def _(score, seed, rate, rule="gumbel_top_k", temperature=1.0, first_row=0):
+    return score.new_empty((score.shape[0], words_for(score.shape[1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::metaplastic_adam_")
+def _(weight, grad, exp_avg, exp_avg_sq, sign_bits, **_settings):
+    return None
+
+
+# ---- gradients
+
+
+def _save_bits(ctx, inputs, output):
+    _, w_bits, ctx.k = inputs
+    ctx.save_for_backward(w_bits)
+
+
+def _sign_matmul_backward(ctx, grad):
+    return _ops.sign_matmul_t(grad, ctx.saved_tensors[0], ctx.k), None, None
+
+
+def _sign_matmul_t_backward(ctx, grad):
+    return _ops.sign_matmul(grad, ctx.saved_tensors[0], ctx.k), None, None
+
+
+torch.library.register_autograd("engram_kernels::sign_matmul", _sign_matmul_backward, setup_context=_save_bits)
+torch.library.register_autograd("engram_kernels::sign_matmul_t", _sign_matmul_t_backward, setup_context=_save_bits)

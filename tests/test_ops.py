@@ -1,0 +1,457 @@
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import engram_kernels as ek
+from engram_kernels import ops, reference
+
+SIZES = [1, 3, 31, 63, 64, 65, 127, 129, 784, 1000]
+GATES = ["none", "shared", "per sample"]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+sizes = st.integers(1, 300)
+per_isa = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def bits_of(rows, k):
+    return reference.pack_signs(torch.randn(rows, k))
+
+
+def gate_of(kind, m, k):
+    if kind == "none":
+        return None
+    gate = reference._pack(torch.rand(m, k) < 0.3)
+    return gate[0].contiguous() if kind == "shared" else gate
+
+
+def assert_close(actual, expected, terms):
+    """Agreement to what single-precision accumulation of `terms` numbers of order 1 allows."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    eps = torch.finfo(expected.dtype).eps
+    scale = math.sqrt(terms) * 4
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=4 * eps, atol=scale * (eps + 1e-6))
+
+
+# ---- integers and bits: exact
+
+
+def test_pack_signs_matches_every_bit_of_the_format(isa):
+    x = torch.tensor([[1.0, -1.0, 0.0, -0.0, float("inf"), -float("inf"), 1e-45, -1e-45]])
+    packed = ops.pack_signs(x)
+    assert packed.tolist() == [[0b01011101, 0]]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("k", SIZES)
+def test_pack_and_unpack_round_trip(isa, k, dtype):
+    x = torch.randn(5, k).to(dtype)
+    x[0, 0], x[1, 0] = 0.0, -0.0
+    packed = ops.pack_signs(x)
+    assert packed.dtype == torch.int64 and packed.shape == (5, 2 * math.ceil(k / 128))
+    assert torch.equal(packed, reference.pack_signs(x))
+    for out_dtype in (*FLOATS, torch.float64, torch.int8, torch.int32):
+        unpacked = ops.unpack_signs(packed, k, out_dtype)
+        assert unpacked.dtype == out_dtype
+        assert torch.equal(unpacked, torch.where(x >= 0, 1, -1).to(out_dtype))
+
+
+def test_pack_signs_takes_any_leading_dimensions_and_strides(isa):
+    x = torch.randn(3, 4, 70)
+    assert torch.equal(ops.pack_signs(x), reference.pack_signs(x))
+    assert torch.equal(ops.pack_signs(x[0, 0]), reference.pack_signs(x[0, 0]))
+    assert torch.equal(ops.pack_signs(x.transpose(1, 2)), reference.pack_signs(x.transpose(1, 2).contiguous()))
+    assert ops.pack_signs(x[:0]).shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("gate", GATES)
+def test_pack_window_is_exact(isa, k, gate):
+    x = torch.randn(7, k)
+    x[0, 0], x[1, 0], x[2, 0] = 1.0, -1.0, 1.0000001
+    gate_bits = gate_of(gate, 7, k)
+    for width in (1.0, 0.25):
+        assert torch.equal(ops.pack_window(x, width, gate_bits), reference.pack_window(x, width, gate_bits))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("k", SIZES)
+def test_binary_matmul_is_exact_over_the_sweep(isa, k, gate):
+    for m in SIZES[:-2]:
+        for n in SIZES[:-2]:
+            x_bits, w_bits, gate_bits = bits_of(m, k), bits_of(n, k), gate_of(gate, m, k)
+            y = ops.binary_matmul(x_bits, w_bits, k, gate_bits)
+            assert y.dtype == torch.int32
+            assert torch.equal(y, reference.binary_matmul(x_bits, w_bits, k, gate_bits)), (m, n, k)
+
+
+@per_isa
+@given(m=sizes, n=sizes, k=st.integers(1, 20000), gate=st.sampled_from(GATES))
+def test_binary_matmul_is_exact(isa, m, n, k, gate):
+    m, n = min(m, 40), min(n, 70)
+    x_bits, w_bits, gate_bits = bits_of(m, k), bits_of(n, k), gate_of(gate, m, k)
+    expected = reference.binary_matmul(x_bits, w_bits, k, gate_bits)
+    assert torch.equal(ops.binary_matmul(x_bits, w_bits, k, gate_bits), expected)
+
+
+def test_binary_matmul_at_the_extremes(isa):
+    k = 70001  # above 2 * 32768: no 16-bit counter may hide anywhere
+    ones, minus = ops.pack_signs(torch.ones(9, k)), ops.pack_signs(-torch.ones(9, k))
+    assert (ops.binary_matmul(ones, ones, k) == k).all()
+    assert (ops.binary_matmul(ones, minus, k) == -k).all()
+    nothing = torch.zeros_like(ones)
+    assert (ops.binary_matmul(ones, minus, k, nothing) == 0).all()
+
+
+def test_non_contiguous_and_empty_arguments(isa):
+    k = 129
+    x_bits, w_bits, gate = bits_of(20, k), bits_of(12, k), gate_of("per sample", 20, k)
+    y = ops.binary_matmul(x_bits[::2], w_bits[::3], k, gate[::2])
+    assert torch.equal(y, reference.binary_matmul(x_bits[::2], w_bits[::3], k, gate[::2]))
+    assert ops.binary_matmul(x_bits[:0], w_bits, k).shape == (0, 12)
+    assert ops.binary_matmul(x_bits, w_bits[:0], k).shape == (20, 0)
+    d = torch.randn(12, 20).T
+    assert_close(ops.sign_matmul(d, w_bits, k), reference.sign_matmul(d, w_bits, k), 12)
+    x = torch.randn(k, 20).T
+    assert_close(ops.sign_matmul_t(x, w_bits, k), reference.sign_matmul_t(x, w_bits, k), k)
+    empty = torch.empty(0, 12)
+    assert ops.sign_matmul(empty, w_bits, k).shape == (0, k)
+    assert ops.sign_matmul_t(torch.empty(0, k), w_bits, k).shape == (0, 12)
+    assert ops.gated_input_grad(empty, w_bits, torch.empty(0, k)).shape == (0, k)
+    assert torch.equal(ops.gated_weight_grad(empty, x_bits[:0], k), torch.zeros(12, k))
+    assert ops.sample_engram(torch.empty(0, k), torch.tensor([1, 0]), 0.5).shape == (0, 4)
+
+
+# ---- floats
+
+
+@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("n", SIZES[:-1])
+def test_sign_products_over_the_sweep(isa, n, k):
+    w_bits = bits_of(n, k)
+    for m in (1, 3, 6, 7, 13):
+        a, x = torch.randn(m, n), torch.randn(m, k)
+        assert_close(ops.sign_matmul(a, w_bits, k), reference.sign_matmul(a, w_bits, k), n)
+        assert_close(ops.sign_matmul_t(x, w_bits, k), reference.sign_matmul_t(x, w_bits, k), k)
+
+
+@per_isa
+@given(m=sizes, n=sizes, k=sizes, gate=st.sampled_from(GATES), scale=st.sampled_from([0.3, 3.0]))
+def test_gated_gradients_agree(isa, m, n, k, gate, scale):
+    d, x = torch.randn(m, n), torch.randn(m, k) * scale
+    w_bits, x_bits, gate_bits = bits_of(n, k), reference.pack_signs(x), gate_of(gate, m, k)
+    dx = ops.gated_input_grad(d, w_bits, x, gate_bits)
+    assert_close(dx, reference.gated_input_grad(d, w_bits, x, gate_bits), n)
+    outside = (x.abs() > 1) | (False if gate_bits is None else ~reference._unpack(gate_bits, k))
+    assert (dx[outside.expand_as(dx)] == 0).all()
+    dw = ops.gated_weight_grad(d, x_bits, k, gate_bits)
+    assert_close(dw, reference.gated_weight_grad(d, x_bits, k, gate_bits), m)
+
+
+def test_weight_grad_over_several_chunks_of_samples(isa):
+    d, x_bits, gate = torch.randn(700, 70), bits_of(700, 33), gate_of("per sample", 700, 33)
+    for gate_bits in (None, gate):
+        expected = reference.gated_weight_grad(d, x_bits, 33, gate_bits)
+        assert_close(ops.gated_weight_grad(d, x_bits, 33, gate_bits), expected, 700)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_arguments_give_their_own_dtype(isa, dtype):
+    m, n, k = 9, 33, 70
+    w_bits, gate = bits_of(n, k), gate_of("per sample", m, k)
+    d, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
+    x_bits = ops.pack_signs(x)
+    assert_close(ops.sign_matmul(d, w_bits, k), reference.sign_matmul(d, w_bits, k), n)
+    assert_close(ops.sign_matmul_t(x, w_bits, k), reference.sign_matmul_t(x, w_bits, k), k)
+    assert_close(ops.gated_input_grad(d, w_bits, x, gate), reference.gated_input_grad(d, w_bits, x, gate), n)
+    assert_close(
+        ops.gated_weight_grad(d, x_bits, k, gate), reference.gated_weight_grad(d, x_bits, k, gate), m
+    )
+    assert torch.equal(
+        ops.sample_engram(x, torch.tensor([3, 0]), 0.2), reference.sample_engram(x, torch.tensor([3, 0]), 0.2)
+    )
+
+
+# ---- engrams
+
+
+def test_philox_known_answers():
+    """Vectors of the Random123 distribution for philox4x32-10."""
+    zero = reference.philox(torch.tensor([0, 0]), 1, 4)
+    assert [hex(v) for v in zero[0].tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, math.inf])
+def test_gumbel_top_k_is_bit_exact(isa, k, temperature):
+    score = torch.randn(6, k)
+    score[0] = 0.5  # ties throughout
+    for rate in (0.01, 0.1, 0.5, 1.0):
+        seed = torch.tensor([0x123456789ABCDEF, 5])
+        gate = ops.sample_engram(score, seed, rate, temperature=temperature, first_row=2**33 + 1)
+        expected = reference.sample_engram(score, seed, rate, temperature=temperature, first_row=2**33 + 1)
+        assert torch.equal(gate, expected)
+        assert (reference._unpack(gate, k).sum(1) == max(1, round(rate * k))).all()
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_bernoulli_is_bit_exact(isa, k):
+    for rate in (1e-3, 0.1, 0.5, 1.0):
+        seed = torch.tensor([-7, 2**32 - 1])
+        gate = ops.sample_engram(torch.empty(6, k), seed, rate, "bernoulli")
+        assert torch.equal(gate, reference.sample_engram(torch.empty(6, k), seed, rate, "bernoulli"))
+    assert reference._unpack(gate, k).all()  # rate 1 recruits everyone
+
+
+def test_bernoulli_recruits_at_its_rate():
+    gate = reference._unpack(ops.sample_engram(torch.empty(500, 1000), ops.draw_seed(), 0.1, "bernoulli"), 1000)
+    assert abs(gate.float().mean().item() - 0.1) < 5 * math.sqrt(0.09 / 5e5)
+
+
+def test_gumbel_top_1_draws_from_the_softmax():
+    score = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    rows, temperature = 40000, 0.7
+    gate = ops.sample_engram(score.expand(rows, 4), ops.draw_seed(), 0.25, temperature=temperature)
+    frequency = reference._unpack(gate, 4).double().mean(0)
+    expected = torch.softmax(score.double() / temperature, 0)
+    assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / rows).sqrt()).all()
+
+
+def test_natural_log_is_accurate():
+    x = torch.logspace(-37, 38, 20001, dtype=torch.float64).float()
+    error = (reference.natural_log(x).double() - x.double().log()).abs()
+    assert (error <= 3e-7 * x.double().log().abs().clamp(min=1)).all()
+
+
+def test_a_rank_draws_what_one_process_would_have_drawn(isa):
+    score, seed = torch.randn(10, 200), ops.draw_seed()
+    for rule in ("gumbel_top_k", "bernoulli"):
+        whole = ops.sample_engram(score, seed, 0.1, rule)
+        parts = [ops.sample_engram(score[i : i + 5], seed, 0.1, rule, first_row=i) for i in (0, 5)]
+        assert torch.equal(whole, torch.cat(parts))
+
+
+# ---- the update
+
+
+def update_arguments(n, k):
+    weight, grad = torch.randn(n, k) * 0.2, torch.randn(n, k)
+    return weight, grad, torch.randn(n, k) * 0.1, torch.rand(n, k), reference.pack_signs(weight)
+
+
+ADAM = dict(lr=5e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, metaplasticity=1.35, step=3)
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_metaplastic_adam_agrees_and_writes_fresh_bits(isa, k):
+    for metaplasticity in (0.0, 1.35, 30.0):
+        mine = update_arguments(7, k)
+        theirs = [t.clone() for t in mine]
+        settings = ADAM | {"metaplasticity": metaplasticity}
+        ops.metaplastic_adam_(*mine, **settings)
+        reference.metaplastic_adam_(*theirs, **settings)
+        for a, b in zip(mine[:4], theirs[:4], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+        assert torch.equal(mine[4], reference.pack_signs(mine[0]))
+
+
+def test_metaplastic_adam_is_the_same_on_every_isa():
+    results, first = [], update_arguments(9, 1000)
+    before = ops.isa()
+    for name in ops.available_isas():
+        ops.set_isa(name)
+        arguments = [t.clone() for t in first]
+        ops.metaplastic_adam_(*arguments, **ADAM)
+        results.append(arguments)
+    ops.set_isa(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- threads
+
+
+def test_results_do_not_depend_on_the_number_of_threads(isa):
+    m, n, k = 300, 257, 1000
+    x, d, score = torch.randn(m, k), torch.randn(m, n), torch.randn(m, k)
+    w_bits, x_bits, gate = bits_of(n, k), reference.pack_signs(x), gate_of("per sample", m, k)
+    seed, before = torch.tensor([9, 0]), torch.get_num_threads()
+
+    def everything():
+        update = update_arguments_fixed()
+        ops.metaplastic_adam_(*update, **ADAM)
+        return [
+            ops.pack_signs(x),
+            ops.binary_matmul(x_bits, w_bits, k, gate),
+            ops.binary_matmul(x_bits, w_bits[:10], k, gate),
+            ops.sign_matmul(d, w_bits, k),
+            ops.sign_matmul_t(x, w_bits, k),
+            ops.gated_input_grad(d, w_bits, x, gate),
+            ops.gated_input_grad(d, w_bits, x * 0.1),
+            ops.gated_weight_grad(d, x_bits, k, gate),
+            ops.sample_engram(score, seed, 0.1),
+            *update,
+        ]
+
+    fixed = update_arguments(400, k)
+
+    def update_arguments_fixed():
+        return [t.clone() for t in fixed]
+
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            for a, b in zip(alone, everything(), strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- torch.library
+
+
+def opcheck_cases():
+    m, n, k = 5, 9, 70
+    x, d = torch.randn(m, k), torch.randn(m, n)
+    x_bits, w_bits, gate = reference.pack_signs(x), bits_of(n, k), gate_of("per sample", m, k)
+    seed = torch.tensor([1, 0])
+    weight, grad, avg, avg_sq, bits = update_arguments(n, k)
+    return {
+        "pack_signs": [(x,), (x.bfloat16(),)],
+        "pack_window": [(x, 1.0, gate), (x, 0.5, None)],
+        "unpack_signs": [(x_bits, k, torch.float32)],
+        "binary_matmul": [(x_bits, w_bits, k, gate), (x_bits, w_bits, k, gate[0].clone()), (x_bits, w_bits, k)],
+        "sign_matmul": [(d.clone().requires_grad_(), w_bits, k), (d.bfloat16(), w_bits, k)],
+        "sign_matmul_t": [(x.clone().requires_grad_(), w_bits, k), (x.half(), w_bits, k)],
+        "gated_input_grad": [(d, w_bits, x, gate), (d, w_bits, x)],
+        "masked_input_grad": [(d, w_bits, k, gate)],
+        "gated_weight_grad": [(d, x_bits, k, gate), (d, x_bits, k)],
+        "sample_engram": [(x, seed, 0.1), (x, seed, 0.1, "bernoulli")],
+        "metaplastic_adam_": [(weight, grad, avg, avg_sq, bits), (weight, grad, avg, avg_sq, None)],
+    }
+
+
+@pytest.mark.parametrize("name", list(opcheck_cases()))
+def test_opcheck(name):
+    for arguments in opcheck_cases()[name]:
+        kwargs = ADAM if name == "metaplastic_adam_" else {}
+        opcheck(getattr(torch.ops.engram_kernels, name).default, arguments, kwargs)
+
+
+def test_every_operator_has_a_reference_of_the_same_name_and_arguments():
+    import inspect
+
+    for name in opcheck_cases():
+        mine, theirs = (inspect.signature(getattr(module, name)) for module in (ops, reference))
+        assert mine == theirs, name
+
+
+def test_gradients_of_the_sign_products_agree_with_autograd_through_the_reference():
+    n, k = 33, 70
+    w_bits = bits_of(n, k)
+    for op, size in (("sign_matmul", n), ("sign_matmul_t", k)):
+        a = torch.randn(4, size, requires_grad=True)
+        b = a.detach().clone().requires_grad_()
+        getattr(ops, op)(a, w_bits, k).square().sum().backward()
+        getattr(reference, op)(b, w_bits, k).square().sum().backward()
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3)
+
+
+# ---- bad input: the message names the argument, what it got and what it needs
+
+
+def bad_calls():
+    x, d, k = torch.randn(4, 70), torch.randn(4, 9), 70
+    x_bits, w_bits = bits_of(4, k), bits_of(9, k)
+    seed = torch.tensor([0, 0])
+    update = update_arguments(3, 5)
+    nan = torch.full((2, 3), math.nan)
+    return {
+        "pack float64": (lambda: ops.pack_signs(x.double()), r"x: expected float32.*got float64 \(4, 70\)"),
+        "pack int": (lambda: ops.pack_signs(x.int()), r"x: expected float32.*got int32"),
+        "pack scalar": (lambda: ops.pack_signs(torch.tensor(1.0)), "x: expected at least 1 unit"),
+        "pack NaN": (lambda: ops.pack_signs(nan), "x: .*NaN"),
+        "pack NaN bf16": (lambda: ops.pack_signs(nan.bfloat16()), "x: .*NaN"),
+        "unpack k": (lambda: ops.unpack_signs(x_bits, 300), r"bits: .*\(\.\.\., 6\).*got int64 \(4, 2\)"),
+        "unpack dtype": (lambda: ops.unpack_signs(x_bits, k, torch.bool), "dtype: .*got bool"),
+        "k mismatch": (
+            lambda: ops.binary_matmul(x_bits, w_bits, 784),
+            r"x_bits: expected int64 of shape \(rows, 14\) for k = 784, got int64 \(4, 2\)",
+        ),
+        "k zero": (lambda: ops.binary_matmul(x_bits, w_bits, 0), "k: expected at least 1, got 0"),
+        "words dtype": (lambda: ops.binary_matmul(x_bits, w_bits.int(), k), "w_bits: .*got int32"),
+        "words 1-d": (lambda: ops.binary_matmul(x_bits[0], w_bits, k), r"x_bits: .*got int64 \(2,\)"),
+        "gate rows": (
+            lambda: ops.binary_matmul(x_bits, w_bits, k, w_bits),
+            r"gate_bits: expected int64 of shape \(2,\) or \(4, 2\).*got int64 \(9, 2\)",
+        ),
+        "sign_matmul N": (lambda: ops.sign_matmul(x, w_bits, k), r"a: expected shape \(M, 9\).*got"),
+        "sign_matmul_t K": (lambda: ops.sign_matmul_t(d, w_bits, k), r"x: expected shape \(M, 70\).*got"),
+        "input_grad M": (lambda: ops.gated_input_grad(d[:2], w_bits, x), "x: expected 2 samples like d"),
+        "weight_grad M": (lambda: ops.gated_weight_grad(d[:2], x_bits, k), "x_bits: expected 2 samples"),
+        "rate 0": (lambda: ops.sample_engram(x, seed, 0.0), r"rate: expected in \(0, 1\], got 0"),
+        "rate 2": (lambda: ops.sample_engram(x, seed, 2.0), r"rate: expected in \(0, 1\], got 2"),
+        "temperature": (lambda: ops.sample_engram(x, seed, 0.5, temperature=-1.0), "temperature: .*got -1"),
+        "temperature NaN": (lambda: ops.sample_engram(x, seed, 0.5, temperature=math.nan), "temperature: .*nan"),
+        "rule": (lambda: ops.sample_engram(x, seed, 0.5, "uniform"), "rule: .*got 'uniform'"),
+        "seed": (lambda: ops.sample_engram(x, seed[:1], 0.5), r"seed: expected int64 \(2,\)"),
+        "score NaN": (lambda: ops.sample_engram(nan, seed, 0.5), "score: .*NaN"),
+        "update shape": (
+            lambda: ops.metaplastic_adam_(update[0], update[1].T, *update[2:], **ADAM),
+            r"grad: expected float32 of the weight's shape float32 \(3, 5\), got float32 \(5, 3\)",
+        ),
+        "update strides": (
+            lambda: ops.metaplastic_adam_(torch.randn(5, 3).T, *update[1:], **ADAM),
+            "weight: expected a contiguous",
+        ),
+        "update step": (lambda: ops.metaplastic_adam_(*update, **ADAM | {"step": 0}), "step: .*got 0"),
+        "update beta": (lambda: ops.metaplastic_adam_(*update, **ADAM | {"beta1": 1.0}), "beta1: .*got 1"),
+        "update NaN": (
+            lambda: ops.metaplastic_adam_(update[0].clone(), update[1] * math.nan, *update[2:], **ADAM),
+            "grad: expected finite",
+        ),
+        "isa": (lambda: ops.set_isa("sse9"), "ISA: expected one of .*scalar.*got 'sse9'"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_calls()))
+def test_bad_input_is_named(name):
+    call, message = bad_calls()[name]
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def test_a_forced_instruction_set_is_used_and_an_unknown_one_refused():
+    import os
+    import subprocess
+    import sys
+
+    def run(name):
+        return subprocess.run(
+            [sys.executable, "-c", "import engram_kernels as ek; print(ek.ops.isa())"],
+            env=os.environ | {"ENGRAM_ISA": name},
+            capture_output=True,
+            text=True,
+        )
+
+    assert run("scalar").stdout.strip() == "scalar"
+    refused = run("sse9")
+    assert refused.returncode != 0 and "ENGRAM_ISA: ISA: expected one of" in refused.stderr
+
+
+def test_garbage_beyond_k_in_a_gate_cannot_reach_memory_outside():
+    k = 70
+    gate = torch.full((4, 2), -1)
+    d, w_bits, x_bits = torch.randn(4, 9), bits_of(9, k), bits_of(4, k)
+    assert_close(ops.masked_input_grad(d, w_bits, k, gate), reference.masked_input_grad(d, w_bits, k, gate), 9)
+    assert_close(ops.gated_weight_grad(d, x_bits, k, gate), reference.gated_weight_grad(d, x_bits, k, gate), 4)
+
+
+def test_public_name():
+    assert ek.ops is ops and ek.reference is reference
