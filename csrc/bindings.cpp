@@ -1,5 +1,5 @@
-// Every operator of engram_kernels: its schema, its checks, its way to the backend. LibTorch Stable ABI only, so that one
-// library serves every Python >= 3.10 and torch >= 2.13. Errors name the argument, what it needs and what it got.
+// Every operator of engram_kernels: its schema, its checks, its way to the backend. LibTorch Stable ABI only, so that
+// one library serves every Python >= 3.10 and torch >= 2.13. Errors name the argument, what it needs and what it got.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -385,8 +385,8 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
   check_k(K);
   if (sign_bits) {
     check_packed("sign_bits", *sign_bits, K);
-    require(sign_bits->size(0) == N && sign_bits->is_contiguous(), "sign_bits: expected ", N,
-            " contiguous rows, got ", describe(*sign_bits));
+    require(sign_bits->size(0) == N && sign_bits->is_contiguous(), "sign_bits: expected ", N, " contiguous rows, got ",
+            describe(*sign_bits));
   }
   require(lr >= 0, "lr: expected at least 0, got ", lr);
   require(beta1 >= 0 && beta1 < 1, "beta1: expected in [0, 1), got ", beta1);
@@ -400,12 +400,11 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
   const double step_size = lr * std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t));
   TorchRuntime rt(weight);
   const bool nan = engram::cpu::metaplastic_adam(
-      rt.get(),
-      {static_cast<float*>(weight.mutable_data_ptr()), float_data(g), static_cast<float*>(exp_avg.mutable_data_ptr()),
-       static_cast<float*>(exp_avg_sq.mutable_data_ptr()),
-       sign_bits ? static_cast<uint64_t*>(sign_bits->mutable_data_ptr()) : nullptr, N, K, words_for(K),
-       static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(eps), static_cast<float>(weight_decay),
-       static_cast<float>(metaplasticity), static_cast<float>(step_size)});
+      rt.get(), {static_cast<float*>(weight.mutable_data_ptr()), float_data(g),
+                 static_cast<float*>(exp_avg.mutable_data_ptr()), static_cast<float*>(exp_avg_sq.mutable_data_ptr()),
+                 sign_bits ? static_cast<uint64_t*>(sign_bits->mutable_data_ptr()) : nullptr, N, K, words_for(K),
+                 static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(eps),
+                 static_cast<float>(weight_decay), static_cast<float>(metaplasticity), static_cast<float>(step_size)});
   require(!nan, "grad: expected finite numbers, got values that made a weight NaN");
 }
 

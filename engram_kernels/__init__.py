@@ -1,5 +1,24 @@
 """Bit-packed kernels for binarized networks that keep learning."""
 
 from . import ops, reference
+from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, StochasticEngram
+from .hidden_weight import HiddenWeight
+from .layers import BinaryEngramLinear, EngramMLP
+from .optim import MetaplasticAdam
 
-__all__ = ["ops", "reference"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "BernoulliEngram",
+    "BinaryEngramLinear",
+    "ContextEngram",
+    "Engram",
+    "EngramMLP",
+    "HiddenWeight",
+    "MetaplasticAdam",
+    "Recruitment",
+    "StochasticEngram",
+    "__version__",
+    "ops",
+    "reference",
+]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .reference import words_for
 
-_library = next(Path(__file__).parent.glob("_C*.so"), None)
-if _library is None:
+_library = Path(__file__).parent / "_C.abi3.so"
+if not _library.exists():
     raise ImportError(
         "engram_kernels: the compiled library engram_kernels/_C.abi3.so is missing; "
         "install the package (pip install .) or build it in place (python setup.py build_ext --inplace)"
@@ -92,7 +92,10 @@ def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
 
 
 def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
-    """``y = x @ s(W).T``, the real-valued first layer. Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``."""
+    """``y = x @ s(W).T``: the real-valued first layer.
+
+    Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``.
+    """
     return _ops.sign_matmul_t(x, w_bits, k)
 
 
@@ -183,8 +186,9 @@ def metaplastic_adam_(
 def _check_fake_packed(name: str, bits: Tensor, k: int) -> None:
     torch._check(
         bits.dtype == torch.int64 and bits.dim() == 2 and bits.shape[1] == words_for(k),
-        lambda: f"{name}: expected int64 of shape (rows, {words_for(k)}) for k = {k}, "
-        f"got {bits.dtype} {tuple(bits.shape)}",
+        lambda: (
+            f"{name}: expected int64 of shape (rows, {words_for(k)}) for k = {k}, got {bits.dtype} {tuple(bits.shape)}"
+        ),
     )
 
 

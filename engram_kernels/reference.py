@@ -140,8 +140,8 @@ def sample_engram(
     """Recruits units: floats (M, K) -> gate bits (M, words).
 
     ``"bernoulli"`` recruits each unit independently with probability ``rate`` (``score`` gives the shape only);
-    ``"gumbel_top_k"`` recruits the ``max(1, round(rate * K))`` units of largest ``score / temperature + Gumbel``, ties to
-    the lower index; temperature 0 adds no noise, infinity ignores the scores.
+    ``"gumbel_top_k"`` recruits the ``max(1, round(rate * K))`` units of largest ``score / temperature + Gumbel``, ties
+    to the lower index; temperature 0 adds no noise, infinity ignores the scores.
     """
     rows, k = score.shape
     if rule == "bernoulli":

@@ -13,9 +13,7 @@ SIZES = [1, 3, 31, 63, 64, 65, 127, 129, 784, 1000]
 GATES = ["none", "shared", "per sample"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 sizes = st.integers(1, 300)
-per_isa = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+per_isa = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def bits_of(rows, k):
@@ -168,9 +166,7 @@ def test_half_precision_arguments_give_their_own_dtype(isa, dtype):
     assert_close(ops.sign_matmul(d, w_bits, k), reference.sign_matmul(d, w_bits, k), n)
     assert_close(ops.sign_matmul_t(x, w_bits, k), reference.sign_matmul_t(x, w_bits, k), k)
     assert_close(ops.gated_input_grad(d, w_bits, x, gate), reference.gated_input_grad(d, w_bits, x, gate), n)
-    assert_close(
-        ops.gated_weight_grad(d, x_bits, k, gate), reference.gated_weight_grad(d, x_bits, k, gate), m
-    )
+    assert_close(ops.gated_weight_grad(d, x_bits, k, gate), reference.gated_weight_grad(d, x_bits, k, gate), m)
     assert torch.equal(
         ops.sample_engram(x, torch.tensor([3, 0]), 0.2), reference.sample_engram(x, torch.tensor([3, 0]), 0.2)
     )

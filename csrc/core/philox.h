@@ -4,8 +4,8 @@
 //     philox(key = seed, counter = (column / 4, row low, row high, offset))
 // and depends on nothing else: not on threads, block sizes or the device.
 //
-// gumbel() and natural_log() use only IEEE-754 single-precision operations in a fixed order and must be compiled without
-// contraction to fused multiply-add; then every device, and the PyTorch reference, computes the same bits.
+// gumbel() and natural_log() use only IEEE-754 single-precision operations in a fixed order and must be compiled
+// without contraction to fused multiply-add; then every device, and the PyTorch reference, computes the same bits.
 #pragma once
 
 #include <cstdint>

@@ -145,8 +145,7 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
         first = last;
       }
       const int32_t base = recruited(p, m);
-      for (int j = 0; j < columns; ++j)
-        p.y[m * p.N + n + j] = base - 2 * static_cast<int32_t>(bits_total(wide[j]));
+      for (int j = 0; j < columns; ++j) p.y[m * p.N + n + j] = base - 2 * static_cast<int32_t>(bits_total(wide[j]));
     }
   }
 }

@@ -21,20 +21,20 @@ struct BinaryMatmul {
 };
 
 struct SignMatmul {
-  const float* a;       // sign_matmul: [M, N]; sign_matmul_t: [M, K]
-  const float* a_sum;   // [M] sum of each row of a
-  const uint64_t* w;    // [N, words]
-  float* y;             // sign_matmul: [M, K]; sign_matmul_t: [M, N]
+  const float* a;      // sign_matmul: [M, N]; sign_matmul_t: [M, K]
+  const float* a_sum;  // [M] sum of each row of a
+  const uint64_t* w;   // [N, words]
+  float* y;            // sign_matmul: [M, K]; sign_matmul_t: [M, N]
   int64_t M, N, K, words;
 };
 
 struct GatedInputGrad {
-  const float* d;          // [M, N]
-  const float* d_sum;      // [M] sum of each row of d
-  const uint64_t* w_t;     // [K, words_for(N)] transposed sign bits
-  const uint64_t* mask;    // [M or 1, words_for(K)] units that take part
-  int64_t mask_stride;     // in words, 0 or words_for(K)
-  float* dx;               // [M, K]
+  const float* d;        // [M, N]
+  const float* d_sum;    // [M] sum of each row of d
+  const uint64_t* w_t;   // [K, words_for(N)] transposed sign bits
+  const uint64_t* mask;  // [M or 1, words_for(K)] units that take part
+  int64_t mask_stride;   // in words, 0 or words_for(K)
+  float* dx;             // [M, K]
   int64_t M, N, K;
 };
 
@@ -42,13 +42,13 @@ struct GatedInputGrad {
 // recruited it: those with sign +1 from the front, those with sign -1 from the back.
 constexpr int64_t kSampleChunk = 256;
 struct GatedWeightGrad {
-  const float* d;           // [M, N]
-  const uint64_t* x;        // [M, words]
-  const uint64_t* gate;     // as in BinaryMatmul
+  const float* d;        // [M, N]
+  const uint64_t* x;     // [M, words]
+  const uint64_t* gate;  // as in BinaryMatmul
   int64_t gate_stride;
-  uint8_t* lists;           // [K, kSampleChunk]
-  int32_t* counts;          // [K, 2] number of +1 and of -1 samples
-  float* dw;                // [N, K]
+  uint8_t* lists;   // [K, kSampleChunk]
+  int32_t* counts;  // [K, 2] number of +1 and of -1 samples
+  float* dw;        // [N, K]
   int64_t M, N, K, words;
   int64_t chunk_begin, chunk_end;  // samples of this chunk; the first chunk overwrites dw, later ones add
 };
@@ -58,20 +58,20 @@ struct SampleEngram {
   uint64_t* gate;      // [M, words]
   int64_t M, K, words;
   bool bernoulli;
-  int64_t count;             // recruited units per sample (Gumbel-top-k)
-  uint64_t threshold;        // recruited where the 32-bit draw is below it (Bernoulli)
-  float inverse_temperature; // 0: scores ignored; negative: no noise
+  int64_t count;              // recruited units per sample (Gumbel-top-k)
+  uint64_t threshold;         // recruited where the 32-bit draw is below it (Bernoulli)
+  float inverse_temperature;  // 0: scores ignored; negative: no noise
   uint64_t seed;
   uint32_t offset;
   uint64_t first_row;
 };
 
 struct MetaplasticAdam {
-  float* weight;          // [N, K]
-  const float* grad;      // [N, K]
-  float* exp_avg;         // [N, K]
-  float* exp_avg_sq;      // [N, K]
-  uint64_t* sign_bits;    // [N, words] or null
+  float* weight;        // [N, K]
+  const float* grad;    // [N, K]
+  float* exp_avg;       // [N, K]
+  float* exp_avg_sq;    // [N, K]
+  uint64_t* sign_bits;  // [N, words] or null
   int64_t N, K, words;
   float beta1, beta2, eps, weight_decay, metaplasticity, step_size;
 };
@@ -83,8 +83,8 @@ struct Kernels {
   // Packs rows [begin, end) of x [.., k]; true if a NaN was seen.
   bool (*pack_signs)(const void* x, Element element, int64_t k, uint64_t* bits, int64_t begin, int64_t end);
   // bits = 1{|x| <= width} & gate; gate may be null.
-  void (*pack_window)(const float* x, float width, int64_t k, const uint64_t* gate, int64_t gate_stride,
-                      uint64_t* bits, int64_t begin, int64_t end);
+  void (*pack_window)(const float* x, float width, int64_t k, const uint64_t* gate, int64_t gate_stride, uint64_t* bits,
+                      int64_t begin, int64_t end);
   // Writes the bit pattern `plus` or `minus` of `size` bytes (1, 2, 4, 8) for each unit of rows [begin, end).
   void (*unpack_signs)(const uint64_t* bits, int64_t k, int size, uint64_t plus, uint64_t minus, void* out,
                        int64_t begin, int64_t end);

@@ -63,7 +63,8 @@ T* workspace(const Runtime& rt, int64_t elements) {
   return static_cast<T*>(rt.allocate(rt.owner, static_cast<size_t>(elements) * sizeof(T)));
 }
 
-// Whether to split a product over its `outer` blocks (the better for reuse of the operand they stand for) or over samples.
+// Whether to split a product over its `outer` blocks (the better for reuse of the operand they stand for) or over
+// samples.
 bool enough_blocks(const Runtime& rt, int64_t blocks) { return blocks >= 4 * rt.threads; }
 
 }  // namespace
@@ -98,9 +99,8 @@ bool pack_signs(const Runtime& rt, const void* x, Element element, int64_t rows,
 void pack_window(const Runtime& rt, const float* x, float width, int64_t rows, int64_t k, const uint64_t* gate,
                  int64_t gate_stride, uint64_t* bits) {
   const Kernels& kernels = *active().load();
-  share(rt, rows, k, [&](int64_t begin, int64_t end) {
-    kernels.pack_window(x, width, k, gate, gate_stride, bits, begin, end);
-  });
+  share(rt, rows, k,
+        [&](int64_t begin, int64_t end) { kernels.pack_window(x, width, k, gate, gate_stride, bits, begin, end); });
 }
 
 void unpack_signs(const Runtime& rt, const uint64_t* bits, int64_t rows, int64_t k, int size, uint64_t plus,
@@ -141,11 +141,9 @@ void sign_matmul(const Runtime& rt, SignMatmul p) {
   p.a_sum = row_sums(rt, kernels, p.a, p.M, p.N);
   const int64_t used = ceil_div(p.K, kWordBits);
   if (enough_blocks(rt, used) || used >= p.M) {
-    share(rt, used, p.M * p.N * 4,
-          [&](int64_t begin, int64_t end) { kernels.sign_matmul(p, 0, p.M, begin, end); });
+    share(rt, used, p.M * p.N * 4, [&](int64_t begin, int64_t end) { kernels.sign_matmul(p, 0, p.M, begin, end); });
   } else {
-    share(rt, p.M, p.N * p.words * 4,
-          [&](int64_t begin, int64_t end) { kernels.sign_matmul(p, begin, end, 0, used); });
+    share(rt, p.M, p.N * p.words * 4, [&](int64_t begin, int64_t end) { kernels.sign_matmul(p, begin, end, 0, used); });
   }
 }
 
@@ -171,7 +169,8 @@ void masked_input_grad(const Runtime& rt, const float* d, const uint64_t* w, con
   if (2 * taking_part > mask_rows * K) {  // dense: sharing a word of W among samples beats skipping units
     SignMatmul p{d, nullptr, w, dx, M, N, K, words};
     sign_matmul(rt, p);
-    share(rt, M, K, [&](int64_t begin, int64_t end) { kernels.zero_unrecruited(dx, K, mask, mask_stride, begin, end); });
+    share(rt, M, K,
+          [&](int64_t begin, int64_t end) { kernels.zero_unrecruited(dx, K, mask, mask_stride, begin, end); });
     return;
   }
   uint64_t* w_t = workspace<uint64_t>(rt, K * words_for(N));

@@ -33,9 +33,9 @@ void pack_window(const Runtime&, const float* x, float width, int64_t rows, int6
                  int64_t gate_stride, uint64_t* bits);
 void unpack_signs(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, int size, uint64_t plus,
                   uint64_t minus, void* out);
-void binary_matmul(const Runtime&, BinaryMatmul p);    // fills p.recruited itself
-void sign_matmul(const Runtime&, SignMatmul p);        // fills p.a_sum itself
-void sign_matmul_t(const Runtime&, SignMatmul p);      // fills p.a_sum itself
+void binary_matmul(const Runtime&, BinaryMatmul p);  // fills p.recruited itself
+void sign_matmul(const Runtime&, SignMatmul p);      // fills p.a_sum itself
+void sign_matmul_t(const Runtime&, SignMatmul p);    // fills p.a_sum itself
 void masked_input_grad(const Runtime&, const float* d, const uint64_t* w, const uint64_t* mask, int64_t mask_stride,
                        float* dx, int64_t M, int64_t N, int64_t K);
 void gated_weight_grad(const Runtime&, GatedWeightGrad p);  // fills the lists and the chunks itself

@@ -61,8 +61,7 @@ bool pack_signs(const void* x, Element element, int64_t k, uint64_t* bits, int64
 void pack_window(const float* x, float width, int64_t k, const uint64_t* gate, int64_t gate_stride, uint64_t* bits,
                  int64_t begin, int64_t end) {
   const float outside = __builtin_nanf("");
-  pack_rows(x, outside, k, bits, begin, end,
-            [width](const float* block, bool&) { return window_of_64(block, width); });
+  pack_rows(x, outside, k, bits, begin, end, [width](const float* block, bool&) { return window_of_64(block, width); });
   if (gate == nullptr) return;
   const int64_t words = words_for(k);
   for (int64_t row = begin; row < end; ++row)
@@ -101,8 +100,7 @@ void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out
     const int64_t units = smaller(kWordBits, k - unit_word * kWordBits);
     for (int64_t row_word = 0; row_word < out_words; ++row_word) {
       const int64_t first = row_word * kWordBits;
-      for (int64_t i = 0; i < kWordBits; ++i)
-        block[i] = first + i < rows ? bits[(first + i) * words + unit_word] : 0;
+      for (int64_t i = 0; i < kWordBits; ++i) block[i] = first + i < rows ? bits[(first + i) * words + unit_word] : 0;
       transpose_64x64(block);
       for (int64_t j = 0; j < units; ++j) out[(unit_word * kWordBits + j) * out_words + row_word] = block[j];
     }

@@ -28,7 +28,6 @@ ENGRAM_INLINE T smaller(T a, T b) {
   return b < a ? b : a;
 }
 
-
 ENGRAM_INLINE int64_t scalar_popcount(uint64_t v) {
   v -= (v >> 1) & 0x5555555555555555u;
   v = (v & 0x3333333333333333u) + ((v >> 2) & 0x3333333333333333u);

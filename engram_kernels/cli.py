@@ -1,0 +1,375 @@
+"""The command ``engram-kernels``: train a network on task after task; describe the installation.
+
+Exit codes: 0 done; 2 the user's input can't be used (one line on stderr says what was got and what is
+needed); 130 interrupted (what was learned so far is written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import io
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+PROGRAM = "engram-kernels"
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like all others of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options of the command line."""
+    from .continual import data, methods, scenarios
+
+    parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a network on one task after another and show what it remembers",
+        description="Train a binarized network on a stream of tasks; after each, test it on all of them. "
+        "Without options: scikit-learn's digits, two new classes per task, method engram. "
+        "Writes metrics.json and report.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = train.add_argument_group("what")
+    group.add_argument(
+        "--dataset", default="digits", metavar="NAME",
+        help=f"{', '.join(data.names())}, or the path of an .npz file with x_train, y_train, x_test, y_test",
+    )  # fmt: skip
+    group.add_argument(
+        "--data-dir", metavar="DIR", default=argparse.SUPPRESS,
+        help="where the IDX files are (default: $ENGRAM_DATA_DIR, else ./data)",
+    )  # fmt: skip
+    group.add_argument(
+        "--scenario", choices=scenarios.SCENARIOS, default="class",
+        help="class: every task brings new classes; permuted: every task has its own order of the pixels",
+    )  # fmt: skip
+    group.add_argument(
+        "--method", choices=tuple(methods.METHODS), default="engram",
+        help="engram: gated and metaplastic; mbnn: metaplastic only; bnn: neither",
+    )  # fmt: skip
+    group.add_argument("--hidden", type=int, nargs="+", default=[2048, 2048], metavar="N", help="hidden layer widths")
+    group.add_argument(
+        "--tasks", type=int, metavar="N", default=argparse.SUPPRESS,
+        help=f"number of tasks (default: all classes; permuted: {scenarios.DEFAULT_PERMUTED_TASKS})",
+    )  # fmt: skip
+    group.add_argument(
+        "--classes-per-task", type=int, metavar="N", default=argparse.SUPPRESS,
+        help=f"new classes per task, scenario class (default: {scenarios.DEFAULT_CLASSES_PER_TASK})",
+    )  # fmt: skip
+    group.add_argument(
+        "--shuffle-classes", action="store_true", help="order the classes by the seed instead of by label"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, engrams, sample order and tasks")
+    group.add_argument(
+        "--seeds", type=int, nargs="+", metavar="S", default=argparse.SUPPRESS,
+        help="one run per seed; prints mean and deviation too",
+    )  # fmt: skip
+
+    group = train.add_argument_group("hyper-parameters (the default depends on method, scenario and dataset)")
+    for option, kind, text in (
+        ("--epochs", int, "passes over each task"),
+        ("--batch-size", int, "samples per step"),
+        ("--rate", float, "share of the units recruited per sample, in (0, 1]"),
+        ("--temperature", float, "of the engrams' noise; 0: always the most excitable units"),
+        ("--ste-window", float, "largest pre-activation that passes gradient (straight-through estimator)"),
+        ("--weight-decay", float, "L2 decay of the hidden weights"),
+    ):
+        group.add_argument(
+            option, type=kind, metavar="X" if kind is float else "N", default=argparse.SUPPRESS, help=text
+        )
+    for option, text in (
+        ("--lr", "step size of metaplastic Adam; one value or one per weight matrix"),
+        ("--metaplasticity", "resistance of large weights to shrinking; one value or one per weight matrix"),
+    ):
+        group.add_argument(option, type=float, nargs="+", metavar="X", default=argparse.SUPPRESS, help=text)
+    group.add_argument(
+        "--loss", choices=methods.LOSSES, default=argparse.SUPPRESS,
+        help="cross-entropy over all classes, or over those present in the batch",
+    )  # fmt: skip
+    group.add_argument(
+        "--train-hidden", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="train the hidden layers, or keep them as initialised",
+    )  # fmt: skip
+
+    group = train.add_argument_group("how")
+    group.add_argument(
+        "--output", metavar="DIR", default=argparse.SUPPRESS,
+        help="where the results go (default: runs/DATASET-SCENARIO-METHOD-seedS); with --seeds, in DIR/seedS",
+    )  # fmt: skip
+    group.add_argument(
+        "--threads", type=int, metavar="N", default=argparse.SUPPRESS, help="CPU threads (default: torch's)"
+    )
+    group.add_argument("--save-model", action="store_true", help="also write the trained weights, model.pt")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    train.set_defaults(run=_train)
+
+    info = commands.add_parser(
+        "info",
+        help="versions, instruction set, threads, CUDA and Triton: what a bug report needs",
+        description="Print what a bug report needs to say about the installation.",
+    )
+    info.set_defaults(run=_info)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (argparse itself exits with 0 or 2)."""
+    from .continual.extras import MissingExtraError
+    from .continual.training import TrainingError
+
+    options = build_parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except (ValueError, OSError, TrainingError, MissingExtraError, MemoryError) as error:
+        message = _one_line(error)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        message = "not enough memory: " + _one_line(error)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _train(options: argparse.Namespace) -> int:
+    import torch
+
+    from .continual import data, report, scenarios
+    from .continual.memory import MemoryMeter
+    from .continual.methods import METHODS, method_config
+    from .continual.progress import NoProgress, default_progress
+    from .continual.training import run
+
+    given = vars(options)
+    seeds: list[int] = given.get("seeds", [options.seed])
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: expected different seeds, got {' '.join(map(str, seeds))}")
+    for seed in seeds:
+        scenarios.seeded_generator(seed, "check")
+    if (threads := given.get("threads")) is not None:
+        if threads < 1:
+            raise ValueError(f"threads: expected an integer >= 1, got {threads}")
+        torch.set_num_threads(threads)
+    overrides: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value := given[field.name], list) and len(value) > 1
+        else value[0] if isinstance(value, list) else value
+        for field in dataclasses.fields(METHODS[options.method])
+        if field.name in given
+    }  # fmt: skip
+    tasks: dict[str, Any] = {name: given.get(name) for name in ("tasks", "classes_per_task", "shuffle_classes")}
+
+    # Everything that can be wrong is looked at before the first minute of training.
+    dataset = data.load(options.dataset, given.get("data_dir"))
+    config = method_config(options.method, options.scenario, dataset.name, **overrides)
+    scenario = scenarios.make_scenario(options.scenario, dataset, seed=seeds[0], **tasks)
+    name = f"{dataset.name}-{options.scenario}-{options.method}"
+    several = len(seeds) > 1
+    default = Path("runs") / f"{name}-seed{'s' if several else ''}{'-'.join(map(str, seeds))}"
+    output = Path(given.get("output", default))
+    folders = {seed: output / f"seed{seed}" if several else output for seed in seeds}
+    for folder in folders.values():
+        _prepare_directory(folder)
+    picture = _can_draw()
+
+    print(
+        f"{dataset.name}: {len(dataset.y_train)} training and {len(dataset.y_test)} test samples of "
+        f"{dataset.features} features, {dataset.num_classes} classes; {options.scenario} scenario of "
+        f"{len(scenario)} tasks; method {options.method}; "
+        f"network {'-'.join(map(str, [dataset.features, *options.hidden, dataset.num_classes]))}",
+        flush=True,  # before the progress on stderr, wherever both go
+    )
+    memory = MemoryMeter()
+    results = []
+    for seed in seeds:
+        if several:
+            print(f"\nseed {seed}", flush=True)
+        method, result = run(
+            dataset,
+            scenario=options.scenario,
+            method=options.method,
+            hidden=options.hidden,
+            seed=seed,
+            progress=NoProgress() if options.quiet else default_progress(),
+            memory=memory,
+            **tasks,
+            **overrides,
+        )
+        metrics = report.metrics_of(
+            result,
+            {
+                "dataset": options.dataset,
+                "data_dir": given.get("data_dir"),
+                "scenario": options.scenario,
+                "tasks": len(scenario),
+                "classes_per_task": len(scenario.train_stream[0].classes),
+                "shuffle_classes": options.shuffle_classes,
+                "method": options.method,
+                "hidden": options.hidden,
+                "seed": seed,
+                **dataclasses.asdict(config),
+            },
+        )
+        written = [report.write_metrics(folders[seed], metrics)]
+        if picture:
+            written.append(report.write_picture(folders[seed], metrics, chance=1 / dataset.num_classes))
+        if options.save_model:
+            buffer = io.BytesIO()
+            torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
+            written.append(folders[seed] / "model.pt")
+            report.write_atomically(written[-1], buffer.getvalue())
+        print("\n".join(("", report.table(result.accuracy_matrix, result.tasks_completed), "", report.summary(result))))
+        print("\n" + "\n".join(f"wrote {path}" for path in written))
+        results.append(result)
+        if not result.completed:
+            print(f"{PROGRAM}: interrupted; the files hold what was learned so far", file=sys.stderr)
+            break
+    finished = [(seed, result) for seed, result in zip(seeds, results, strict=False) if result.completed]
+    if several and finished:
+        content = report.summarize_seeds([seed for seed, _ in finished], [result for _, result in finished])
+        path = report.write_metrics(output, content, "summary.json")
+        print(f"\n{report.seeds_table(content)}\n\nwrote {path}")
+    return 0 if results[-1].completed else EXIT_INTERRUPTED
+
+
+def _prepare_directory(path: Path) -> None:
+    """Make the directory, and a file in it for a moment: better refused now than after training."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"output: expected a directory that can be written, got {path} ({error.strerror})") from None
+
+
+def _can_draw() -> bool:
+    """Numbers are worth having without a picture, so a missing matplotlib is said and not fatal."""
+    from .continual.extras import MissingExtraError, require
+
+    try:
+        require("matplotlib", "matplotlib", "the picture report.png")
+    except MissingExtraError as error:
+        print(f"{PROGRAM}: warning: {error}; going on without it", file=sys.stderr)
+        return False
+    return True
+
+
+def _info(options: argparse.Namespace) -> int:
+    """Print the state of the installation; what can't be found out is said, not raised."""
+    import torch
+
+    import engram_kernels as ek
+
+    build = ek.ops.build_info()
+    extra = ("scikit-learn", "matplotlib", "tqdm")
+    environment = {name: value for name, value in os.environ.items() if name.startswith("ENGRAM_")}
+    rows: list[tuple[str, str]] = [
+        ("engram-kernels", _version("engram-kernels") or str(getattr(ek, "__version__", "not installed"))),
+        ("python", f"{platform.python_version()} ({sys.executable})"),
+        ("torch", str(torch.__version__)),
+        *((name, _version(name) or "not installed") for name in ("numpy", "triton")),
+        ("system", f"{platform.platform()} {platform.machine()}"),
+        ("processor", _processor()),
+        ("instruction set", f"{ek.ops.isa()} in use; available: {', '.join(ek.ops.available_isas())}"),
+        ("processor flags", ", ".join(_cpu_features()) or "unknown"),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
+        *((f"build: {name}", str(value)) for name, value in sorted(build.items())),
+        ("cuda", _cuda_state()),
+        ("nvidia driver", _driver()),
+        ("triton state", _triton_state()),
+        ("extra 'train'", ", ".join(f"{name} {_version(name) or 'missing'}" for name in extra)),
+        (
+            "environment",
+            " ".join(f"{name}={value}" for name, value in environment.items()) or "no ENGRAM_* set",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        print(f"{name:<{width}}{value}")
+    return 0
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_info() -> dict[str, str]:
+    """The first processor's fields in /proc/cpuinfo; empty elsewhere than on Linux."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def _processor() -> str:
+    return _cpu_info().get("model name") or platform.processor() or "unknown"
+
+
+def _cpu_features() -> list[str]:
+    info = _cpu_info()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    known = ("avx2", "avx512f", "avx512bw", "avx512_vpopcntdq", "asimd", "sve")
+    return [flag for flag in known if flag in flags]
+
+
+def _cuda_state() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    built = f"torch is built with CUDA {torch.version.cuda}"
+    if not torch.cuda.is_available():
+        return f"{built}; no usable device"
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return f"{built}; " + ", ".join(
+        f"{device.name} (sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB)" for device in devices
+    )
+
+
+def _driver() -> str:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return "not found"
+
+
+def _triton_state() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        return f"can't be imported ({_one_line(error)})"
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+        return f"active for {target.backend} {target.arch}"
+    except Exception as error:  # what a missing GPU raises differs between Triton's versions
+        return f"imports; no active GPU driver ({_one_line(error)})"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

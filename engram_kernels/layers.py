@@ -1,0 +1,195 @@
+"""Drop-in layers whose weights and activations are signs, and the paper's network made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .engrams import Engram, Recruitment
+from .hidden_weight import HiddenWeight, as_hidden_weight
+
+INIT_RANGE = 0.05  # hidden weights start uniform in [-0.05, 0.05] (Laborieux et al. 2021)
+
+
+class _BinaryLinear(torch.autograd.Function):
+    """Gated product of signs with straight-through gradients; keeps bits only."""
+
+    @staticmethod
+    def forward(ctx, x, weight, w_bits, gate_bits, window):
+        x_bits = ops.pack_signs(x)
+        mask_bits = ops.pack_window(x, window, gate_bits) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
+        ctx.k, ctx.weight_dtype = weight.shape[1], weight.dtype
+        return ops.binary_matmul(x_bits, w_bits, ctx.k, gate_bits).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, d):
+        x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.masked_input_grad(d, w_bits, ctx.k, mask_bits)
+        if ctx.needs_input_grad[1]:
+            dw = ops.gated_weight_grad(d.to(ctx.weight_dtype), x_bits, ctx.k, gate_bits)
+        return dx, dw, None, None, None
+
+
+class _SignLinear(torch.autograd.Function):
+    """Product of a real-valued input with signs; keeps the input, which the weight's gradient needs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, w_bits):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
+        ctx.k, ctx.weight_dtype = weight.shape[1], weight.dtype
+        return ops.sign_matmul_t(x, w_bits, ctx.k)
+
+    @staticmethod
+    def backward(ctx, d):
+        x, w_bits = ctx.saved_tensors
+        dx = ops.sign_matmul(d, w_bits, ctx.k) if ctx.needs_input_grad[0] else None
+        dw = (d.T @ x).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+
+class BinaryEngramLinear(nn.Module):
+    """Drop-in for ``nn.Linear`` whose weights and inputs are signs, gated by an engram.
+
+    ``y[m, n] = sum over recruited k of sign(x[m, k]) * sign(weight[n, k])`` (+ bias), sign(0) = +1
+
+    Shapes: input (*, in_features), output (*, out_features) in the input's dtype (float32, bfloat16 or float16).
+    ``weight`` is the real-valued hidden weight (Courbariaux et al. 2016), same name and shape as in ``nn.Linear``, so a
+    float checkpoint loads; any optimizer works, :class:`~engram_kernels.MetaplasticAdam` updates it by the metaplastic
+    rule. Its packed signs are kept between calls and never stale. Gradients are straight-through: the weight's passes
+    unchanged, the input's only to recruited units with ``|x| <= ste_window`` (``inf``: to all recruited units).
+
+    Args:
+        in_features: K, at least 1.
+        out_features: N, at least 1.
+        bias: adds a real-valued bias (N,).
+        engram: rule that recruits input units, for instance :class:`~engram_kernels.StochasticEngram`; None: all units.
+        binary_input: False takes the input as it is, real-valued, as a first layer does; excludes ``engram``.
+        ste_window: half-width of the straight-through window, above 0.
+        device: of the parameters.
+        dtype: of the parameters: float32, bfloat16 or float16.
+
+    Raises: ValueError for sizes below 1, a window of 0 or less, or an engram on a real-valued input; RuntimeError if
+    the input's last dimension is not ``in_features``, its dtype is not one of the three, or it contains NaN.
+    """
+
+    weight: HiddenWeight
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        engram: Engram | None = None,
+        binary_input: bool = True,
+        ste_window: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"in_features, out_features: expected at least 1, got {in_features}, {out_features}")
+        if not ste_window > 0:
+            raise ValueError(f"ste_window: expected above 0, got {ste_window!r}")
+        if engram is not None and not binary_input:
+            raise ValueError("engram: expected None with binary_input=False, since a gate recruits binary units")
+        self.in_features, self.out_features = in_features, out_features
+        self.binary_input, self.ste_window = binary_input, float(ste_window)
+        self.engram = engram
+        self.weight = HiddenWeight(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Hidden weights uniform in [-0.05, 0.05], bias 0."""
+        nn.init.uniform_(self.weight, -INIT_RANGE, INIT_RANGE)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Makes whatever is assigned to ``weight`` a hidden weight."""
+        super().register_parameter(name, as_hidden_weight(param) if name == "weight" and param is not None else param)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Floats (*, in_features) -> (*, out_features)."""
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise RuntimeError(f"input: expected shape (*, {self.in_features}), got {tuple(x.shape)}")
+        weight = self.weight
+        # a plain tensor stands here under torch.func.functional_call
+        w_bits = weight.sign_bits() if isinstance(weight, HiddenWeight) else ops.pack_signs(weight.detach())
+        rows = x.reshape(-1, self.in_features)
+        if self.binary_input:
+            gate_bits, scale = Recruitment(None) if self.engram is None else self.engram(rows)
+            y = _BinaryLinear.apply(rows, weight, w_bits, gate_bits, self.ste_window)
+            if scale != 1.0:
+                y = y * scale
+        else:
+            y = _SignLinear.apply(rows, weight, w_bits)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text if self.binary_input else text + ", binary_input=False"
+
+
+class EngramMLP(nn.Module):
+    """The paper's network: fully connected, binary, with an engram in every layer after the first.
+
+    ``z_1 = norm(x s(W_1)^T)``, ``z_i = norm((g_i * s(z_{i-1})) s(W_i)^T)``, and in the last layer
+    ``logits = (g * s(z)) s(W)^T / sqrt(recruited units)``. ``norm`` standardises each sample over its units (LayerNorm
+    without parameters): no statistics of a batch are used or kept, in training or at test.
+
+    Args:
+        sizes: units per layer, input and output included.
+        engram: one rule for all layers after the first, or None for no gates. A module; it is shared, since rules keep
+            no state per layer.
+        train_hidden: False leaves all but the last layer as initialised: fixed random features.
+        ste_window: see :class:`BinaryEngramLinear`.
+
+    Shapes: floats (M, sizes[0]) -> logits (M, sizes[-1]).
+    Raises: ValueError for fewer than two sizes or a size below 1.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] = (784, 2048, 2048, 10),
+        *,
+        engram: Engram | None = None,
+        train_hidden: bool = True,
+        ste_window: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if len(sizes) < 2:
+            raise ValueError(f"sizes: expected at least an input and an output size, got {tuple(sizes)}")
+        self.engram = engram
+        self.layers = nn.ModuleList(
+            BinaryEngramLinear(
+                k,
+                n,
+                binary_input=i > 0,
+                engram=engram if i > 0 else None,
+                ste_window=ste_window,
+            )
+            for i, (k, n) in enumerate(pairwise(sizes))
+        )
+        for layer in self.layers[:-1]:
+            layer.requires_grad_(train_hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Floats (M, features) -> logits (M, classes)."""
+        for layer in self.layers[:-1]:
+            x = layer(x)
+            x = nn.functional.layer_norm(x, x.shape[-1:])
+        k = x.shape[-1]
+        return self.layers[-1](x) / math.sqrt(k if self.engram is None else self.engram.recruited(k))

@@ -1,0 +1,146 @@
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import engram_kernels as ek
+from engram_kernels.hidden_weight import as_hidden_weight
+
+
+@pytest.fixture
+def weight():
+    return ek.HiddenWeight(torch.randn(7, 70))
+
+
+def actual_signs(weight):
+    return ek.reference.pack_signs(weight.detach().clone())
+
+
+def numpy_write(w):
+    w.detach().numpy()[...] *= -1
+
+
+def optimizer_step(w):
+    w.grad = torch.randn_like(w)
+    torch.optim.SGD([w], lr=10.0).step()
+    w.grad = None
+
+
+def load_state(w):
+    layer = ek.BinaryEngramLinear(70, 7)
+    layer.weight = w
+    layer.load_state_dict({"weight": torch.randn(7, 70)})
+
+
+CHANGES = {
+    "in place": lambda w: w.detach().neg_(),
+    "no_grad": lambda w: torch.no_grad()(lambda: w.mul_(-1))(),
+    "data": lambda w: w.data.neg_(),
+    "data of a view": lambda w: w[0].data.neg_(),
+    "data of a transpose": lambda w: w.T.data.neg_(),
+    "data assigned": lambda w: setattr(w, "data", torch.randn(7, 70)),
+    "data copied into": lambda w: w.data.copy_(torch.randn(7, 70)),
+    "numpy": numpy_write,
+    "dlpack": lambda w: torch.from_dlpack(w.detach()).neg_(),
+    "index": lambda w: w.data.__setitem__((3, 5), -w.data[3, 5]),
+    "init": lambda w: nn.init.normal_(w),
+    "an optimizer": optimizer_step,
+    "vector_to_parameters": lambda w: nn.utils.vector_to_parameters(torch.randn(490), [w]),
+    "load_state_dict": load_state,
+    "storage": lambda w: w.untyped_storage().copy_(torch.randn(490).untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_signs_are_never_stale(weight, change):
+    before = weight.sign_bits().clone()
+    CHANGES[change](weight)
+    gc.collect()
+    assert torch.equal(weight.sign_bits(), actual_signs(weight))
+    assert not torch.equal(weight.sign_bits(), before)
+
+
+@pytest.mark.parametrize(
+    "alias",
+    {
+        "data": lambda w: w.data,
+        "a view's data": lambda w: w.view(-1).data,
+        "numpy": lambda w: w.detach().numpy(),
+        "state_dict": lambda w: w.detach().data,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_an_alias_that_lives_on_keeps_signs_from_going_stale(weight, alias):
+    other = alias[1](weight)
+    for _ in range(3):
+        weight.sign_bits()
+        other *= -1
+        assert torch.equal(weight.sign_bits(), actual_signs(weight))
+
+
+def test_signs_are_kept_while_nothing_changed(weight):
+    kept = weight.sign_bits()
+    assert weight.shape == (7, 70) and weight.dtype == torch.float32 and weight.grad is None
+    assert weight.sign_bits() is kept
+    weight.detach().sum()
+    assert weight.sign_bits() is not kept  # handed out: packed anew, since the alias may have been written to
+
+
+def test_layer_calls_and_metaplastic_steps_keep_the_signs():
+    layer = ek.BinaryEngramLinear(70, 7)
+    optimizer = ek.MetaplasticAdam(layer.parameters(), lr=0.05)
+    kept = layer.weight.sign_bits()
+    before = kept.clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(torch.randn(3, 70)).square().sum().backward()
+        optimizer.step()
+        assert layer.weight.sign_bits() is kept  # written by the step itself
+    assert torch.equal(kept, actual_signs(layer.weight)) and not torch.equal(kept, before)
+
+
+def test_copies_and_pickles_carry_values_only(weight):
+    weight.sign_bits()
+    for other in (
+        copy.deepcopy(weight),
+        pickle.loads(pickle.dumps(weight)),
+        torch.load(io.BytesIO(saved(weight)), weights_only=False),
+    ):
+        assert type(other) is ek.HiddenWeight and other.requires_grad
+        assert torch.equal(other, weight)
+        other.data.neg_()
+        assert torch.equal(other.sign_bits(), actual_signs(other))
+        assert torch.equal(weight.sign_bits(), actual_signs(weight))
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_a_plain_parameter_becomes_a_hidden_weight_in_place():
+    parameter = nn.Parameter(torch.randn(3, 4))
+    assert as_hidden_weight(parameter) is parameter and isinstance(parameter, ek.HiddenWeight)
+    with pytest.raises(ValueError, match=r"weight: expected 2 dimensions, got shape \(3,\)"):
+        as_hidden_weight(nn.Parameter(torch.randn(3)))
+    with pytest.raises(TypeError, match="weight: expected an nn.Parameter, got Tensor"):
+        as_hidden_weight(torch.randn(3, 4))
+
+
+def test_signs_made_in_inference_mode_serve_training():
+    layer = ek.BinaryEngramLinear(70, 7)
+    with torch.inference_mode():
+        layer(torch.randn(2, 70))
+    layer(torch.randn(2, 70, requires_grad=True)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_nan_weight_is_refused(weight):
+    weight.data[2, 3] = float("nan")
+    with pytest.raises(RuntimeError, match="NaN, which has no sign"):
+        weight.sign_bits()

@@ -1,0 +1,241 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import engram_kernels as ek
+from engram_kernels.reference import _unpack
+
+ENGRAMS = {
+    "none": lambda: None,
+    "stochastic": lambda: ek.StochasticEngram(0.2),
+    "bernoulli": lambda: ek.BernoulliEngram(0.2),
+    "context": lambda: with_context(ek.ContextEngram(2, 0.2)),
+}
+
+
+def with_context(engram):
+    engram.context = 1
+    return engram
+
+
+def sign(v):
+    return torch.where(v >= 0, 1.0, -1.0)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, window):
+        ctx.save_for_backward(v.abs() <= window)
+        return sign(v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
+def plain_layer(x, weight, gate, window=1.0):
+    """The layer restated in float autograd, gate given as 0 and 1."""
+    return (_StraightThrough.apply(x, window) * gate) @ _StraightThrough.apply(weight, float("inf")).T
+
+
+@pytest.mark.parametrize("engram", ENGRAMS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 3, 31), (100, 65, 129), (7, 300, 784)])
+@pytest.mark.parametrize("window", [1.0, float("inf")])
+def test_outputs_and_gradients_agree_with_float_autograd(isa, engram, shape, window):
+    m, n, k = shape
+    layer = ek.BinaryEngramLinear(k, n, engram=ENGRAMS[engram](), ste_window=window)
+    x = torch.randn(m, k, requires_grad=True)
+    upstream = torch.randn(m, n)
+    torch.manual_seed(3)
+    y = layer(x)
+    y.backward(upstream)
+
+    torch.manual_seed(3)
+    gate_bits = None if layer.engram is None else layer.engram(x.detach()).gate_bits
+    gate = 1.0 if gate_bits is None else _unpack(gate_bits, k).float()
+    x2 = x.detach().clone().requires_grad_()
+    w2 = layer.weight.detach().clone().requires_grad_()
+    y2 = plain_layer(x2, w2, gate, window)
+    y2.backward(upstream)
+    assert torch.equal(y, y2)
+    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad, w2.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_real_valued_input_agrees_with_float_autograd(isa):
+    layer = ek.BinaryEngramLinear(129, 65, binary_input=False)
+    x = torch.randn(10, 129, requires_grad=True)
+    upstream = torch.randn(10, 65)
+    layer(x).backward(upstream)
+    x2, w2 = x.detach().clone().requires_grad_(), layer.weight.detach().clone().requires_grad_()
+    y2 = x2 @ _StraightThrough.apply(w2, float("inf")).T
+    y2.backward(upstream)
+    torch.testing.assert_close(layer(x), y2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad, w2.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_unrecruited_units_contribute_nothing_and_get_no_gradient():
+    layer = ek.BinaryEngramLinear(200, 30, engram=with_context(ek.ContextEngram(2, 0.1)))
+    off = ~_unpack(layer.engram(torch.empty(1, 200)).gate_bits, 200)
+    x = torch.randn(16, 200, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    assert (x.grad[:, off] == 0).all() and (layer.weight.grad[:, off] == 0).all()
+    assert (layer.weight.grad[:, ~off] != 0).any()
+    changed = torch.where(off, -x.detach(), x.detach())
+    assert torch.equal(layer(changed), y)
+
+
+@pytest.mark.parametrize("dims", [(20,), (3, 20), (2, 3, 20), (2, 1, 3, 20), (0, 20)])
+def test_inputs_of_any_dimension(dims):
+    layer, linear = ek.BinaryEngramLinear(20, 5, bias=True), nn.Linear(20, 5)
+    x = torch.randn(*dims)
+    assert layer(x).shape == linear(x).shape
+    flat = layer(x.reshape(-1, 20))
+    assert torch.equal(layer(x).reshape(-1, 5), flat)
+
+
+def test_drops_in_for_linear():
+    linear = nn.Linear(20, 5)
+    layer = ek.BinaryEngramLinear(20, 5, bias=True)
+    assert {n: p.shape for n, p in linear.state_dict().items()} == {n: p.shape for n, p in layer.state_dict().items()}
+    layer.load_state_dict(linear.state_dict())
+    x = torch.randn(3, 20)
+    expected = sign(x) @ sign(linear.weight).T + linear.bias
+    torch.testing.assert_close(layer(x), expected)
+    linear.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, ek.MetaplasticAdam])
+def test_any_optimizer_trains_it(make):
+    torch.manual_seed(0)
+    x = torch.randn(64, 40)
+    target = sign(x) @ sign(torch.randn(40, 3))
+    layer = ek.BinaryEngramLinear(40, 3)
+    optimizer = make(layer.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_copies_pickles_and_moves():
+    layer = ek.BinaryEngramLinear(70, 9, bias=True, engram=ek.StochasticEngram(0.5)).eval()
+    x = torch.randn(4, 70)
+    expected = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
+        assert isinstance(other.weight, ek.HiddenWeight)
+        assert torch.equal(other(x), expected)
+        other.weight.data.neg_()
+        assert torch.equal(other(x) - other.bias, -(expected - layer.bias))
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.to("cpu")(x), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(layer).to(dtype)
+        assert isinstance(half.weight, ek.HiddenWeight) and half(x.to(dtype)).dtype == dtype
+    meta = ek.BinaryEngramLinear(70, 9, device="meta")
+    assert meta(torch.empty(4, 70, device="meta")).shape == (4, 9)
+
+
+def test_assigned_weights_become_hidden_weights():
+    layer = ek.BinaryEngramLinear(6, 4)
+    parameter = nn.Parameter(torch.randn(4, 6))
+    layer.weight = parameter
+    assert layer.weight is parameter and isinstance(layer.weight, ek.HiddenWeight)
+    x = torch.randn(2, 6)
+    assert torch.equal(layer(x), sign(x) @ sign(parameter.detach()).T)
+    swapped = torch.randn(4, 6)
+    assert torch.equal(torch.func.functional_call(layer, {"weight": swapped}, x), sign(x) @ sign(swapped).T)
+
+
+def test_autograd_keeps_bits():
+    m, n, k = 128, 256, 2048
+    layer = ek.BinaryEngramLinear(k, n, engram=ek.StochasticEngram(0.1))
+    x = torch.randn(m, k, requires_grad=True)
+    w_bits, kept = layer.weight.sign_bits(), []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert w_bits in [t if t is w_bits else None for t in kept]
+    activations = [t for t in kept if t is not w_bits]
+    assert all(t.dtype == torch.int64 for t in activations)
+    # signs, gate and straight-through window: three bits a unit against 32 of the float input
+    assert sum(t.nbytes for t in activations) == 3 * x.nbytes // 32
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_train_float32_weights(dtype):
+    layer = ek.BinaryEngramLinear(70, 9, engram=ek.StochasticEngram(0.5))
+    x = torch.randn(4, 70, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.float().square().sum().backward()
+    assert y.dtype == dtype and x.grad.dtype == dtype and layer.weight.grad.dtype == torch.float32
+
+
+def test_compiles_without_graph_breaks():
+    model = ek.EngramMLP((20, 64, 64, 5), engram=ek.StochasticEngram(0.2))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 20)
+    model.eval()
+    torch.testing.assert_close(compiled(x), model(x))
+    model.train()
+    compiled(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_mlp_uses_no_statistics_of_the_batch():
+    for engram in (None, ek.StochasticEngram(0.1)):
+        model = ek.EngramMLP((30, 100, 100, 7), engram=engram).eval()
+        x = torch.randn(12, 30)
+        whole = model(x)
+        torch.testing.assert_close(whole, torch.cat([model(row[None]) for row in x]), rtol=1e-5, atol=1e-5)
+        assert not list(model.buffers())
+
+
+def test_mlp_trains_hidden_layers_or_leaves_them():
+    for train_hidden in (True, False):
+        model = ek.EngramMLP((30, 100, 100, 7), engram=ek.StochasticEngram(0.2), train_hidden=train_hidden)
+        model(torch.randn(12, 30)).square().sum().backward()
+        has_grad = [layer.weight.grad is not None for layer in model.layers]
+        assert has_grad == [train_hidden, train_hidden, True]
+
+
+@pytest.mark.parametrize(
+    "error, call, message",
+    [
+        (ValueError, lambda: ek.BinaryEngramLinear(0, 3), "in_features, out_features: .*got 0, 3"),
+        (ValueError, lambda: ek.BinaryEngramLinear(3, 3, ste_window=0), "ste_window: expected above 0, got 0"),
+        (
+            ValueError,
+            lambda: ek.BinaryEngramLinear(3, 3, engram=ek.BernoulliEngram(0.1), binary_input=False),
+            "engram: expected None with binary_input=False",
+        ),
+        (ValueError, lambda: ek.EngramMLP((3,)), r"sizes: .*got \(3,\)"),
+        (
+            RuntimeError,
+            lambda: ek.BinaryEngramLinear(3, 4)(torch.randn(2, 5)),
+            r"input: expected shape \(\*, 3\), got \(2, 5\)",
+        ),
+        (RuntimeError, lambda: ek.BinaryEngramLinear(3, 4)(torch.tensor(1.0)), r"input: .*got \(\)"),
+        (RuntimeError, lambda: ek.BinaryEngramLinear(3, 4)(torch.zeros(2, 3).long()), "x: expected float32"),
+        (RuntimeError, lambda: ek.BinaryEngramLinear(3, 4)(torch.full((2, 3), float("nan"))), "x: .*NaN"),
+        (RuntimeError, lambda: ek.BinaryEngramLinear(3, 4).double()(torch.randn(2, 3)), "got float64"),
+    ],
+)
+def test_bad_input_is_named(error, call, message):
+    with pytest.raises(error, match=message):
+        call()

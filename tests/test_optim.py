@@ -1,0 +1,142 @@
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import engram_kernels as ek
+
+
+def restated_step(w, grad, state, lr, beta1, beta2, eps, decay, m):
+    """The published rule in float64, one step; state = [mu, v, t]."""
+    state[2] += 1
+    grad = grad + decay * w
+    state[0] = beta1 * state[0] + (1 - beta1) * grad
+    state[1] = beta2 * state[1] + (1 - beta2) * grad**2
+    mu = torch.where(torch.sign(w) * state[0] > 0, state[0] * (1 - torch.tanh(m * w.abs()) ** 2), state[0])
+    step_size = lr * math.sqrt(1 - beta2 ** state[2]) / (1 - beta1 ** state[2])
+    return w - step_size * mu / (state[1].sqrt() + eps)
+
+
+@pytest.mark.parametrize("metaplasticity", [0.0, 1.35, 8.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
+def test_equals_the_published_rule_over_50_steps(isa, metaplasticity, weight_decay):
+    shapes = [(7, 65), (33, 128), (1, 1)]
+    layers = nn.ModuleList(ek.BinaryEngramLinear(k, n) for n, k in shapes)
+    lr, betas, eps = 5e-3, (0.9, 0.999), 1e-8
+    optimizer = ek.MetaplasticAdam(
+        layers.parameters(), lr, betas, eps, weight_decay=weight_decay, metaplasticity=metaplasticity
+    )
+    weights = [layer.weight.detach().double() for layer in layers]
+    states = [[torch.zeros_like(w), torch.zeros_like(w), 0] for w in weights]
+    for _ in range(50):
+        for i, layer in enumerate(layers):
+            layer.weight.grad = torch.randn(layer.weight.shape)
+            weights[i] = restated_step(
+                weights[i], layer.weight.grad.double(), states[i], lr, *betas, eps, weight_decay, metaplasticity
+            )
+        optimizer.step()
+        for w, layer in zip(weights, layers, strict=True):
+            torch.testing.assert_close(layer.weight.detach().double(), w, rtol=1e-4, atol=2e-6)
+            assert torch.equal(layer.weight.sign_bits(), ek.reference.pack_signs(layer.weight.detach().clone()))
+
+
+def test_groups_have_settings_of_their_own():
+    a, b = ek.BinaryEngramLinear(10, 4), ek.BinaryEngramLinear(10, 4)
+    b.load_state_dict(a.state_dict())
+    optimizer = ek.MetaplasticAdam(
+        [{"params": a.parameters(), "metaplasticity": 0.0}, {"params": b.parameters(), "metaplasticity": 40.0}]
+    )
+    grad = a.weight.detach().sign()  # every step would shrink |W|
+    moved = []
+    for layer in (a, b):
+        layer.weight.grad = grad.clone()
+    before = a.weight.detach().clone()
+    optimizer.step()
+    for layer in (a, b):
+        moved.append((layer.weight.detach() - before).abs())
+    assert (moved[1] <= moved[0]).all() and moved[1].sum() < 0.9 * moved[0].sum()
+
+
+def test_other_parameters_get_plain_adam():
+    mine, theirs = nn.Linear(10, 4), nn.Linear(10, 4)
+    theirs.load_state_dict(mine.state_dict())
+    settings = dict(lr=5e-3, betas=(0.8, 0.99), eps=1e-7, weight_decay=1e-3)
+    a, b = ek.MetaplasticAdam(mine.parameters(), **settings), torch.optim.Adam(theirs.parameters(), **settings)
+    for _ in range(10):
+        x = torch.randn(6, 10)
+        for model, optimizer in ((mine, a), (theirs, b)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_state_round_trips_bit_exactly_in_mid_run():
+    def run(steps, model, optimizer, seed):
+        torch.manual_seed(seed)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(8, 20)).square().sum().backward()
+            optimizer.step()
+
+    model = ek.EngramMLP((20, 65, 65, 3), engram=ek.StochasticEngram(0.3))
+    model.layers[0].bias = nn.Parameter(torch.zeros(65))
+    optimizer = ek.MetaplasticAdam(model.parameters())
+    run(5, model, optimizer, 1)
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        nn.init.normal_(p)
+    other_optimizer = ek.MetaplasticAdam(other.parameters(), lr=1.0)
+    other.load_state_dict(saved["model"])
+    other_optimizer.load_state_dict(saved["optimizer"])
+    run(5, model, optimizer, 2)
+    run(5, other, other_optimizer, 2)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for p, q in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
+        assert all(torch.equal(p[name], q[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_parameters_without_a_gradient_stay():
+    layer = ek.BinaryEngramLinear(5, 5)
+    before = layer.weight.detach().clone()
+    optimizer = ek.MetaplasticAdam(layer.parameters())
+    assert optimizer.step(lambda: 7.0) == 7.0
+    assert torch.equal(layer.weight, before) and not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"lr": -1}, "lr: .*got -1"),
+        ({"lr": math.nan}, "lr: .*got nan"),
+        ({"betas": (0.9, 1.0)}, r"betas: .*got \(0.9, 1.0\)"),
+        ({"betas": (0.9,)}, r"betas: .*got \(0.9,\)"),
+        ({"eps": -1e-8}, "eps: "),
+        ({"weight_decay": -0.1}, "weight_decay: "),
+        ({"metaplasticity": -2}, "metaplasticity: .*got -2"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3).parameters(), **settings)
+
+
+def test_bad_gradients_are_named():
+    layer = ek.BinaryEngramLinear(3, 3)
+    optimizer = ek.MetaplasticAdam(layer.parameters())
+    layer.weight.grad = torch.full((3, 3), math.nan)
+    with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
+        optimizer.step()
+    layer = ek.BinaryEngramLinear(3, 3, dtype=torch.bfloat16)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with pytest.raises(RuntimeError, match="weight: expected float32"):
+        ek.MetaplasticAdam(layer.parameters()).step()
