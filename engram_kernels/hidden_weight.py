@@ -30,9 +30,9 @@ class HiddenWeight(nn.Parameter):
     """Hidden weights (N, K) of a binary layer; the network uses their signs (Courbariaux et al. 2016).
 
     :meth:`sign_bits` gives the signs packed, (N, words), and keeps them as long as nothing can have changed the
-    weights. Changes are noticed by torch's version counter and, since ``weight.data`` and NumPy views go past that counter, by
-    watching every function that is handed the weight and every other tensor that shares its memory; in doubt the signs
-    are packed anew.
+    weights. Changes are noticed by torch's version counter and, since ``weight.data`` and NumPy views go past that
+    counter, by watching every function that is handed the weight and every other tensor that shares its memory; in doubt
+    the signs are packed anew.
     """
 
     _bits: Tensor | None = None

@@ -147,7 +147,7 @@ class EngramMLP(nn.Module):
     """The paper's network: fully connected, binary, with an engram in every layer after the first.
 
     ``z_1 = norm(x s(W_1)^T)``, ``z_i = norm((g_i * s(z_{i-1})) s(W_i)^T)``, and in the last layer
-    ``logits = (g * s(z)) s(W)^T / sqrt(recruited units)``. ``norm`` standardises each sample over its units (LayerNorm
+    ``logits = logit_scale (g * s(z)) s(W)^T / sqrt(recruited units)``. ``norm`` standardises each sample over its units (LayerNorm
     without parameters): no statistics of a batch are used or kept, in training or at test.
 
     Args:
@@ -155,10 +155,12 @@ class EngramMLP(nn.Module):
         engram: one rule for all layers after the first, or None for no gates. A module; it is shared, since rules keep
             no state per layer.
         train_hidden: False leaves all but the last layer as initialised: fixed random features.
-        ste_window: see :class:`BinaryEngramLinear`.
+        ste_window: see :class:`BinaryEngramLinear`. The units that a sparse engram recruits by excitability lie far
+            outside ``|z| <= 1``: use ``inf`` there.
+        logit_scale: softness of the softmax that follows, above 0; 1 gives untrained logits unit variance.
 
     Shapes: floats (M, sizes[0]) -> logits (M, sizes[-1]).
-    Raises: ValueError for fewer than two sizes or a size below 1.
+    Raises: ValueError for fewer than two sizes, a size below 1 or a scale of 0 or less.
     """
 
     def __init__(
@@ -168,11 +170,14 @@ class EngramMLP(nn.Module):
         engram: Engram | None = None,
         train_hidden: bool = True,
         ste_window: float = 1.0,
+        logit_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if not logit_scale > 0:
+            raise ValueError(f"logit_scale: expected above 0, got {logit_scale!r}")
         if len(sizes) < 2:
             raise ValueError(f"sizes: expected at least an input and an output size, got {tuple(sizes)}")
-        self.engram = engram
+        self.engram, self.logit_scale = engram, float(logit_scale)
         self.layers = nn.ModuleList(
             BinaryEngramLinear(
                 k,
@@ -192,4 +197,5 @@ class EngramMLP(nn.Module):
             x = layer(x)
             x = nn.functional.layer_norm(x, x.shape[-1:])
         k = x.shape[-1]
-        return self.layers[-1](x) / math.sqrt(k if self.engram is None else self.engram.recruited(k))
+        recruited = k if self.engram is None else self.engram.recruited(k)
+        return self.layers[-1](x) * (self.logit_scale / math.sqrt(recruited))

@@ -225,6 +225,7 @@ def test_mlp_trains_hidden_layers_or_leaves_them():
             "engram: expected None with binary_input=False",
         ),
         (ValueError, lambda: ek.EngramMLP((3,)), r"sizes: .*got \(3,\)"),
+        (ValueError, lambda: ek.EngramMLP((3, 3), logit_scale=0), "logit_scale: expected above 0, got 0"),
         (
             RuntimeError,
             lambda: ek.BinaryEngramLinear(3, 4)(torch.randn(2, 5)),
