@@ -1,0 +1,228 @@
+// Runs the operators of csrc/cpu/launch.h on cases from a pipe: what tests/test_cross.py executes under emulation of
+// another processor, where there is no torch.
+//
+//   kernel_runner ISA < cases > results
+//
+// A case is the number of its operator (enum Operator), then its fields in the order in which run() takes them. A field
+// is an int64 number of bytes and the bytes; an array of no bytes stands for a null pointer. Results are fields too.
+// Exit status: 2 unknown ISA, 3 malformed case, 4 a kernel wrote outside its arrays.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "core/bits.h"
+#include "cpu/launch.h"
+
+namespace {
+
+using namespace engram::cpu;
+using engram::words_for;
+
+enum class Operator : int64_t {
+  kPackSigns,
+  kPackWindow,
+  kUnpackSigns,
+  kBinaryMatmul,
+  kSignMatmul,
+  kSignMatmulT,
+  kMaskedInputGrad,
+  kGatedWeightGrad,
+  kSampleEngram,
+  kMetaplasticAdam,
+};
+
+int64_t cases_begun = 0;
+
+[[noreturn]] void fail(int status, const char* message) {
+  fprintf(stderr, "kernel_runner: case %d: %s\n", static_cast<int>(cases_begun), message);
+  exit(status);
+}
+
+// Arrays of one case. They start out as garbage, so that a kernel which relies on zeros or leaves a gap is found out,
+// and lie between guards, so that one which writes too far is.
+class Memory {
+ public:
+  void* allocate(size_t bytes) {
+    blocks_.emplace_back(bytes + 2 * kGuard, kGarbage);
+    return blocks_.back().data() + kGuard;
+  }
+  bool guards_intact() const {
+    for (const std::vector<uint8_t>& block : blocks_)
+      for (size_t i = 0; i < kGuard; ++i)
+        if (block[i] != kGarbage || block[block.size() - 1 - i] != kGarbage) return false;
+    return true;
+  }
+
+ private:
+  static constexpr size_t kGuard = 64;  // keeps the alignment of the block
+  static constexpr uint8_t kGarbage = 0xA5;
+  std::vector<std::vector<uint8_t>> blocks_;
+};
+
+class Case {
+ public:
+  // False at the end of the input.
+  bool begin(Operator& op) {
+    ++cases_begun;
+    return fread(&op, sizeof op, 1, stdin) == 1;
+  }
+
+  template <typename T = void>
+  T* array() {
+    const int64_t bytes = length();
+    if (bytes == 0) return nullptr;
+    void* data = memory_.allocate(static_cast<size_t>(bytes));
+    read(data, static_cast<size_t>(bytes));
+    return static_cast<T*>(data);
+  }
+  template <typename T>
+  T number() {
+    T value;
+    if (length() != sizeof value) fail(3, "a number of another size was expected");
+    read(&value, sizeof value);
+    return value;
+  }
+  int64_t integer() { return number<int64_t>(); }
+
+  template <typename T = void>
+  T* output(int64_t bytes) {
+    return static_cast<T*>(send(memory_.allocate(static_cast<size_t>(bytes)), bytes));
+  }
+  template <typename T>
+  T* send(T* data, int64_t bytes) {
+    results_.emplace_back(data, bytes);
+    return data;
+  }
+  void send_flag(bool flag) { *output<int64_t>(sizeof(int64_t)) = flag; }
+
+  void end() {
+    if (!memory_.guards_intact()) fail(4, "a kernel wrote outside its arrays");
+    for (const auto& [data, bytes] : results_) {
+      fwrite(&bytes, sizeof bytes, 1, stdout);
+      fwrite(data, 1, static_cast<size_t>(bytes), stdout);
+    }
+  }
+
+  // Ranges in two pieces, the second one first: no result may depend on how work is shared out.
+  Runtime runtime() {
+    return {[](int64_t count, int64_t, Runtime::Body body, void* context) {
+              const int64_t middle = count / 2;
+              body(middle, count, context);
+              if (middle > 0) body(0, middle, context);
+            },
+            [](void* owner, size_t bytes) { return static_cast<Case*>(owner)->memory_.allocate(bytes); }, this, 2};
+  }
+
+ private:
+  static void read(void* data, size_t bytes) {
+    if (fread(data, 1, bytes, stdin) != bytes) fail(3, "the input ends within a case");
+  }
+  static int64_t length() {
+    int64_t bytes;
+    read(&bytes, sizeof bytes);
+    return bytes;
+  }
+
+  Memory memory_;
+  std::vector<std::pair<const void*, int64_t>> results_;
+};
+
+void run(Case& c, Operator op) {
+  const Runtime rt = c.runtime();
+  constexpr int64_t kFloat = sizeof(float), kWord = sizeof(uint64_t);
+  switch (op) {
+    case Operator::kPackSigns: {
+      const auto element = static_cast<Element>(c.integer());
+      const int64_t rows = c.integer(), k = c.integer();
+      const void* x = c.array();
+      auto* bits = c.output<uint64_t>(rows * words_for(k) * kWord);
+      return c.send_flag(pack_signs(rt, x, element, rows, k, bits));
+    }
+    case Operator::kPackWindow: {
+      const auto width = c.number<float>();
+      const int64_t rows = c.integer(), k = c.integer(), gate_stride = c.integer();
+      const auto* x = c.array<float>();
+      const auto* gate = c.array<uint64_t>();
+      return pack_window(rt, x, width, rows, k, gate, gate_stride, c.output<uint64_t>(rows * words_for(k) * kWord));
+    }
+    case Operator::kUnpackSigns: {
+      const int64_t rows = c.integer(), k = c.integer(), size = c.integer();
+      const auto plus = c.number<uint64_t>(), minus = c.number<uint64_t>();
+      const auto* bits = c.array<uint64_t>();
+      return unpack_signs(rt, bits, rows, k, static_cast<int>(size), plus, minus, c.output(rows * k * size));
+    }
+    case Operator::kBinaryMatmul: {
+      const int64_t M = c.integer(), N = c.integer(), K = c.integer(), gate_stride = c.integer();
+      const auto *x = c.array<uint64_t>(), *w = c.array<uint64_t>(), *gate = c.array<uint64_t>();
+      auto* y = c.output<int32_t>(M * N * static_cast<int64_t>(sizeof(int32_t)));
+      return binary_matmul(rt, {x, w, gate, gate_stride, nullptr, y, M, N, K, words_for(K)});
+    }
+    case Operator::kSignMatmul:
+    case Operator::kSignMatmulT: {
+      const int64_t M = c.integer(), N = c.integer(), K = c.integer();
+      const auto* a = c.array<float>();
+      const auto* w = c.array<uint64_t>();
+      const bool transposed = op == Operator::kSignMatmulT;
+      auto* y = c.output<float>(M * (transposed ? N : K) * kFloat);
+      return (transposed ? sign_matmul_t : sign_matmul)(rt, {a, nullptr, w, y, M, N, K, words_for(K)});
+    }
+    case Operator::kMaskedInputGrad: {
+      const int64_t M = c.integer(), N = c.integer(), K = c.integer(), mask_stride = c.integer();
+      const auto* d = c.array<float>();
+      const auto *w = c.array<uint64_t>(), *mask = c.array<uint64_t>();
+      return masked_input_grad(rt, d, w, mask, mask_stride, c.output<float>(M * K * kFloat), M, N, K);
+    }
+    case Operator::kGatedWeightGrad: {
+      const int64_t M = c.integer(), N = c.integer(), K = c.integer(), gate_stride = c.integer();
+      const auto* d = c.array<float>();
+      const auto *x = c.array<uint64_t>(), *gate = c.array<uint64_t>();
+      auto* dw = c.output<float>(N * K * kFloat);
+      return gated_weight_grad(rt, {d, x, gate, gate_stride, nullptr, nullptr, dw, M, N, K, words_for(K), 0, 0});
+    }
+    case Operator::kSampleEngram: {
+      SampleEngram p{};
+      p.M = c.integer(), p.K = c.integer(), p.words = words_for(p.K);
+      p.bernoulli = c.integer() != 0;
+      p.count = c.integer();
+      p.threshold = c.number<uint64_t>();
+      p.inverse_temperature = c.number<float>();
+      p.seed = c.number<uint64_t>();
+      p.offset = static_cast<uint32_t>(c.integer());
+      p.first_row = c.number<uint64_t>();
+      p.score = c.array<float>();
+      p.gate = c.output<uint64_t>(p.M * p.words * kWord);
+      return c.send_flag(sample_engram(rt, p));
+    }
+    case Operator::kMetaplasticAdam: {
+      MetaplasticAdam p{};
+      p.N = c.integer(), p.K = c.integer(), p.words = words_for(p.K);
+      for (float* setting : {&p.beta1, &p.beta2, &p.eps, &p.weight_decay, &p.metaplasticity, &p.step_size})
+        *setting = c.number<float>();
+      const int64_t bytes = p.N * p.K * kFloat;
+      p.weight = c.send(c.array<float>(), bytes);
+      p.grad = c.array<float>();
+      p.exp_avg = c.send(c.array<float>(), bytes);
+      p.exp_avg_sq = c.send(c.array<float>(), bytes);
+      p.sign_bits = c.array<uint64_t>();
+      if (p.sign_bits != nullptr) c.send(p.sign_bits, p.N * p.words * kWord);
+      return c.send_flag(metaplastic_adam(rt, p));
+    }
+  }
+  fail(3, "unknown operator");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2 || !set_isa(argv[1])) fail(2, "expected the name of an instruction set of this build");
+  for (;;) {
+    Case c;
+    Operator op;
+    if (!c.begin(op)) return 0;
+    run(c, op);
+    c.end();
+  }
+}
