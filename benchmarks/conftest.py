@@ -44,7 +44,9 @@ def side_by_side(benchmark):
         benchmark.pedantic(ours, setup=time_baseline, rounds=rounds, warmup_rounds=1)
         seconds = benchmark.stats.stats.median
         ratio = statistics.median(baseline_seconds[1:]) / seconds
-        benchmark.extra_info.update(ratio=ratio, baseline=baseline_name, isa=ek.ops.isa(), threads=torch.get_num_threads())
+        benchmark.extra_info.update(
+            ratio=ratio, baseline=baseline_name, isa=ek.ops.isa(), threads=torch.get_num_threads()
+        )
         text = [row, f"{torch.get_num_threads()} thread(s) {ek.ops.isa()}"]
         text += [f"{amount / seconds / 1e9:.0f} {unit}" for unit, amount in rates.items()]
         ROWS.append(" | ".join([*text, f"{ratio:.1f}x {baseline_name}"]))

@@ -15,6 +15,7 @@
 #include "core/bits.h"
 #include "cpu/launch.h"
 
+// No operator that runs often takes a string: torch 2.13 leaks each one on its way through the Stable ABI.
 STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("pack_signs(Tensor x) -> Tensor");
   m.def("pack_window(Tensor x, float width=1.0, Tensor? gate_bits=None) -> Tensor");
@@ -26,7 +27,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("masked_input_grad(Tensor d, Tensor w_bits, int k, Tensor mask_bits) -> Tensor");
   m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
   m.def(
-      "sample_engram(Tensor score, Tensor seed, float rate, str rule='gumbel_top_k', float temperature=1.0, "
+      "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
       "int first_row=0) -> Tensor");
   m.def(
       "metaplastic_adam_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
@@ -330,7 +331,7 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
   return as_dtype(dw, d.scalar_type());
 }
 
-Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, std::string rule, double temperature,
+Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool bernoulli, double temperature,
                      int64_t first_row) {
   check_matrix("score", score);
   const int64_t M = score.size(0), K = score.size(1);
@@ -339,8 +340,6 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, std::
   require(seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 2,
           "seed: expected int64 (2,), the Philox key and offset, got ", describe(seed));
   require(rate > 0 && rate <= 1, "rate: expected in (0, 1], got ", rate);
-  require(rule == "gumbel_top_k" || rule == "bernoulli", "rule: expected 'gumbel_top_k' or 'bernoulli', got '", rule,
-          "'");
   require(temperature == 0 || temperature >= 1e-6, "temperature: expected 0 or at least 1e-6, got ", temperature);
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
   const Tensor in = as_float32(score), key = as_contiguous(seed);
@@ -353,7 +352,7 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, std::
   p.M = M;
   p.K = K;
   p.words = words_for(K);
-  p.bernoulli = rule == "bernoulli";
+  p.bernoulli = bernoulli;
   const auto count = static_cast<int64_t>(std::nearbyint(rate * static_cast<double>(K)));
   p.count = count < 1 ? 1 : count;
   p.threshold = static_cast<uint64_t>(std::nearbyint(rate * 4294967296.0));

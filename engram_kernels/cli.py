@@ -87,14 +87,18 @@ def build_parser() -> argparse.ArgumentParser:
         ("--rate", float, "share of the units recruited per sample, in (0, 1]"),
         ("--temperature", float, "of the engrams' noise; 0: always the most excitable units"),
         ("--ste-window", float, "largest pre-activation that passes gradient (straight-through estimator)"),
+        ("--logit-scale", float, "factor on the logits before the softmax"),
         ("--weight-decay", float, "L2 decay of the hidden weights"),
     ):
         group.add_argument(
             option, type=kind, metavar="X" if kind is float else "N", default=argparse.SUPPRESS, help=text
         )
     for option, text in (
-        ("--lr", "step size of metaplastic Adam; one value or one per weight matrix"),
-        ("--metaplasticity", "resistance of large weights to shrinking; one value or one per weight matrix"),
+        (
+            "--lr",
+            "step size of metaplastic Adam; one value, three (first, between, output layer) or one per weight matrix",
+        ),
+        ("--metaplasticity", "resistance of large weights to shrinking; one value or several, like --lr"),
     ):
         group.add_argument(option, type=float, nargs="+", metavar="X", default=argparse.SUPPRESS, help=text)
     group.add_argument(

@@ -31,8 +31,8 @@ class HiddenWeight(nn.Parameter):
 
     :meth:`sign_bits` gives the signs packed, (N, words), and keeps them as long as nothing can have changed the
     weights. Changes are noticed by torch's version counter and, since ``weight.data`` and NumPy views go past that
-    counter, by watching every function that is handed the weight and every other tensor that shares its memory; in doubt
-    the signs are packed anew.
+    counter, by watching every function that is handed the weight and every other tensor that shares its memory; in
+    doubt the signs are packed anew.
     """
 
     _bits: Tensor | None = None

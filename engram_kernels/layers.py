@@ -147,8 +147,8 @@ class EngramMLP(nn.Module):
     """The paper's network: fully connected, binary, with an engram in every layer after the first.
 
     ``z_1 = norm(x s(W_1)^T)``, ``z_i = norm((g_i * s(z_{i-1})) s(W_i)^T)``, and in the last layer
-    ``logits = logit_scale (g * s(z)) s(W)^T / sqrt(recruited units)``. ``norm`` standardises each sample over its units (LayerNorm
-    without parameters): no statistics of a batch are used or kept, in training or at test.
+    ``logits = logit_scale (g * s(z)) s(W)^T / sqrt(recruited units)``. ``norm`` standardises each sample over its units
+    (LayerNorm without parameters): no statistics of a batch are used or kept, in training or at test.
 
     Args:
         sizes: units per layer, input and output included.

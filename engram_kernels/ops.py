@@ -136,7 +136,9 @@ def sample_engram(
     generator. ``first_row`` is the number of this batch's first sample in the whole batch of a data-parallel step.
     The same seed gives the same engram on every device, for any thread count.
     """
-    return _ops.sample_engram(score, seed, rate, rule, temperature, first_row)
+    if rule not in ("gumbel_top_k", "bernoulli"):
+        raise RuntimeError(f"rule: expected 'gumbel_top_k' or 'bernoulli', got {rule!r}")
+    return _ops.sample_engram(score, seed, rate, rule == "bernoulli", temperature, first_row)
 
 
 def draw_seed() -> Tensor:
@@ -245,7 +247,7 @@ def _(d, x_bits, k, gate_bits=None):
 
 
 @torch.library.register_fake("engram_kernels::sample_engram")
-def _(score, seed, rate, rule="gumbel_top_k", temperature=1.0, first_row=0):
+def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0):
     return score.new_empty((score.shape[0], words_for(score.shape[1])), dtype=torch.int64)
 
 

@@ -1,0 +1,65 @@
+"""Resident memory of this process, in bytes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_RESET_PEAK = Path("/proc/self/clear_refs")
+
+
+class MemoryMeter:
+    """Peak resident memory above that at its creation.
+
+    On Linux the kernel's high-water mark (VmHWM) is reset at creation where that is allowed, so that what
+    loading the data took for a moment is not mistaken for what training took. Elsewhere the process's overall
+    peak is used, which can only hide a peak lower than an earlier one.
+    """
+
+    def __init__(self) -> None:
+        """Start measuring."""
+        # The first optimizer of a process makes torch load its compiler, 150 MB: no more a cost of training
+        # than importing torch is. Let it happen before the baseline.
+        torch.optim.SGD([torch.zeros(1)])
+        self._earlier_peak = _peak_bytes()
+        try:
+            _RESET_PEAK.write_text("5")  # proc(5): 5 resets the peak resident set size to the current one
+            self.can_reset = True
+        except OSError:
+            self.can_reset = False
+        self._start = _status_bytes("VmRSS")
+        if self._start is None:
+            self._start = self._earlier_peak
+
+    def peak_above_start(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        peak = _peak_bytes()
+        return None if peak is None or self._start is None else max(0, peak - self._start)
+
+    def peak_total(self) -> int | None:
+        """Bytes of the whole process, from its start; None where the system does not tell."""
+        peaks = [peak for peak in (self._earlier_peak, _peak_bytes()) if peak is not None]
+        return max(peaks, default=None)
+
+
+def _peak_bytes() -> int | None:
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else 1024 * usage
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

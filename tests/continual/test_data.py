@@ -1,0 +1,333 @@
+"""Loading: what comes in comes out unchanged, and what is wrong is said in one line."""
+
+import gzip
+import os
+import pickle
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram_kernels.continual import data
+
+REAL_DATA = Path(os.environ.get("ENGRAM_DATA_DIR", Path(__file__).resolve().parents[3] / "shared" / "data"))
+
+
+def idx(array, type_code=8):
+    """An IDX file's bytes."""
+    shape = b"".join(struct.pack(">I", extent) for extent in array.shape)
+    return bytes([0, 0, type_code, array.ndim]) + shape + array.astype(np.uint8).tobytes()
+
+
+def small_mnist(images=20, tests=10):
+    """The content of the four files, 4 x 5 pixels, labels 0 and 1."""
+    random = np.random.RandomState(0)
+    return {
+        "train-images-idx3-ubyte": random.randint(0, 256, (images, 4, 5)),
+        "train-labels-idx1-ubyte": np.arange(images) % 2,
+        "t10k-images-idx3-ubyte": random.randint(0, 256, (tests, 4, 5)),
+        "t10k-labels-idx1-ubyte": np.arange(tests) % 2,
+    }
+
+
+def write_mnist(folder, files, gzipped=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in files.items():
+        content = array if isinstance(array, bytes) else idx(array)
+        if gzipped:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
+
+
+def arrays(**changes):
+    """Four valid arrays of an .npz file, some replaced."""
+    random = np.random.RandomState(1)
+    valid = {
+        "x_train": random.randint(0, 256, (12, 3, 4)).astype(np.uint8),
+        "y_train": np.arange(12) % 3,
+        "x_test": random.randint(0, 256, (6, 3, 4)).astype(np.uint8),
+        "y_test": np.arange(6) % 3,
+    }
+    return {**valid, **changes}
+
+
+@pytest.mark.parametrize("gzipped", [False, True], ids=["raw", "gzipped"])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("mnist", "."),
+        ("mnist", "mnist"),
+        ("mnist", "MNIST/raw"),
+        ("fashion-mnist", "."),
+        ("fashion-mnist", "fashion-mnist"),
+        ("fashion-mnist", "FashionMNIST/raw"),
+    ],
+)
+def test_idx_files_in_every_layout(tmp_path, name, folder, gzipped):
+    files = small_mnist()
+    write_mnist(tmp_path / folder, files, gzipped)
+    dataset = data.load(name, tmp_path)
+    assert (dataset.name, dataset.features, dataset.classes) == (name, 20, (0, 1))
+    assert dataset.x_train.dtype == torch.uint8
+    assert dataset.y_train.dtype == torch.int64
+    np.testing.assert_array_equal(dataset.x_train.numpy(), files["train-images-idx3-ubyte"].reshape(20, 20))
+    np.testing.assert_array_equal(dataset.y_train.numpy(), files["train-labels-idx1-ubyte"])
+    np.testing.assert_array_equal(dataset.x_test.numpy(), files["t10k-images-idx3-ubyte"].reshape(10, 20))
+    np.testing.assert_array_equal(dataset.y_test.numpy(), files["t10k-labels-idx1-ubyte"])
+
+
+def test_the_folder_named_after_the_dataset_comes_first(tmp_path):
+    """With both in one data directory, each name gets its own files."""
+    for folder, value in (("mnist", 1), ("fashion-mnist", 2)):
+        files = small_mnist()
+        files["train-images-idx3-ubyte"][:] = value
+        write_mnist(tmp_path / folder, files)
+    assert (data.load("mnist", tmp_path).x_train == 1).all()
+    assert (data.load("fashion-mnist", tmp_path).x_train == 2).all()
+
+
+def test_the_data_directory_defaults_to_the_environment(tmp_path, monkeypatch):
+    write_mnist(tmp_path, small_mnist())
+    monkeypatch.setenv("ENGRAM_DATA_DIR", str(tmp_path))
+    assert data.load("mnist").features == 20
+
+
+def test_missing_idx_files_are_named_with_where_they_were_looked_for(tmp_path):
+    files = small_mnist()
+    del files["t10k-labels-idx1-ubyte"]
+    write_mnist(tmp_path / "mnist", files)
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load("mnist", tmp_path)
+    message = str(caught.value)
+    assert "t10k-labels-idx1-ubyte" in message
+    assert "train-images" not in message, "only what is missing is named"
+    for folder in ("mnist", "MNIST/raw"):
+        assert str(tmp_path / folder) in message
+
+
+GOOD = idx(np.zeros((20, 4, 5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("train-images-idx3-ubyte", b"", "got an empty file"),
+        ("train-images-idx3-ubyte", GOOD[:9], "header of 16 bytes, got a truncated file of 9"),
+        ("train-images-idx3-ubyte", GOOD[:-1], r"expected 416 bytes .* got 415 \(a truncated file\)"),
+        ("train-images-idx3-ubyte", GOOD + b"\0", r"expected 416 bytes .* got 417 \(trailing bytes\)"),
+        ("train-images-idx3-ubyte", idx(np.zeros(20)), "magic number 0x00000803, got 0x00000801"),
+        (
+            "train-images-idx3-ubyte",
+            idx(np.zeros((20, 4, 5)), 0x0D),
+            "magic number 0x00000803, got 0x00000d03",
+        ),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 12, "a truncated file"),
+        ("train-images-idx3-ubyte", idx(np.zeros((0, 4, 5))), "expected 0 labels, .* got 20"),
+        ("train-labels-idx1-ubyte", idx(np.zeros(19)), "expected 20 labels, .* got 19"),
+        ("train-labels-idx1-ubyte", idx(np.zeros((20, 1))), "magic number 0x00000801, got 0x00000802"),
+        ("t10k-images-idx3-ubyte", idx(np.zeros((10, 4, 4))), "x_test: expected 20 features .* got 16"),
+        ("t10k-labels-idx1-ubyte", idx(np.arange(10)), "y_test: expected the same labels as y_train"),
+    ],
+)
+@pytest.mark.parametrize("gzipped", [False, True], ids=["raw", "gzipped"])
+def test_damaged_idx_files(tmp_path, name, content, wanted, gzipped):
+    write_mnist(tmp_path, {**small_mnist(), name: content}, gzipped)
+    with pytest.raises(ValueError, match=wanted) as caught:
+        data.load("mnist", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@given(cut=st.integers(0, 200))
+@settings(max_examples=30, deadline=None)
+def test_a_gzip_file_cut_anywhere_is_refused(tmp_path_factory, cut):
+    path = tmp_path_factory.mktemp("cut") / "train-images-idx3-ubyte.gz"
+    whole = gzip.compress(idx(np.random.RandomState(0).randint(0, 256, (20, 4, 5))), mtime=0)
+    path.write_bytes(whole[: min(cut, len(whole) - 1)])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        data.read_idx(path, dimensions=3)
+
+
+def test_npz(tmp_path):
+    valid = arrays()
+    np.savez(tmp_path / "own.npz", **valid)
+    dataset = data.load(str(tmp_path / "own.npz"))
+    assert (dataset.name, dataset.features, dataset.num_classes) == ("own", 12, 3)
+    np.testing.assert_array_equal(dataset.x_train.numpy(), valid["x_train"].reshape(12, 12))
+    np.testing.assert_array_equal(dataset.y_test.numpy(), valid["y_test"])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.int16, np.float16, np.float64, np.bool_, ">f4"])
+def test_any_kind_of_number_is_taken_and_bytes_stay_bytes(dtype):
+    valid = arrays()
+    x_train = (valid["x_train"] > 100) if dtype is np.bool_ else valid["x_train"] % 128
+    dataset = data.from_arrays("own", **{**valid, "x_train": x_train.astype(dtype)})
+    assert dataset.x_train.dtype == (torch.uint8 if np.dtype(dtype).kind in "bui" else torch.float32)
+    np.testing.assert_array_equal(dataset.x_train.numpy(), x_train.reshape(12, 12))
+
+
+def test_integers_outside_a_byte_keep_their_values():
+    x_train = arrays()["x_train"].astype(np.int32) - 1000
+    dataset = data.from_arrays("own", **arrays(x_train=x_train))
+    assert dataset.x_train.dtype == torch.float32
+    np.testing.assert_array_equal(dataset.x_train.numpy(), x_train.reshape(12, 12))
+
+
+def test_labels_with_holes_become_indices():
+    labels = {"y_train": np.array([7, 3, 1000] * 4, np.uint16), "y_test": np.array([[1000], [7], [3]] * 2)}
+    dataset = data.from_arrays("own", **arrays(**labels))
+    assert dataset.classes == (3, 7, 1000)
+    assert dataset.y_train.tolist() == [1, 0, 2] * 4
+    assert dataset.y_test.tolist() == [2, 1, 0] * 2
+
+
+def test_non_contiguous_and_read_only_arrays():
+    wide = np.arange(12 * 24).reshape(12, 24).astype(np.float32)
+    wide.setflags(write=False)
+    dataset = data.from_arrays("own", **arrays(x_train=wide[:, ::2]))
+    np.testing.assert_array_equal(dataset.x_train.numpy(), wide[:, ::2])
+
+
+def with_value(value, dtype=np.float32):
+    x = np.zeros((12, 3, 4), dtype)
+    x[5, 1, 2] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"x_train": with_value(np.nan)}, "x_train: expected finite float32 values, got 1 that are not"),
+        ({"x_train": with_value(np.inf)}, "x_train: expected finite float32 values, got 1"),
+        ({"x_train": with_value(1e300, np.float64)}, "x_train: expected finite float32 values, got 1"),
+        ({"x_train": np.zeros(12)}, r"x_train: expected .* shape \(samples, ...\), got shape \(12,\)"),
+        ({"x_train": np.zeros((0, 12))}, r"x_train: expected a non-empty array .* got shape \(0, 12\)"),
+        ({"x_train": np.zeros((12, 0))}, "x_train: expected a non-empty array"),
+        (
+            {"x_train": np.zeros((12, 12), complex)},
+            "x_train: expected an array of real numbers, got dtype complex128",
+        ),
+        ({"x_train": np.full((12, 12), "a")}, "x_train: expected an array of real numbers, got dtype <U1"),
+        ({"x_test": np.zeros((6, 13))}, "x_test: expected 12 features per sample like x_train, got 13"),
+        ({"y_train": np.arange(11) % 3}, r"y_train: expected one label per sample of x_train \(12\), got 11"),
+        ({"y_train": np.arange(12) % 3 / 1.0}, "y_train: expected integer labels, got dtype float64"),
+        ({"y_train": np.arange(12) % 3 - 1}, "y_train: expected labels >= 0 .* got -1"),
+        (
+            {"y_train": np.eye(3, dtype=int)[np.arange(12) % 3]},
+            r"y_train: .* \(samples,\), got shape \(12, 3\)",
+        ),
+        (
+            {"y_train": np.zeros(12, int), "y_test": np.zeros(6, int)},
+            "y_train: expected at least 2 different labels",
+        ),
+        (
+            {"y_test": np.arange(6)},
+            "y_test: expected the same labels as y_train .* label 3, which y_train lacks",
+        ),
+        ({"y_test": np.arange(6) % 2}, "y_test: expected the same labels as y_train .* no sample of label 2"),
+        ({"x_test": np.array([{}] * 6, object)}, "x_test: expected an array of (real )?numbers, got"),
+    ],
+)
+def test_bad_arrays(tmp_path, changes, wanted):
+    np.savez(tmp_path / "own.npz", **arrays(**changes))
+    with pytest.raises(ValueError, match=wanted) as caught:
+        data.load(str(tmp_path / "own.npz"))
+    assert "\n" not in str(caught.value)
+
+
+def test_objects_in_an_archive_are_never_unpickled(tmp_path):
+    touched = tmp_path / "touched"
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(touched), "w"))
+
+    assert pickle.dumps(Malicious())
+    np.savez(tmp_path / "own.npz", **arrays(x_train=np.array([Malicious()] * 12, object)))
+    with pytest.raises(ValueError, match="x_train: expected an array of numbers, got Python objects"):
+        data.load(str(tmp_path / "own.npz"))
+    assert not touched.exists()
+
+
+def test_npz_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.npz does not exist"):
+        data.load(str(tmp_path / "missing.npz"))
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.npz to be an \.npz archive"):
+        data.load(str(tmp_path / "text.npz"))
+    valid = arrays()
+    del valid["y_test"]
+    np.savez(tmp_path / "three.npz", **valid)
+    with pytest.raises(ValueError, match=r"got x_train, y_train, x_test \(missing: y_test\)"):
+        data.load(str(tmp_path / "three.npz"))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_damaged_npz_is_refused(tmp_path, compressed):
+    """Cut anywhere, or with a byte of an array changed (the archive's checksum tells)."""
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "own.npz", **arrays())
+    whole = (tmp_path / "own.npz").read_bytes()
+    changed = bytearray(whole)
+    changed[200] ^= 0xFF
+    for content in (*(whole[:cut] for cut in range(0, len(whole), 97)), bytes(changed)):
+        (tmp_path / "cut.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cut\.npz") as caught:
+            data.load(str(tmp_path / "cut.npz"))
+        assert "\n" not in str(caught.value)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"dataset: expected digits, mnist, .*, got 'cifar'"):
+        data.load("cifar")
+
+
+def test_digits_has_a_fixed_stratified_split():
+    pytest.importorskip("sklearn")
+    first, torch_seed = data.load("digits"), torch.random.initial_seed()
+    np.random.seed(5)
+    second = data.load("digits")
+    assert torch.random.initial_seed() == torch_seed
+    assert (len(first.y_train), len(first.y_test), first.features) == (1438, 359, 64)
+    assert first.x_train.dtype == torch.uint8
+    for part in ("x_train", "y_train", "x_test", "y_test"):
+        assert torch.equal(getattr(first, part), getattr(second, part))
+    share = first.y_test.bincount() / (first.y_test.bincount() + first.y_train.bincount())
+    assert ((share - 0.2).abs() < 0.003).all()
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(2, 50),
+    st.floats(-5, 5),
+    st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e30]),
+    st.integers(0, 2**31),
+)
+@settings(deadline=None)
+def test_standardize_is_per_sample_whatever_the_scale(samples, features, offset, scale, seed):
+    x = torch.randn(samples, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
+    expected = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0)
+    actual = data.standardize((scale * x).float())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(data.standardize((scale * x[:1]).float()), actual[:1])
+
+
+def test_standardize_of_bytes_and_of_constant_samples():
+    x = torch.tensor([[0, 255, 0, 255], [7, 7, 7, 7], [0, 0, 0, 0]], dtype=torch.uint8)
+    assert data.standardize(x).tolist() == [[-1, 1, -1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert (data.standardize(torch.full((3, 784), 0.1)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_the_real_files(name):
+    if not (REAL_DATA / name).is_dir():
+        pytest.skip(f"no {name} in {REAL_DATA}: set ENGRAM_DATA_DIR to the directory that holds it")
+    dataset = data.load(name, REAL_DATA)
+    assert (dataset.x_train.shape, dataset.x_test.shape) == ((60000, 784), (10000, 784))
+    assert dataset.y_test.bincount().shape == (10,)
+    if name == "fashion-mnist":
+        assert dataset.y_train.bincount().tolist() == [6000] * 10

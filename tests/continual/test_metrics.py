@@ -1,0 +1,82 @@
+"""The metrics against their formulas, on matrices worked out by hand and on random ones."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engram_kernels.continual.metrics import average_accuracy, backward_transfer, forgetting
+
+MATRIX = [
+    [0.9, 0.1, 0.0],
+    [0.5, 0.8, 0.2],
+    [0.6, 0.4, 1.0],
+]
+
+
+def test_worked_example():
+    assert average_accuracy(MATRIX) == pytest.approx((0.6 + 0.4 + 1.0) / 3)
+    assert backward_transfer(MATRIX) == pytest.approx(((0.6 - 0.9) + (0.4 - 0.8)) / 2)
+    assert forgetting(MATRIX) == pytest.approx(((0.9 - 0.6) + (0.8 - 0.4)) / 2)
+
+
+def test_forgetting_counts_from_the_best_ever_and_backward_transfer_from_the_diagonal():
+    """Task 0 got better after it was learned (0.5 -> 0.9) and then worse (0.7)."""
+    matrix = [[0.5, 0.0, 0.0], [0.9, 0.6, 0.0], [0.7, 0.6, 0.8]]
+    assert backward_transfer(matrix) == pytest.approx((0.2 + 0.0) / 2)
+    assert forgetting(matrix) == pytest.approx((0.2 + 0.0) / 2)
+    matrix[2][0] = 0.4
+    assert backward_transfer(matrix) == pytest.approx(-0.05)
+    assert forgetting(matrix) == pytest.approx(0.25)
+
+
+@given(st.integers(2, 8), st.randoms(use_true_random=False))
+def test_the_formulas(tasks, random):
+    a = np.array([[random.random() for _ in range(tasks)] for _ in range(tasks)])
+    matrix = a.tolist()
+    last = tasks - 1
+    assert average_accuracy(matrix) == pytest.approx(a[last].mean())
+    assert backward_transfer(matrix) == pytest.approx((a[last, :last] - a.diagonal()[:last]).mean())
+    assert forgetting(matrix) == pytest.approx((a[:last, :last].max(axis=0) - a[last, :last]).mean())
+
+
+@given(st.integers(1, 7), st.sampled_from([None, math.nan]), st.randoms(use_true_random=False))
+def test_an_interrupted_run_is_judged_on_the_tasks_it_learned(learned, empty, random):
+    tasks = 8
+    whole = [[random.random() for _ in range(tasks)] for _ in range(learned)]
+    partial = whole + [[empty] * tasks for _ in range(tasks - learned)]
+    block = [row[:learned] for row in whole]
+    for metric in (average_accuracy, backward_transfer, forgetting):
+        assert metric(partial) == pytest.approx(metric(block), nan_ok=True)
+
+
+def test_undefined_is_nan():
+    for metric in (average_accuracy, backward_transfer, forgetting):
+        assert math.isnan(metric([]))
+        assert math.isnan(metric([[None, None], [None, None]]))
+    assert average_accuracy([[0.5]]) == 0.5
+    assert math.isnan(backward_transfer([[0.5]]))
+    assert math.isnan(forgetting([[0.5]]))
+
+
+def test_values_above_the_diagonal_may_be_missing():
+    matrix = [[0.9, None], [0.7, 0.8]]
+    assert average_accuracy(matrix) == pytest.approx(0.75)
+    assert backward_transfer(matrix) == pytest.approx(-0.2)
+    assert forgetting(matrix) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "wanted"),
+    [
+        ([[0.5, 0.5], [None, 0.5]], "values for tasks 0 to 1 in row 1"),
+        ([[None, None], [0.5, 0.5]], "empty rows only at the end"),
+        ([[0.5, 0.5], [0.5]], "values for tasks 0 to 1 in row 1"),
+        ([[50.0]], "accuracies from 0 to 1"),
+    ],
+)
+def test_a_matrix_with_gaps_or_percentages_is_refused(matrix, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        average_accuracy(matrix)

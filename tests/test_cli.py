@@ -1,0 +1,283 @@
+"""The command as a person meets it: what it prints, what it writes, how it says no, how it stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engram_kernels import cli
+
+KEYS = {
+    "accuracy_matrix", "average_accuracy", "backward_transfer", "forgetting", "peak_memory_bytes",
+    "step_milliseconds", "config",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are too small to share: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def npz(tmp_path, monkeypatch):
+    """A small data set of four separable classes; the working directory is an empty one."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.RandomState(0)
+    centres = random.randn(4, 5, 4)
+    part = {}
+    for name, samples in (("train", 80), ("test", 40)):
+        y = np.arange(samples) % 4
+        part[f"x_{name}"] = (centres[y] + 0.3 * random.randn(samples, 5, 4)).astype(np.float32)
+        part[f"y_{name}"] = y
+    np.savez(tmp_path / "small.npz", **part)
+    return "small.npz"
+
+
+def train(npz, *options):
+    """Run in this process, with a small network."""
+    return cli.main(["train", "--dataset", npz, "--hidden", "32", "--epochs", "2", *options])
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def refused(capsys, wanted):
+    """Exit code 2 goes with one line on stderr that names the argument."""
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("engram-kernels: error:")]
+    assert len(lines) == 1
+    assert error.splitlines()[-1] == lines[0]
+    assert "Traceback" not in error
+    for piece in [wanted] if isinstance(wanted, str) else wanted:
+        assert piece in lines[0]
+
+
+@pytest.mark.parametrize("method", ["engram", "mbnn", "bnn"])
+@pytest.mark.parametrize("scenario", ["class", "permuted"])
+def test_train_writes_metrics_and_prints_the_table(npz, capsys, method, scenario):
+    assert train(npz, "--method", method, "--scenario", scenario, "--tasks", "2", "--seed", "5") == 0
+    folder = f"runs/small-{scenario}-{method}-seed5"
+    metrics = read(f"{folder}/metrics.json")
+    assert set(metrics) >= KEYS
+    assert metrics["completed"] is True
+    assert np.array(metrics["accuracy_matrix"]).shape == (2, 2)
+    assert metrics["config"]["method"] == method
+    assert metrics["config"]["seed"] == 5
+    assert metrics["config"]["epochs"] == 2
+    assert metrics["step_milliseconds"] > 0
+    printed = capsys.readouterr()
+    for piece in (
+        "after task 2",
+        "average accuracy",
+        "backward transfer",
+        "forgetting",
+        "ms",
+        "peak memory",
+        folder,
+    ):
+        assert piece in printed.out
+    assert "task 2/2 learned" in printed.err
+
+
+def test_options_reach_the_run(npz):
+    assert train(
+        npz, "--lr", "0.001", "0.002", "--metaplasticity", "0.7", "--rate", "0.5", "--temperature", "inf",
+        "--ste-window", "2", "--loss", "all", "--batch-size", "7", "--classes-per-task", "1", "--shuffle-classes",
+        "--train-hidden", "--output", "out", "--weight-decay", "1e-6", "--quiet",
+    ) == 0  # fmt: skip
+    config = read("out/metrics.json")["config"]
+    wanted = {
+        "lr": [0.001, 0.002], "metaplasticity": 0.7, "rate": 0.5, "temperature": "inf", "ste_window": 2.0,
+        "loss": "all", "batch_size": 7, "classes_per_task": 1, "shuffle_classes": True, "tasks": 4, "hidden": [32],
+        "weight_decay": 1e-6,
+    }  # fmt: skip
+    assert {key: config[key] for key in wanted} == wanted
+
+
+def test_the_same_seed_gives_the_same_numbers(npz):
+    matrices = []
+    for output, seed in (("a", 1), ("b", 1)):
+        assert train(npz, "--seed", str(seed), "--output", output) == 0
+        matrices.append(read(f"{output}/metrics.json")["accuracy_matrix"])
+    assert matrices[0] == matrices[1]
+
+
+def test_several_seeds(npz, capsys):
+    assert train(npz, "--seeds", "0", "1", "2", "--output", "out") == 0
+    values = [read(f"out/seed{seed}/metrics.json")["average_accuracy"] for seed in range(3)]
+    summary = read("out/summary.json")
+    assert summary["average_accuracy"]["values"] == values
+    assert summary["average_accuracy"]["mean"] == pytest.approx(np.mean(values))
+    assert summary["average_accuracy"]["deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert "deviation" in capsys.readouterr().out
+
+
+def test_the_model_is_saved_on_request(npz):
+    assert train(npz, "--save-model", "--output", "out") == 0
+    saved = torch.load("out/model.pt", weights_only=True)
+    assert saved["config"]["hidden"] == [32]
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values() if value.is_floating_point())
+
+
+def test_a_picture_is_drawn(npz):
+    pytest.importorskip("matplotlib")
+    assert train(npz, "--output", "out") == 0
+    assert Path("out/report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_matplotlib_the_numbers_are_still_written(npz, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train(npz, "--output", "out") == 0
+    assert sorted(os.listdir("out")) == ["metrics.json"]
+    error = capsys.readouterr().err
+    assert "needs matplotlib" in error
+    assert "pip install 'engram-kernels[train]'" in error
+
+
+def test_without_scikit_learn_digits_say_how_to_get_it(npz, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert cli.main(["train"]) == 2
+    refused(capsys, ["digits", "scikit-learn", "pip install 'engram-kernels[train]'"])
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--rate", "0"], ["rate", "(0, 1]", "0.0"]),
+        (["--rate", "1.1"], ["rate", "(0, 1]", "1.1"]),
+        (["--temperature", "-1"], ["temperature", ">= 0", "-1.0"]),
+        (["--lr", "nan"], ["lr", "nan"]),
+        (["--lr", "1", "2", "3", "4"], ["lr", "got 4"]),
+        (["--metaplasticity", "-1"], ["metaplasticity", "-1.0"]),
+        (["--epochs", "0"], ["epochs", "got 0"]),
+        (["--batch-size", "0"], ["batch_size", "got 0"]),
+        (["--threads", "0"], ["threads", "got 0"]),
+        (["--hidden", "0"], ["hidden", "[0]"]),
+        (["--tasks", "9"], ["tasks", "got 9"]),
+        (["--classes-per-task", "0"], ["classes_per_task", "got 0"]),
+        (["--seed", "-1"], ["seed", "got -1"]),
+        (["--seeds", "1", "1"], ["seeds", "different", "1 1"]),
+        (["--method", "bnn", "--rate", "0.1"], ["rate", "bnn"]),
+        (["--scenario", "permuted", "--classes-per-task", "2"], ["classes_per_task", "permuted"]),
+        (["--dataset", "missing.npz"], ["missing.npz", "does not exist"]),
+        (["--dataset", "cifar"], ["dataset", "'cifar'"]),
+        (["--dataset", "mnist", "--data-dir", "nowhere"], ["train-images-idx3-ubyte", "nowhere/MNIST/raw"]),
+    ],
+)
+def test_bad_values(npz, capsys, options, wanted):
+    assert train(npz, *options) == 2
+    refused(capsys, wanted)
+    assert not any(name.endswith(".json") for _, _, names in os.walk(".") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["train", "--method", "ewc"], "ewc"),
+        (["train", "--hidden", "many"], "many"),
+        (["train", "--wings", "2"], "--wings"),
+    ],
+)
+def test_bad_command_lines(capsys, arguments, wanted):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    refused(capsys, wanted)
+
+
+def test_damaged_files(npz, capsys):
+    Path("cut.npz").write_bytes(Path(npz).read_bytes()[:-30])
+    assert train("cut.npz") == 2
+    refused(capsys, "cut.npz")
+
+
+def test_an_output_that_cannot_be_written(npz, capsys):
+    Path("file").touch()
+    assert train(npz, "--output", "file") == 2
+    refused(capsys, ["output", "file"])
+    assert train(npz, "--output", "file/below") == 2
+    refused(capsys, ["output", "file/below"])
+    if os.geteuid() != 0:  # root may write anywhere
+        os.mkdir("sealed", 0o500)
+        assert train(npz, "--output", "sealed") == 2
+        refused(capsys, ["output", "sealed", "Permission denied"])
+
+
+def test_a_loss_that_is_not_finite(npz, capsys, monkeypatch):
+    monkeypatch.setattr("engram_kernels.continual.methods.cross_entropy", lambda logits, y: logits.sum() * float("nan"))
+    assert train(npz, "--loss", "all") == 2
+    refused(capsys, ["loss", "nan", "task 1"])
+
+
+def test_a_network_larger_than_memory(npz, capsys):
+    assert train(npz, "--hidden", str(10**13)) == 2
+    refused(capsys, "memory")
+
+
+def test_interrupt_writes_what_was_learned(npz):
+    """For real: a process, a SIGINT while it trains."""
+    command = [sys.executable, "-m", "engram_kernels.cli", "train", "--dataset", npz, "--hidden", "32"]
+    process = subprocess.Popen(
+        [*command, "--epochs", "20", "--batch-size", "2", "--scenario", "permuted", "--tasks", "300",
+         "--threads", "1", "--output", "out"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stderr:
+            if "task 1/300 learned" in line:
+                break
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        printed, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "interrupted" in error
+    metrics = read("out/metrics.json")
+    assert metrics["completed"] is False
+    assert metrics["accuracy_matrix"][0][0] is not None
+    assert metrics["accuracy_matrix"][-1] == [None] * 300
+    assert metrics["average_accuracy"] > 0
+    assert "average accuracy" in printed
+
+
+def test_info(capsys, monkeypatch):
+    monkeypatch.setenv("ENGRAM_SOMETHING", "1")
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    names = ("engram-kernels", "python", "numpy", "triton", "instruction set", "in use", "threads", "cuda")
+    for piece in (*names, torch.__version__, "ENGRAM_SOMETHING"):
+        assert piece in printed
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["info", "--help"]])
+def test_help(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 0
+    assert "usage: engram-kernels" in capsys.readouterr().out
+
+
+def test_importing_the_command_loads_no_optional_package():
+    code = (
+        "import sys, torch; before = set(sys.modules);"  # torch itself may import tqdm
+        "import engram_kernels.cli, engram_kernels.continual;"
+        "print([name for name in ('matplotlib', 'sklearn', 'tqdm') if name in set(sys.modules) - before])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
