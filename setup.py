@@ -67,6 +67,7 @@ extension = CppExtension(
     "engram_kernels._C",
     [str(CSRC / "bindings.cpp"), str(CSRC / "cpu" / "launch.cpp")],
     include_dirs=[str(CSRC)],
+    depends=sorted(str(path) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h")),  # for sdist and rebuilds
     py_limited_api=True,
     define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
     extra_compile_args={"cxx": ["-O2", "-std=c++17", "-fvisibility=hidden"]},
