@@ -185,7 +185,18 @@ def metaplastic_adam_(
 # ---- fakes: shapes and dtypes without data, for torch.compile and meta tensors
 
 
-def _check_fake_packed(name: str, bits: Tensor, k: int) -> None:
+def _check_same_device(**tensors):
+    first = next(iter(tensors))
+    for name, tensor in tensors.items():
+        torch._check(
+            tensor is None or tensor.device == tensors[first].device,
+            lambda name=name, tensor=tensor: (
+                f"{name}: expected a tensor on {tensors[first].device} like {first}, got one on {tensor.device}"
+            ),
+        )
+
+
+def _check_packed(name, bits, k):
     torch._check(
         bits.dtype == torch.int64 and bits.dim() == 2 and bits.shape[1] == words_for(k),
         lambda: (
@@ -201,6 +212,7 @@ def _(x):
 
 @torch.library.register_fake("engram_kernels::pack_window")
 def _(x, width=1.0, gate_bits=None):
+    _check_same_device(x=x, gate_bits=gate_bits)
     return x.new_empty((x.shape[0], words_for(x.shape[1])), dtype=torch.int64)
 
 
@@ -211,38 +223,44 @@ def _(bits, k, dtype):
 
 @torch.library.register_fake("engram_kernels::binary_matmul")
 def _(x_bits, w_bits, k, gate_bits=None):
-    _check_fake_packed("x_bits", x_bits, k)
-    _check_fake_packed("w_bits", w_bits, k)
+    _check_same_device(x_bits=x_bits, w_bits=w_bits, gate_bits=gate_bits)
+    _check_packed("x_bits", x_bits, k)
+    _check_packed("w_bits", w_bits, k)
     return x_bits.new_empty((x_bits.shape[0], w_bits.shape[0]), dtype=torch.int32)
 
 
 @torch.library.register_fake("engram_kernels::sign_matmul")
 def _(a, w_bits, k):
-    _check_fake_packed("w_bits", w_bits, k)
+    _check_same_device(a=a, w_bits=w_bits)
+    _check_packed("w_bits", w_bits, k)
     return a.new_empty((a.shape[0], k))
 
 
 @torch.library.register_fake("engram_kernels::sign_matmul_t")
 def _(x, w_bits, k):
-    _check_fake_packed("w_bits", w_bits, k)
+    _check_same_device(x=x, w_bits=w_bits)
+    _check_packed("w_bits", w_bits, k)
     return x.new_empty((x.shape[0], w_bits.shape[0]))
 
 
 @torch.library.register_fake("engram_kernels::gated_input_grad")
 def _(d, w_bits, x, gate_bits=None):
-    _check_fake_packed("w_bits", w_bits, x.shape[1])
+    _check_same_device(d=d, w_bits=w_bits, x=x, gate_bits=gate_bits)
+    _check_packed("w_bits", w_bits, x.shape[1])
     return d.new_empty(x.shape)
 
 
 @torch.library.register_fake("engram_kernels::masked_input_grad")
 def _(d, w_bits, k, mask_bits):
-    _check_fake_packed("w_bits", w_bits, k)
+    _check_same_device(d=d, w_bits=w_bits, mask_bits=mask_bits)
+    _check_packed("w_bits", w_bits, k)
     return d.new_empty((d.shape[0], k))
 
 
 @torch.library.register_fake("engram_kernels::gated_weight_grad")
 def _(d, x_bits, k, gate_bits=None):
-    _check_fake_packed("x_bits", x_bits, k)
+    _check_same_device(d=d, x_bits=x_bits, gate_bits=gate_bits)
+    _check_packed("x_bits", x_bits, k)
     return d.new_empty((d.shape[1], k))
 
 
@@ -253,7 +271,7 @@ def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0):
 
 @torch.library.register_fake("engram_kernels::metaplastic_adam_")
 def _(weight, grad, exp_avg, exp_avg_sq, sign_bits, **_settings):
-    return None
+    _check_same_device(weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, sign_bits=sign_bits)
 
 
 # ---- gradients

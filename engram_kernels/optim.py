@@ -32,6 +32,7 @@ class MetaplasticAdam(Optimizer):
         eps: added to the root of the second moment, at least 0.
         weight_decay: coupled L2 decay, at least 0.
         metaplasticity: m, per unit of ``|W|``, at least 0; 0 is plain Adam.
+        state_dtype: of the moments of hidden weights; float32 is the only one so far.
 
     Raises: ValueError for a setting out of range; RuntimeError for a hidden weight or gradient that is not float32, for
     sparse gradients, and if a weight becomes NaN.
@@ -45,7 +46,10 @@ class MetaplasticAdam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         metaplasticity: float = 1.35,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
+        if state_dtype != torch.float32:
+            raise ValueError(f"state_dtype: expected torch.float32, got {state_dtype}")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, metaplasticity=metaplasticity)
         super().__init__(params, defaults)
 

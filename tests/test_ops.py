@@ -414,6 +414,14 @@ def bad_calls():
             lambda: ops.metaplastic_adam_(update[0].clone(), update[1] * math.nan, *update[2:], **ADAM),
             "grad: expected finite",
         ),
+        "device": (
+            lambda: ops.binary_matmul(x_bits, w_bits.to("meta"), k),
+            "w_bits: expected a tensor on cpu like x_bits, got one on meta",
+        ),
+        "device of a layer": (
+            lambda: ek.BinaryEngramLinear(k, 9, device="meta")(x),
+            "w_bits: expected a tensor on cpu like x_bits, got one on meta",
+        ),
         "isa": (lambda: ops.set_isa("sse9"), "ISA: expected one of .*scalar.*got 'sse9'"),
     }
 

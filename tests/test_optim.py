@@ -123,6 +123,7 @@ def test_parameters_without_a_gradient_stay():
         ({"eps": -1e-8}, "eps: "),
         ({"weight_decay": -0.1}, "weight_decay: "),
         ({"metaplasticity": -2}, "metaplasticity: .*got -2"),
+        ({"state_dtype": torch.float64}, "state_dtype: expected torch.float32, got torch.float64"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
