@@ -186,6 +186,16 @@ def run(
 
 def _step(method: Method, x: Tensor, y: Tensor, where: str) -> tuple[float, float]:
     """One optimizer step; returns the loss and the accuracy on the batch before it."""
+    try:
+        return _unguarded_step(method, x, y, where)
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or "NaN" not in str(error):
+            raise
+        # the operators refuse NaN themselves
+        raise TrainingError(f"{str(error).splitlines()[0]} in {where}; a lower lr may help") from None
+
+
+def _unguarded_step(method: Method, x: Tensor, y: Tensor, where: str) -> tuple[float, float]:
     logits = method.model(x)
     loss = method.loss(logits, y)
     value = float(loss.detach())
