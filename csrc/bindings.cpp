@@ -33,6 +33,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
       "metaplastic_adam_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!)? sign_bits, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "float metaplasticity, int step) -> ()");
+  m.def("_has_cuda() -> bool");
   m.def("_isa() -> str");
   m.def("_available_isas() -> str");
   m.def("_set_isa(str name) -> ()");
@@ -407,7 +408,9 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
   require(!nan, "grad: expected finite numbers, got values that made a weight NaN");
 }
 
-// ---- instruction sets
+// ---- what was built and what runs
+
+bool has_cuda() { return false; }
 
 std::string isa() { return engram::cpu::isa(); }
 
@@ -449,6 +452,7 @@ STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CompositeExplicitAutograd, m) {
+  m.impl("_has_cuda", TORCH_BOX(&has_cuda));
   m.impl("_isa", TORCH_BOX(&isa));
   m.impl("_available_isas", TORCH_BOX(&available_isas));
   m.impl("_set_isa", TORCH_BOX(&set_isa));

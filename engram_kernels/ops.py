@@ -56,7 +56,7 @@ if os.environ.get("ENGRAM_ISA"):
 
 def build_info() -> dict[str, str]:
     """How the loaded library was built: its ``file`` name, the CPU ``isas`` usable here, ``cuda`` kernels yes or no."""
-    return {"file": _library.name, "isas": ",".join(available_isas()), "cuda": "no"}
+    return {"file": _library.name, "isas": ",".join(available_isas()), "cuda": "yes" if _ops._has_cuda() else "no"}
 
 
 # ---- operators
