@@ -4,8 +4,9 @@
 //   Gumbel-top-k the `count` units of largest score / temperature + Gumbel draw: sampling without replacement with
 //                probabilities softmax(score / temperature) (Vieira 2014; Kool et al. 2019); ties go to the lower index
 //
-// Draws are those of core/philox.h. Keys are ordered integers, so that the count-th largest is found by two passes of a
-// radix histogram and no sort. This file is compiled without fused multiply-add: every backend computes the same bits.
+// Draws are those of core/philox.h. Keys are ordered integers, so that the count-th largest is found by bisection
+// and no sort: at most 32 counting passes over keys in the first-level cache. This file is compiled without fused
+// multiply-add: every backend computes the same bits.
 #include "core/philox.h"
 #include "cpu/simd.h"
 #include "cpu/tables.h"
@@ -20,30 +21,33 @@ constexpr int64_t kGroup = 64;  // units drawn together: 16 Philox counters
 ENGRAM_INLINE void draw_group(const SampleEngram& p, int64_t m, int64_t first, uint32_t* draws) {
   constexpr int kCounters = kGroup / 4;
   const uint64_t row = p.first_row + static_cast<uint64_t>(m);
-  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
+  // 32-bit numbers in 64-bit lanes: a product needs no widening
+  uint64_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
+  constexpr uint64_t kLow = 0xFFFFFFFFu;
   for (int i = 0; i < kCounters; ++i) {
-    c0[i] = static_cast<uint32_t>(first / 4 + i);
-    c1[i] = static_cast<uint32_t>(row);
-    c2[i] = static_cast<uint32_t>(row >> 32);
+    c0[i] = static_cast<uint64_t>(first / 4 + i) & kLow;
+    c1[i] = row & kLow;
+    c2[i] = row >> 32;
     c3[i] = p.offset;
   }
   uint32_t key0 = static_cast<uint32_t>(p.seed), key1 = static_cast<uint32_t>(p.seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma GCC unroll 1  // unrolled it would not be vectorised
     for (int i = 0; i < kCounters; ++i) {
-      const uint64_t p0 = uint64_t{kPhiloxM0} * c0[i], p1 = uint64_t{kPhiloxM1} * c2[i];
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ key0;
-      c1[i] = static_cast<uint32_t>(p1);
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ key1;
-      c3[i] = static_cast<uint32_t>(p0);
+      const uint64_t p0 = kPhiloxM0 * (c0[i] & kLow), p1 = kPhiloxM1 * (c2[i] & kLow);
+      c0[i] = (p1 >> 32) ^ c1[i] ^ key0;
+      c1[i] = p1 & kLow;
+      c2[i] = (p0 >> 32) ^ c3[i] ^ key1;
+      c3[i] = p0 & kLow;
     }
     key0 += kPhiloxW0;
     key1 += kPhiloxW1;
   }
   for (int i = 0; i < kCounters; ++i) {
-    draws[4 * i] = c0[i];
-    draws[4 * i + 1] = c1[i];
-    draws[4 * i + 2] = c2[i];
-    draws[4 * i + 3] = c3[i];
+    draws[4 * i] = static_cast<uint32_t>(c0[i]);
+    draws[4 * i + 1] = static_cast<uint32_t>(c1[i]);
+    draws[4 * i + 2] = static_cast<uint32_t>(c2[i]);
+    draws[4 * i + 3] = static_cast<uint32_t>(c3[i]);
   }
 }
 
@@ -87,24 +91,25 @@ bool make_keys(const SampleEngram& p, int64_t m, uint32_t* keys) {
   return nan;
 }
 
-// The count-th largest key, and how many keys equal to it belong to the count largest.
+// A threshold such that the keys above it, and the first `of_equal` of those equal to it, are the `count` largest.
 uint32_t find_threshold(const uint32_t* keys, int64_t k, int64_t count, int64_t& of_equal) {
-  uint32_t prefix = 0, known = 0;
-  int64_t left = count;
-  constexpr int kShifts[] = {21, 10, 0};
-  for (const int shift : kShifts) {
-    const int width = shift == 0 ? 10 : 11;
-    const uint32_t digits = uint32_t{1} << width;
-    int32_t histogram[1 << 11] = {};
-    for (int64_t i = 0; i < k; ++i)
-      if ((keys[i] & known) == prefix) ++histogram[keys[i] >> shift & (digits - 1)];
-    uint32_t digit = digits - 1;
-    for (; histogram[digit] < left; --digit) left -= histogram[digit];
-    prefix |= digit << shift;
-    known |= (digits - 1) << shift;
+  uint32_t threshold = 0;
+  int64_t above = 0;  // keys above the threshold; right at the end, when the next larger candidate has been counted
+  for (uint32_t bit = uint32_t{1} << 31; bit != 0; bit >>= 1) {
+    const uint32_t candidate = threshold | bit;
+    int32_t reached = 0;
+    for (int64_t i = 0; i < k; ++i) reached += keys[i] >= candidate;
+    if (reached == count) {
+      of_equal = 0;
+      return candidate - 1;
+    }
+    if (reached > count)
+      threshold = candidate;
+    else
+      above = reached;
   }
-  of_equal = left;
-  return prefix;
+  of_equal = count - above;
+  return threshold;
 }
 
 void gate_from_keys(const SampleEngram& p, int64_t m, const uint32_t* keys) {
