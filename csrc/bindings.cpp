@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <optional>
 #include <sstream>
@@ -106,7 +107,8 @@ void check_matrix(const char* name, const Tensor& t) {
   require(t.dim() == 2, name, ": expected 2 dimensions, got ", describe(t));
 }
 
-void check_k(int64_t k) { require(k >= 1, "k: expected at least 1, got ", k); }
+// Products are int32, so K must fit one.
+void check_k(int64_t k) { require(k >= 1 && k <= INT32_MAX, "k: expected 1 to 2^31 - 1, got ", k); }
 
 // Packed rows of k units, two-dimensional.
 void check_packed(const char* name, const Tensor& t, int64_t k) {
@@ -403,8 +405,9 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
       rt.get(), {static_cast<float*>(weight.mutable_data_ptr()), float_data(g),
                  static_cast<float*>(exp_avg.mutable_data_ptr()), static_cast<float*>(exp_avg_sq.mutable_data_ptr()),
                  sign_bits ? static_cast<uint64_t*>(sign_bits->mutable_data_ptr()) : nullptr, N, K, words_for(K),
-                 static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(eps),
-                 static_cast<float>(weight_decay), static_cast<float>(metaplasticity), static_cast<float>(step_size)});
+                 static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
+                 static_cast<float>(1 - beta2), static_cast<float>(eps), static_cast<float>(weight_decay),
+                 static_cast<float>(metaplasticity), static_cast<float>(step_size)});
   require(!nan, "grad: expected finite numbers, got values that made a weight NaN");
 }
 

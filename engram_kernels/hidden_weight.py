@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .reference import words_for
 
 # Attributes and methods through which the values cannot change and no other tensor comes to share them.
 _READ_ONLY_ATTRIBUTES = (
@@ -22,8 +25,26 @@ _READ_ONLY = {getattr(Tensor, name).__get__ for name in _READ_ONLY_ATTRIBUTES}
 _READ_ONLY |= {getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")}
 _READ_ONLY |= {getattr(Tensor, name) for name in _READ_ONLY_METHODS}
 
-# A storage that only its tensor and the handle made for asking refer to.
-_SOLE_OWNER = 2
+
+def _references(tensor: Tensor) -> tuple[int, int]:
+    """How many tensors and how many Python names refer to a tensor's storage."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+
+
+# What they count where only one tensor and the handle made for asking refer to it.
+_SOLE_OWNER = _references(torch.empty(1))
+
+
+def _hand_out(value: Any) -> None:
+    """Notes for every hidden weight in the arguments of a function that the function may pass its memory on."""
+    if isinstance(value, HiddenWeight):
+        value._handed_out = True
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _hand_out(item)
+    elif isinstance(value, dict):
+        _hand_out(tuple(value.values()))
 
 
 class HiddenWeight(nn.Parameter):
@@ -31,53 +52,71 @@ class HiddenWeight(nn.Parameter):
 
     :meth:`sign_bits` gives the signs packed, (N, words), and keeps them as long as nothing can have changed the
     weights. Changes are noticed by torch's version counter and, since ``weight.data`` and NumPy views go past that
-    counter, by watching every function that is handed the weight and every other tensor that shares its memory; in
-    doubt the signs are packed anew.
+    counter, by watching every function that is handed the weight and whoever else refers to its memory; in doubt the
+    signs are packed anew. While that memory is shared with another process, or belongs to NumPy or another library,
+    they are packed at every call. Out of sight, and so out of contract: TorchScript, ``to_dlpack``, and code that
+    switches torch's overrides off, where they write through ``.data``.
     """
 
     _bits: Tensor | None = None
     _bits_version = -1
     _handed_out = False
 
+    def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> HiddenWeight:
+        """Makes a hidden weight of ``data`` (N, K), a plain tensor or a parameter, without a copy."""
+        if data is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                data = data.detach()
+        return super().__new__(cls, data, requires_grad)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Runs ``func`` as on a plain tensor; notes whether it may have given the values away."""
         if func not in _READ_ONLY:
-            for argument in (*args, *(kwargs or {}).values()):
-                if isinstance(argument, HiddenWeight):
-                    argument._handed_out = True
+            _hand_out((args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
+    def _within_reach_of_others(self) -> bool:
+        """Whether another tensor, handle, process or library can write to the weights."""
+        if _references(self) != _SOLE_OWNER:
+            return True
+        storage = self.untyped_storage()
+        return storage.is_shared() or not storage.resizable()
+
     def _is_fresh(self) -> bool:
-        if self._bits is None or self._handed_out or self._bits_version != self._version:
-            return False
-        return torch._C._storage_Use_Count(self.untyped_storage()._cdata) == _SOLE_OWNER
+        unchanged = self._bits is not None and not self._handed_out and self._bits_version == self._version
+        return unchanged and not self._within_reach_of_others()
 
     def sign_bits(self) -> Tensor:
         """Packed signs of the current values, int64 (N, words). Not to be written to."""
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.compiler.is_compiling() or self.device.type == "meta":
+            if torch.compiler.is_compiling() or self.device.type == "meta" or self.is_inference():
                 return ops.pack_signs(self.detach())
             if not self._is_fresh():
+                self._handed_out, version = False, self._version  # before packing: another thread may write meanwhile
                 with torch.inference_mode(False), torch.no_grad():
                     self._bits = ops.pack_signs(self)
-                self._vouch()
+                self._vouch(version)
             assert self._bits is not None
             return self._bits
 
     def updated_in_place(self, update: Callable[[Tensor], None]) -> None:
         """Calls ``update(bits)``, which changes the weights in place and writes their fresh signs to ``bits``."""
         with torch._C.DisableTorchFunctionSubclass():
-            if self._bits is None or self._bits.shape[0] != self.shape[0] or self._bits.device != self.device:
-                self._bits = ops.pack_signs(self.detach())
+            shape = (self.shape[0], words_for(self.shape[1]))
+            if self._bits is None or self._bits.shape != shape or self._bits.device != self.device:
+                with torch.inference_mode(False):
+                    self._bits = self.new_empty(shape, dtype=torch.int64)
             self._bits_version = -1  # until the update has come to its end
+            self._handed_out = False
             update(self._bits)
-            self._vouch()
+            self._vouch(self._version)
 
-    def _vouch(self) -> None:
-        self._bits_version = self._version
-        self._handed_out = False
+    def _vouch(self, version: int) -> None:
+        self._bits_version = version
+        # an alias may write and be gone before the next look
+        self._handed_out |= self._within_reach_of_others()
 
     def __reduce_ex__(self, proto):
         """Pickles values only; the signs are packed again when needed."""
@@ -87,6 +126,9 @@ class HiddenWeight(nn.Parameter):
 
 def _rebuild(values: Tensor, requires_grad: bool) -> HiddenWeight:
     return HiddenWeight(values, requires_grad)
+
+
+torch.serialization.add_safe_globals([_rebuild])
 
 
 def as_hidden_weight(parameter: nn.Parameter) -> HiddenWeight:

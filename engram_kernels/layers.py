@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import ops
 from .engrams import Engram, Recruitment
@@ -28,6 +29,7 @@ class _BinaryLinear(torch.autograd.Function):
         return ops.binary_matmul(x_bits, w_bits, ctx.k, gate_bits).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d):
         x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
         dx = dw = None
@@ -118,10 +120,18 @@ class BinaryEngramLinear(nn.Module):
         """Makes whatever is assigned to ``weight`` a hidden weight."""
         super().register_parameter(name, as_hidden_weight(param) if name == "weight" and param is not None else param)
 
+    def _apply(self, fn, recurse=True):
+        """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""
+        super()._apply(fn, recurse)
+        self.weight = as_hidden_weight(self.weight)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Floats (*, in_features) -> (*, out_features)."""
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise RuntimeError(f"input: expected shape (*, {self.in_features}), got {tuple(x.shape)}")
+        if type(self.weight) is nn.Parameter:  # swapped in past every hook
+            as_hidden_weight(self.weight)
         weight = self.weight
         # a plain tensor stands here under torch.func.functional_call
         w_bits = weight.sign_bits() if isinstance(weight, HiddenWeight) else ops.pack_signs(weight.detach())

@@ -2,8 +2,9 @@
 
 Names and arguments are those of :mod:`engram_kernels.reference`, which defines what each computes. ``bits`` are int64
 words, 64 units each, rows padded to a multiple of 128 units (``csrc/core/bits.h``). Float arguments may be float32,
-bfloat16 or float16; results come in the dtype of the float argument. Every function raises RuntimeError that names the
-argument, what it needs and what it got.
+bfloat16 or float16; results come in the dtype of the float argument. Products of real numbers with signs are sums under
+a mask in float32, ``2 * sum over bits 1 - sum``: an infinite argument gives infinity or NaN, never a finite number.
+Every function raises RuntimeError that names the argument, what it needs and what it got.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def sample_engram(
 
 def draw_seed() -> Tensor:
     """A seed for :func:`sample_engram` from torch's default CPU generator, so that ``torch.manual_seed`` governs it."""
-    return torch.stack([torch.randint(2**63 - 1, ()), torch.zeros((), dtype=torch.int64)])
+    key = torch.randint(2**63 - 1, (1,), device="cpu")
+    return torch.cat([key, torch.zeros_like(key)])
 
 
 def metaplastic_adam_(
@@ -180,6 +182,10 @@ def metaplastic_adam_(
         metaplasticity=metaplasticity,
         step=step,
     )
+    if not torch.compiler.is_compiling():
+        # The Stable ABI leaves version counters alone; graphs that saved these tensors must notice.
+        changed = [weight, exp_avg, exp_avg_sq] + ([] if sign_bits is None else [sign_bits])
+        torch.autograd.graph.increment_version(changed)
 
 
 # ---- fakes: shapes and dtypes without data, for torch.compile and meta tensors

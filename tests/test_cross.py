@@ -163,20 +163,21 @@ def sample_engram_cases() -> Iterator[Case]:
 
 def metaplastic_adam_cases() -> Iterator[Case]:
     """Expects what the native kernels compute: all instruction sets round alike."""
-    names = ("beta1", "beta2", "eps", "weight_decay", "metaplasticity")
+    names = ("eps", "weight_decay", "metaplasticity")
     beta1, beta2, step = ADAM["beta1"], ADAM["beta2"], ADAM["step"]
     step_size = ADAM["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # as csrc/bindings.cpp computes it
+    decays = [beta1, 1 - beta1, beta2, 1 - beta2]
     for n, k, metaplasticity in itertools.product(N_SIZES, K_SIZES, (0.0, 1.35, 30.0)):
         adam, before = ADAM | {"metaplasticity": metaplasticity}, update_arguments(n, k)
         for with_bits in (True, False):
             given = before if with_bits else (*before[:4], None)
             weight, grad, exp_avg, exp_avg_sq, bits = after = [t if t is None else t.clone() for t in given]
             ops.metaplastic_adam_(*after, **adam)
-            fields = [n, k, *(adam[name] for name in names), step_size, *given]
+            fields = [n, k, *decays, *(adam[name] for name in names), step_size, *given]
             expected = [weight, exp_avg, exp_avg_sq, *([bits] if with_bits else []), flag(False)]
             yield Case(f"{n=} {k=} {metaplasticity=} {with_bits=}", fields, expected)
     grad = torch.full((n, k), math.nan)
-    fields = [n, k, *(ADAM[name] for name in names), step_size, before[0], grad, *before[2:]]
+    fields = [n, k, *decays, *(ADAM[name] for name in names), step_size, before[0], grad, *before[2:]]
     yield Case("NaN", fields, [None, None, None, None, flag(True)])
 
 

@@ -3,6 +3,7 @@ import gc
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,6 +83,74 @@ def test_an_alias_that_lives_on_keeps_signs_from_going_stale(weight, alias):
         assert torch.equal(weight.sign_bits(), actual_signs(weight))
 
 
+@pytest.mark.parametrize(
+    "alias",
+    {
+        "data": lambda w: w.data,
+        "numpy": lambda w: w.detach().numpy(),
+        "data set to a tensor that lives on": lambda w: setattr(w, "data", values := torch.randn(7, 70)) or values,
+        "a tuple of views": lambda w: torch.atleast_3d([w])[0].data,
+        "flattened": lambda w: torch._utils._flatten_dense_tensors((w,)).data,
+        "a storage": lambda w: w.untyped_storage(),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_an_alias_that_writes_and_dies_between_two_looks_is_noticed(weight, alias):
+    other = alias[1](weight)
+    before = weight.sign_bits().clone()
+    if isinstance(other, torch.UntypedStorage):
+        other.copy_(torch.randn(490).untyped_storage())
+    else:
+        other *= -1
+    del other
+    assert torch.equal(weight.sign_bits(), actual_signs(weight)) and not torch.equal(weight.sign_bits(), before)
+
+
+def test_an_alias_that_spans_a_metaplastic_step_is_noticed(weight):
+    alias = weight.data
+    weight.grad = torch.randn(7, 70)
+    ek.MetaplasticAdam([weight]).step()
+    alias.neg_()
+    del alias
+    assert torch.equal(weight.sign_bits(), actual_signs(weight))
+
+
+def test_memory_of_others_is_looked_at_every_time():
+    array = np.random.default_rng(0).normal(size=(7, 70)).astype(np.float32)
+    weight = ek.HiddenWeight(torch.from_numpy(array))
+    shared = ek.HiddenWeight(torch.randn(7, 70).share_memory_())
+    for each, write in ((weight, lambda: np.negative(array, out=array)), (shared, lambda: shared.data.neg_())):
+        each.sign_bits()
+        write()
+        assert torch.equal(each.sign_bits(), actual_signs(each))
+        assert not each._is_fresh()
+
+
+def test_two_weights_in_one_memory_follow_each_others_steps():
+    one = ek.HiddenWeight(torch.randn(7, 70))
+    other = ek.HiddenWeight(one.detach())
+    other.sign_bits()
+    one.grad = torch.randn(7, 70)
+    optimizer = ek.MetaplasticAdam([one], lr=1.0)
+    optimizer.step()
+    del one, optimizer
+    assert torch.equal(other.sign_bits(), actual_signs(other))
+
+
+def test_a_step_after_the_shape_changed():
+    weight = ek.HiddenWeight(torch.randn(7, 70))
+    weight.sign_bits()
+    weight.data = torch.randn(7, 200)
+    weight.grad = torch.randn(7, 200)
+    ek.MetaplasticAdam([weight]).step()
+    assert torch.equal(weight.sign_bits(), actual_signs(weight))
+
+
+def test_a_hidden_weight_of_a_hidden_weight(weight):
+    other = ek.HiddenWeight(weight)
+    assert other.data_ptr() == weight.data_ptr() and torch.equal(other.sign_bits(), weight.sign_bits())
+
+
 def test_signs_are_kept_while_nothing_changed(weight):
     kept = weight.sign_bits()
     assert weight.shape == (7, 70) and weight.dtype == torch.float32 and weight.grad is None
@@ -108,7 +177,7 @@ def test_copies_and_pickles_carry_values_only(weight):
     for other in (
         copy.deepcopy(weight),
         pickle.loads(pickle.dumps(weight)),
-        torch.load(io.BytesIO(saved(weight)), weights_only=False),
+        torch.load(io.BytesIO(saved(weight)), weights_only=True),
     ):
         assert type(other) is ek.HiddenWeight and other.requires_grad
         assert torch.equal(other, weight)

@@ -161,6 +161,59 @@ def test_assigned_weights_become_hidden_weights():
     assert torch.equal(torch.func.functional_call(layer, {"weight": swapped}, x), sign(x) @ sign(swapped).T)
 
 
+def converted(layer, how):
+    if how == "meta and back":
+        with torch.device("meta"):
+            layer = ek.BinaryEngramLinear(70, 9)
+        layer.to_empty(device="cpu").reset_parameters()
+        return layer
+    switch = getattr(torch.__future__, f"set_{how}_module_params_on_conversion")
+    switch(True)
+    try:
+        return layer.to(torch.bfloat16).to(torch.float32)
+    finally:
+        switch(False)
+
+
+@pytest.mark.parametrize("how", ["meta and back", "overwrite", "swap"])
+def test_weights_stay_hidden_weights_through_conversions(how):
+    layer = converted(ek.BinaryEngramLinear(70, 9), how)
+    layer(torch.randn(4, 70)).sum().backward()
+    assert isinstance(layer.weight, ek.HiddenWeight)
+    with torch.no_grad():
+        layer.weight.mul_(100)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = before.clone()
+    ek.MetaplasticAdam(layer.parameters(), metaplasticity=1e4).step()  # every step would shrink |W|: none may
+    torch.testing.assert_close(layer.weight.detach(), before)
+
+
+def test_layers_made_in_inference_mode_infer():
+    with torch.inference_mode():
+        layer = ek.BinaryEngramLinear(70, 9)
+        x = torch.randn(4, 70)
+        assert torch.equal(layer(x), sign(x) @ sign(layer.weight).T)
+    assert layer(torch.randn(4, 70)).shape == (4, 9)
+
+
+def test_backward_after_a_step_is_refused():
+    layer = ek.BinaryEngramLinear(70, 9)
+    x = torch.randn(4, 70, requires_grad=True)
+    y = layer(x).sum()
+    layer(x).square().sum().backward()
+    ek.MetaplasticAdam(layer.parameters()).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, x)
+
+
+def test_double_backward_is_refused():
+    layer = ek.BinaryEngramLinear(70, 9)
+    x = torch.randn(4, 70, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_autograd_keeps_bits():
     m, n, k = 128, 256, 2048
     layer = ek.BinaryEngramLinear(k, n, engram=ek.StochasticEngram(0.1))

@@ -270,6 +270,25 @@ def test_metaplastic_adam_is_the_same_on_every_isa():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_metaplastic_adam_bumps_version_counters():
+    arguments = update_arguments(3, 5)
+    before = [t._version for t in arguments]
+    ops.metaplastic_adam_(*arguments, **ADAM)
+    changed = [t._version > version for t, version in zip(arguments, before, strict=True)]
+    assert changed == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("beta2", [0.999, 0.9999999, 1 - 1e-8])
+def test_metaplastic_adam_with_slow_second_moments(isa, beta2):
+    mine = update_arguments(3, 5)
+    mine[3].zero_()
+    theirs = [t.double() for t in mine[:4]]
+    settings = ADAM | {"beta2": beta2, "weight_decay": 0.0}
+    ops.metaplastic_adam_(*mine, **settings)
+    reference.metaplastic_adam_(*theirs, None, **settings)
+    torch.testing.assert_close(mine[0].double(), theirs[0], rtol=1e-5, atol=1e-6)
+
+
 # ---- threads
 
 
@@ -382,7 +401,8 @@ def bad_calls():
             lambda: ops.binary_matmul(x_bits, w_bits, 784),
             r"x_bits: expected int64 of shape \(rows, 14\) for k = 784, got int64 \(4, 2\)",
         ),
-        "k zero": (lambda: ops.binary_matmul(x_bits, w_bits, 0), "k: expected at least 1, got 0"),
+        "k zero": (lambda: ops.binary_matmul(x_bits, w_bits, 0), r"k: expected 1 to 2\^31 - 1, got 0"),
+        "k huge": (lambda: ops.unpack_signs(x_bits, 2**31), r"k: expected 1 to 2\^31 - 1, got 2147483648"),
         "words dtype": (lambda: ops.binary_matmul(x_bits, w_bits.int(), k), "w_bits: .*got int32"),
         "words 1-d": (lambda: ops.binary_matmul(x_bits[0], w_bits, k), r"x_bits: .*got int64 \(2,\)"),
         "gate rows": (

@@ -82,9 +82,11 @@ void tile_rows(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, int64_
     int32_t* y = p.y + (m + r) * p.N + n;
     const int32_t base = recruited(p, m + r);
     if (word == 0)
-      for (int64_t j = 0; j < columns; ++j) y[j] = base - 2 * static_cast<int32_t>(distance[r][j]);
+      for (int64_t j = 0; j < columns; ++j)
+        y[j] = static_cast<int32_t>(base - 2 * static_cast<int64_t>(distance[r][j]));
     else
-      for (int64_t j = 0; j < columns; ++j) y[j] -= 2 * static_cast<int32_t>(distance[r][j]);
+      for (int64_t j = 0; j < columns; ++j)
+        y[j] = static_cast<int32_t>(y[j] - 2 * static_cast<int64_t>(distance[r][j]));
   }
 }
 
@@ -145,7 +147,7 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
         first = last;
       }
       const int32_t base = recruited(p, m);
-      for (int j = 0; j < columns; ++j) p.y[m * p.N + n + j] = base - 2 * static_cast<int32_t>(bits_total(wide[j]));
+      for (int j = 0; j < columns; ++j) p.y[m * p.N + n + j] = static_cast<int32_t>(base - 2 * bits_total(wide[j]));
     }
   }
 }

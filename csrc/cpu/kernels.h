@@ -73,7 +73,7 @@ struct MetaplasticAdam {
   float* exp_avg_sq;    // [N, K]
   uint64_t* sign_bits;  // [N, words] or null
   int64_t N, K, words;
-  float beta1, beta2, eps, weight_decay, metaplasticity, step_size;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, metaplasticity, step_size;
 };
 
 struct Kernels {

@@ -19,7 +19,7 @@ namespace {
 
 // e^x for x <= 0, relative error below 3e-7; below -87 the result is e^-87.
 ENGRAM_INLINE float exp_of_negative(float x) {
-  x = x < -87.0f ? -87.0f : x;
+  x = x > -87.0f ? x : -87.0f;
   const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;    // ln 2 in two parts (Cody and Waite)
   float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -34,7 +34,7 @@ ENGRAM_INLINE float exp_of_negative(float x) {
 // The update of n <= 64 weights, written to be vectorised; true if one became NaN.
 ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict w, const float* __restrict grad,
                           float* __restrict exp_avg, float* __restrict exp_avg_sq) {
-  const float keep1 = p.beta1, take1 = 1.0f - p.beta1, keep2 = p.beta2, take2 = 1.0f - p.beta2;
+  const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
   const float slope = -2.0f * p.metaplasticity;
   uint32_t nan = 0;
   for (int64_t i = 0; i < n; ++i) {

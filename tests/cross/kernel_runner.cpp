@@ -199,7 +199,8 @@ void run(Case& c, Operator op) {
     case Operator::kMetaplasticAdam: {
       MetaplasticAdam p{};
       p.N = c.integer(), p.K = c.integer(), p.words = words_for(p.K);
-      for (float* setting : {&p.beta1, &p.beta2, &p.eps, &p.weight_decay, &p.metaplasticity, &p.step_size})
+      for (float* setting : {&p.beta1, &p.one_minus_beta1, &p.beta2, &p.one_minus_beta2, &p.eps, &p.weight_decay,
+                             &p.metaplasticity, &p.step_size})
         *setting = c.number<float>();
       const int64_t bytes = p.N * p.K * kFloat;
       p.weight = c.send(c.array<float>(), bytes);
