@@ -25,6 +25,11 @@ ENGRAM_INLINE int32_t recruited(const BinaryMatmul& p, int64_t m) {
   return p.recruited == nullptr ? static_cast<int32_t>(p.K) : p.recruited[p.gate_stride == 0 ? 0 : m];
 }
 
+// base - 2 * distance. Unsigned, since twice a distance may pass 2^31 where the difference does not.
+ENGRAM_INLINE int32_t minus_twice(int32_t base, uint64_t distance) {
+  return static_cast<int32_t>(static_cast<uint32_t>(base) - 2u * static_cast<uint32_t>(distance));
+}
+
 ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, int64_t block, uint64_t* panel) {
   for (int64_t j = 0; j < kPanel; ++j) {
     const uint64_t* row = p.w + (n + j) * p.words + word;
@@ -82,11 +87,9 @@ void tile_rows(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, int64_
     int32_t* y = p.y + (m + r) * p.N + n;
     const int32_t base = recruited(p, m + r);
     if (word == 0)
-      for (int64_t j = 0; j < columns; ++j)
-        y[j] = static_cast<int32_t>(base - 2 * static_cast<int64_t>(distance[r][j]));
+      for (int64_t j = 0; j < columns; ++j) y[j] = minus_twice(base, distance[r][j]);
     else
-      for (int64_t j = 0; j < columns; ++j)
-        y[j] = static_cast<int32_t>(y[j] - 2 * static_cast<int64_t>(distance[r][j]));
+      for (int64_t j = 0; j < columns; ++j) y[j] = minus_twice(y[j], distance[r][j]);
   }
 }
 
@@ -147,7 +150,8 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
         first = last;
       }
       const int32_t base = recruited(p, m);
-      for (int j = 0; j < columns; ++j) p.y[m * p.N + n + j] = static_cast<int32_t>(base - 2 * bits_total(wide[j]));
+      for (int j = 0; j < columns; ++j)
+        p.y[m * p.N + n + j] = minus_twice(base, static_cast<uint64_t>(bits_total(wide[j])));
     }
   }
 }
