@@ -123,7 +123,9 @@ class BinaryEngramLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""
         super()._apply(fn, recurse)
-        self.weight = as_hidden_weight(self.weight)
+        weight = self._parameters.get("weight")  # pruning and parametrization keep it elsewhere
+        if weight is not None:
+            self._parameters["weight"] = as_hidden_weight(weight)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrizations, prune
 
 import engram_kernels as ek
 from engram_kernels.reference import _unpack
@@ -186,6 +187,18 @@ def test_weights_stay_hidden_weights_through_conversions(how):
     layer.weight.grad = before.clone()
     ek.MetaplasticAdam(layer.parameters(), metaplasticity=1e4).step()  # every step would shrink |W|: none may
     torch.testing.assert_close(layer.weight.detach(), before)
+
+
+def test_a_pruned_or_parametrized_layer_moves_and_trains():
+    pruned = prune.random_unstructured(ek.BinaryEngramLinear(70, 9), "weight", 0.5)
+    parametrized = parametrizations.orthogonal(ek.BinaryEngramLinear(70, 9))
+    for layer in (pruned, parametrized):
+        layer = layer.to(torch.float32)
+        x = torch.randn(4, 70)
+        y = layer(x)
+        assert torch.equal(y, sign(x) @ sign(layer.weight.detach()).T)
+        y.sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
 
 
 def test_layers_made_in_inference_mode_infer():

@@ -23,21 +23,6 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-struct PhiloxCounter {
-  uint32_t v[4];
-};
-
-ENGRAM_FUNCTION PhiloxCounter philox(PhiloxCounter c, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = uint64_t{kPhiloxM0} * c.v[0], p1 = uint64_t{kPhiloxM1} * c.v[2];
-    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.v[1] ^ key0, static_cast<uint32_t>(p1),
-          static_cast<uint32_t>(p0 >> 32) ^ c.v[3] ^ key1, static_cast<uint32_t>(p0)}};
-    key0 += kPhiloxW0;
-    key1 += kPhiloxW1;
-  }
-  return c;
-}
-
 ENGRAM_FUNCTION float float_from_bits(uint32_t bits) {
   float f;
   memcpy(&f, &bits, sizeof f);

@@ -51,7 +51,6 @@ class MethodConfig:
             in magnitude; inf to all.
         logit_scale: factor on the logits before the softmax, > 0.
         train_hidden: False keeps the hidden layers as initialised (a fixed random expansion).
-        reset_optimizer: start the moments anew with each experience, as the published metaplastic code does.
     """
 
     lr: PerLayer
@@ -65,7 +64,6 @@ class MethodConfig:
     ste_window: float = 1.0
     logit_scale: float = 1.0
     train_hidden: bool = True
-    reset_optimizer: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the hyper-parameter, what it got and what it needs."""
@@ -156,11 +154,6 @@ class Method:
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Logits (B, classes), labels int64 (B,) -> scalar, by ``config.loss``."""
         return cross_entropy(logits, y) if self.config.loss == "all" else batch_cross_entropy(logits, y)
-
-    def begin_experience(self) -> None:
-        """To be called before each experience. It is not told which one."""
-        if self.config.reset_optimizer:
-            self.optimizer = build_optimizer(self.config, self.model)
 
 
 cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy

@@ -116,7 +116,6 @@ def train(
     progress.begin(tasks, total)
     try:
         for task, experience in enumerate(scenario.train_stream):
-            method.begin_experience()
             method.model.train()
             for epoch in range(config.epochs):
                 for x, y in experience.batches(config.batch_size, order):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from engram_kernels.continual.methods import (
     METHODS,
-    Method,
     MethodConfig,
     batch_cross_entropy,
     build,
@@ -151,13 +150,3 @@ def test_as_many_values_as_layers():
         ValueError, match=r"lr: expected one value, three .* or one for each of the 3 trainable .*, got 2"
     ):
         build_optimizer(MethodConfig(lr=(0.1, 0.2), metaplasticity=0.0), Layered())
-
-
-@pytest.mark.parametrize("reset", [False, True])
-def test_moments_start_anew_only_if_asked(reset):
-    model = Layered()
-    config = MethodConfig(lr=0.1, metaplasticity=1.0, reset_optimizer=reset)
-    method = Method(config, model, build_optimizer(config, model))
-    before = method.optimizer
-    method.begin_experience()
-    assert (method.optimizer is not before) == reset
