@@ -14,12 +14,12 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 TORCH_TARGET_VERSION = "0x020d000000000000"  # 2.13, the oldest torch that the library runs under
 CSRC = Path("csrc")
 KERNELS = [
-    "pack", "binary_matmul", "sign_matmul", "gated_grad", "sample_engram", "metaplastic_adam", "tables",
+    "pack", "binary_matmul", "sign_product", "gated_grad", "sample_engram", "metaplastic_adam", "tables",
 ]  # fmt: skip
 ISA_FLAGS = {
     "x86_64": {
         "scalar": [],
-        "avx2": ["-mavx2", "-mbmi", "-mbmi2"],
+        "avx2": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
         "avx512": [
             "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vpopcntdq", "-mbmi", "-mbmi2",
             "-mprefer-vector-width=512",

@@ -13,7 +13,12 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "core/bits.h"
+#include "core/compact.h"
 #include "cpu/launch.h"
 
 // No operator that runs often takes a string: torch 2.13 leaks each one on its way through the Stable ABI.
@@ -30,10 +35,14 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
       "int first_row=0) -> Tensor");
+#define ENGRAM_UPDATE_ARGUMENTS                                                                  \
+  "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? sign_bits, *, float lr, float beta1, " \
+  "float beta2, float eps, float weight_decay, float metaplasticity, int step, "                 \
+  "Tensor(e!)? exp_avg_scale=None, Tensor(f!)? exp_avg_sq_scale=None, Tensor? seed=None, int first_row=0) -> ()"
+  m.def("metaplastic_adam_(Tensor(a!) weight, Tensor grad, " ENGRAM_UPDATE_ARGUMENTS);
   m.def(
-      "metaplastic_adam_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-      "Tensor(d!)? sign_bits, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "float metaplasticity, int step) -> ()");
+      "gated_metaplastic_adam_(Tensor d, Tensor x_bits, Tensor? gate_bits, Tensor(a!) "
+      "weight, " ENGRAM_UPDATE_ARGUMENTS);
   m.def("_has_cuda() -> bool");
   m.def("_isa() -> str");
   m.def("_available_isas() -> str");
@@ -128,10 +137,31 @@ int64_t check_gate(const char* name, const Tensor& t, int64_t samples, int64_t k
   return shared ? 0 : words;
 }
 
+struct Seed {
+  uint64_t key;
+  uint32_t offset;
+};
+
+Seed check_seed(const Tensor& seed) {
+  check_cpu("seed", seed);
+  require(seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 2,
+          "seed: expected int64 (2,), the Philox key and offset, got ", describe(seed));
+  const Tensor contiguous = seed.is_contiguous() ? seed : torch::stable::contiguous(seed);
+  const auto* words = static_cast<const int64_t*>(contiguous.const_data_ptr());
+  require(words[1] >= 0 && words[1] <= 0xFFFFFFFF, "seed: expected an offset in [0, 2^32), got ", words[1]);
+  return {static_cast<uint64_t>(words[0]), static_cast<uint32_t>(words[1])};
+}
+
 // ---- services
 
 const uint64_t* packed_data(const Tensor& t) { return static_cast<const uint64_t*>(t.const_data_ptr()); }
 const float* float_data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+engram::cpu::Element element_of(ScalarType dtype) {
+  return dtype == ScalarType::Float      ? engram::cpu::Element::kFloat32
+         : dtype == ScalarType::BFloat16 ? engram::cpu::Element::kBFloat16
+                                         : engram::cpu::Element::kFloat16;
+}
 
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
@@ -143,8 +173,22 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
+// Asks for huge pages in fresh memory that is about to be written: faulting in small ones takes several times as long
+// as writing them. Only a hint.
+void advise_huge_pages(Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t bytes = static_cast<uintptr_t>(t.numel() * t.element_size());
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = (begin + bytes) & ~(kHugePage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  Tensor t = torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  advise_huge_pages(t);
+  return t;
 }
 
 // Threads and memory of torch, for the kernels.
@@ -187,11 +231,8 @@ Tensor pack_signs(const Tensor& x) {
   const Tensor in = as_contiguous(x);
   const int64_t k = in.size(in.dim() - 1);
   Tensor bits = new_tensor(in, with_last(in, words_for(k)), ScalarType::Long);
-  const auto element = in.scalar_type() == ScalarType::Float      ? engram::cpu::Element::kFloat32
-                       : in.scalar_type() == ScalarType::BFloat16 ? engram::cpu::Element::kBFloat16
-                                                                  : engram::cpu::Element::kFloat16;
   TorchRuntime rt(in);
-  const bool nan = engram::cpu::pack_signs(rt.get(), in.const_data_ptr(), element, rows_of(in), k,
+  const bool nan = engram::cpu::pack_signs(rt.get(), in.const_data_ptr(), element_of(in.scalar_type()), rows_of(in), k,
                                            static_cast<uint64_t*>(bits.mutable_data_ptr()));
   require(!nan, "x: expected numbers, got NaN, which has no sign");
   return bits;
@@ -276,23 +317,25 @@ Tensor sign_matmul(const Tensor& a, const Tensor& w_bits, int64_t k) {
   const Tensor in = as_float32(a), w = as_contiguous(w_bits);
   Tensor y = new_tensor(in, {M, k}, ScalarType::Float);
   TorchRuntime rt(in);
-  engram::cpu::sign_matmul(rt.get(), {float_data(in), nullptr, packed_data(w),
-                                      static_cast<float*>(y.mutable_data_ptr()), M, N, k, words_for(k)});
+  engram::cpu::sign_matmul(rt.get(), float_data(in), packed_data(w), static_cast<float*>(y.mutable_data_ptr()), M, N,
+                           k);
   return as_dtype(y, a.scalar_type());
 }
 
 Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
   check_k(k);
-  check_matrix("x", x);
+  check_cpu("x", x);
+  const bool exact = x.scalar_type() == ScalarType::Byte;
+  if (!exact) check_matrix("x", x);
   check_packed("w_bits", w_bits, k);
-  require(x.size(1) == k, "x: expected shape (M, ", k, ") for k = ", k, ", got ", describe(x));
+  require(x.dim() == 2 && x.size(1) == k, "x: expected shape (M, ", k, ") for k = ", k, ", got ", describe(x));
+  require(!exact || k <= INT32_MAX / 255, "k: expected at most ", INT32_MAX / 255, " for uint8, got ", k);
   const int64_t M = x.size(0), N = w_bits.size(0);
-  const Tensor in = as_float32(x), w = as_contiguous(w_bits);
-  Tensor y = new_tensor(in, {M, N}, ScalarType::Float);
+  const Tensor in = exact ? as_contiguous(x) : as_float32(x), w = as_contiguous(w_bits);
+  Tensor y = new_tensor(in, {M, N}, exact ? ScalarType::Int : ScalarType::Float);
   TorchRuntime rt(in);
-  engram::cpu::sign_matmul_t(rt.get(), {float_data(in), nullptr, packed_data(w),
-                                        static_cast<float*>(y.mutable_data_ptr()), M, N, k, words_for(k)});
-  return as_dtype(y, x.scalar_type());
+  engram::cpu::sign_matmul_t(rt.get(), in.const_data_ptr(), exact, packed_data(w), y.mutable_data_ptr(), M, N, k);
+  return exact ? y : as_dtype(y, x.scalar_type());
 }
 
 Tensor masked_input_grad(const Tensor& d, const Tensor& w_bits, int64_t k, const Tensor& mask_bits) {
@@ -328,9 +371,9 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
   const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
   Tensor dw = new_tensor(in, {N, k}, ScalarType::Float);
   TorchRuntime rt(in);
-  engram::cpu::gated_weight_grad(
-      rt.get(), {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, nullptr, nullptr,
-                 static_cast<float*>(dw.mutable_data_ptr()), M, N, k, words_for(k), 0, 0});
+  engram::cpu::gated_weight_grad(rt.get(),
+                                 {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, M, N, k},
+                                 static_cast<float*>(dw.mutable_data_ptr()));
   return as_dtype(dw, d.scalar_type());
 }
 
@@ -339,16 +382,12 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   check_matrix("score", score);
   const int64_t M = score.size(0), K = score.size(1);
   check_k(K);
-  check_cpu("seed", seed);
-  require(seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 2,
-          "seed: expected int64 (2,), the Philox key and offset, got ", describe(seed));
+  const Seed key = check_seed(seed);
   require(rate > 0 && rate <= 1, "rate: expected in (0, 1], got ", rate);
   require(temperature == 0 || temperature >= 1e-6, "temperature: expected 0 or at least 1e-6, got ", temperature);
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
-  const Tensor in = as_float32(score), key = as_contiguous(seed);
+  const Tensor in = as_float32(score);
   Tensor gate = new_tensor(in, {M, words_for(K)}, ScalarType::Long);
-  const auto* words = static_cast<const int64_t*>(key.const_data_ptr());
-  require(words[1] >= 0 && words[1] <= 0xFFFFFFFF, "seed: expected an offset in [0, 2^32), got ", words[1]);
   engram::cpu::SampleEngram p{};
   p.score = float_data(in);
   p.gate = static_cast<uint64_t*>(gate.mutable_data_ptr());
@@ -360,31 +399,50 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   p.count = count < 1 ? 1 : count;
   p.threshold = static_cast<uint64_t>(std::nearbyint(rate * 4294967296.0));
   p.inverse_temperature = temperature == 0 ? -1.0f : 1.0f / static_cast<float>(temperature);
-  p.seed = static_cast<uint64_t>(words[0]);
-  p.offset = static_cast<uint32_t>(words[1]);
+  p.seed = key.key;
+  p.offset = key.offset;
   p.first_row = static_cast<uint64_t>(first_row);
   TorchRuntime rt(in);
   require(!engram::cpu::sample_engram(rt.get(), p), "score: expected numbers, got NaN");
   return gate;
 }
 
-void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
-                       std::optional<Tensor> sign_bits, double lr, double beta1, double beta2, double eps,
-                       double weight_decay, double metaplasticity, int64_t step) {
-  const auto check = [&weight](const char* name, const Tensor& t, bool in_place) {
-    check_cpu(name, t);
-    require(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == weight.size(0) &&
-                t.size(1) == weight.size(1),
-            name, ": expected float32 of the weight's shape ", describe(weight), ", got ", describe(t));
-    require(!in_place || t.is_contiguous(), name, ": expected a contiguous tensor, since it is updated in place");
-  };
-  require(weight.dim() == 2, "weight: expected 2 dimensions, got ", describe(weight));
-  check("weight", weight, true);
-  check("grad", grad, false);
-  check("exp_avg", exp_avg, true);
-  check("exp_avg_sq", exp_avg_sq, true);
+// The arguments that both updates share, checked, all but the gradient.
+engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tensor& exp_avg_sq,
+                                          std::optional<Tensor>& sign_bits, double lr, double beta1, double beta2,
+                                          double eps, double weight_decay, double metaplasticity, int64_t step,
+                                          std::optional<Tensor>& exp_avg_scale, std::optional<Tensor>& exp_avg_sq_scale,
+                                          const std::optional<Tensor>& seed, int64_t first_row) {
+  check_cpu("weight", weight);
+  const ScalarType weight_dtype = weight.scalar_type(), state_dtype = exp_avg.scalar_type();
+  require((weight_dtype == ScalarType::Float || weight_dtype == ScalarType::BFloat16) && weight.dim() == 2 &&
+              weight.is_contiguous(),
+          "weight: expected contiguous float32 or bfloat16 of 2 dimensions, got ", describe(weight));
   const int64_t N = weight.size(0), K = weight.size(1);
   check_k(K);
+  const auto check = [](const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns) {
+    check_cpu(name, t);
+    require(t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(),
+            name, ": expected contiguous ", dtype_name(dtype), " (", rows, ", ", columns, "), got ", describe(t));
+  };
+  require(state_dtype == ScalarType::Float || state_dtype == ScalarType::BFloat16 || state_dtype == ScalarType::Char,
+          "exp_avg: expected float32, bfloat16 or int8, got ", describe(exp_avg));
+  const bool scaled = state_dtype == ScalarType::Char;
+  check("exp_avg", exp_avg, state_dtype, N, K);
+  check("exp_avg_sq", exp_avg_sq, scaled ? ScalarType::Byte : state_dtype, N, K);
+  require(scaled == exp_avg_scale.has_value(), "exp_avg_scale: expected ", scaled ? "a tensor" : "None", " for ",
+          dtype_name(state_dtype), " moments");
+  require(scaled == exp_avg_sq_scale.has_value(), "exp_avg_sq_scale: expected ", scaled ? "a tensor" : "None", " for ",
+          dtype_name(state_dtype), " moments");
+  if (scaled) {
+    const int64_t blocks = engram::ceil_div(K, engram::kScaleBlock);
+    check("exp_avg_scale", *exp_avg_scale, ScalarType::Float, N, blocks);
+    check("exp_avg_sq_scale", *exp_avg_sq_scale, ScalarType::Float, N, blocks);
+  }
+  const bool rounds = weight_dtype != ScalarType::Float || state_dtype != ScalarType::Float;
+  require(!rounds || seed.has_value(), "seed: expected int64 (2,) to round compact numbers with, got None");
+  const Seed key = seed ? check_seed(*seed) : Seed{};
+  require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
   if (sign_bits) {
     check_packed("sign_bits", *sign_bits, K);
     require(sign_bits->size(0) == N && sign_bits->is_contiguous(), "sign_bits: expected ", N, " contiguous rows, got ",
@@ -397,18 +455,70 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
   require(weight_decay >= 0, "weight_decay: expected at least 0, got ", weight_decay);
   require(metaplasticity >= 0, "metaplasticity: expected at least 0, got ", metaplasticity);
   require(step >= 1, "step: expected at least 1, got ", step);
-  const Tensor g = as_contiguous(grad);
   const double t = static_cast<double>(step);
   const double step_size = lr * std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t));
+  engram::cpu::MetaplasticAdam p{};
+  p.weight = weight.mutable_data_ptr();
+  p.weight_element = element_of(weight_dtype);
+  p.exp_avg = exp_avg.mutable_data_ptr();
+  p.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+  p.moments = scaled                             ? engram::cpu::Moments::kScaled
+              : state_dtype == ScalarType::Float ? engram::cpu::Moments::kFloat32
+                                                 : engram::cpu::Moments::kBFloat16;
+  p.exp_avg_scale = scaled ? static_cast<float*>(exp_avg_scale->mutable_data_ptr()) : nullptr;
+  p.exp_avg_sq_scale = scaled ? static_cast<float*>(exp_avg_sq_scale->mutable_data_ptr()) : nullptr;
+  p.sign_bits = sign_bits ? static_cast<uint64_t*>(sign_bits->mutable_data_ptr()) : nullptr;
+  p.N = N, p.K = K, p.words = words_for(K);
+  p.beta1 = static_cast<float>(beta1), p.one_minus_beta1 = static_cast<float>(1 - beta1);
+  p.beta2 = static_cast<float>(beta2), p.one_minus_beta2 = static_cast<float>(1 - beta2);
+  p.eps = static_cast<float>(eps), p.weight_decay = static_cast<float>(weight_decay);
+  p.metaplasticity = static_cast<float>(metaplasticity), p.step_size = static_cast<float>(step_size);
+  p.seed = key.key, p.offset = key.offset, p.first_row = static_cast<uint64_t>(first_row);
+  return p;
+}
+
+constexpr const char* kNaNWeight = "grad: expected finite numbers, got values that made a weight NaN";
+
+void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
+                       std::optional<Tensor> sign_bits, double lr, double beta1, double beta2, double eps,
+                       double weight_decay, double metaplasticity, int64_t step, std::optional<Tensor> exp_avg_scale,
+                       std::optional<Tensor> exp_avg_sq_scale, std::optional<Tensor> seed, int64_t first_row) {
+  engram::cpu::MetaplasticAdam p =
+      check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
+                   exp_avg_scale, exp_avg_sq_scale, seed, first_row);
+  check_cpu("grad", grad);
+  require((grad.scalar_type() == ScalarType::Float || grad.scalar_type() == weight.scalar_type()) && grad.dim() == 2 &&
+              grad.size(0) == p.N && grad.size(1) == p.K,
+          "grad: expected float32 or the weight's dtype, in the weight's shape ", describe(weight), ", got ",
+          describe(grad));
+  const Tensor g = as_contiguous(grad);
+  p.grad = g.const_data_ptr();
+  p.grad_element = element_of(g.scalar_type());
+  p.grad_stride = p.K;
   TorchRuntime rt(weight);
-  const bool nan = engram::cpu::metaplastic_adam(
-      rt.get(), {static_cast<float*>(weight.mutable_data_ptr()), float_data(g),
-                 static_cast<float*>(exp_avg.mutable_data_ptr()), static_cast<float*>(exp_avg_sq.mutable_data_ptr()),
-                 sign_bits ? static_cast<uint64_t*>(sign_bits->mutable_data_ptr()) : nullptr, N, K, words_for(K),
-                 static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
-                 static_cast<float>(1 - beta2), static_cast<float>(eps), static_cast<float>(weight_decay),
-                 static_cast<float>(metaplasticity), static_cast<float>(step_size)});
-  require(!nan, "grad: expected finite numbers, got values that made a weight NaN");
+  require(!engram::cpu::metaplastic_adam(rt.get(), p), kNaNWeight);
+}
+
+void gated_metaplastic_adam_(const Tensor& d, const Tensor& x_bits, std::optional<Tensor> gate_bits, Tensor weight,
+                             Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> sign_bits, double lr,
+                             double beta1, double beta2, double eps, double weight_decay, double metaplasticity,
+                             int64_t step, std::optional<Tensor> exp_avg_scale, std::optional<Tensor> exp_avg_sq_scale,
+                             std::optional<Tensor> seed, int64_t first_row) {
+  const engram::cpu::MetaplasticAdam p =
+      check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
+                   exp_avg_scale, exp_avg_sq_scale, seed, first_row);
+  check_matrix("d", d);
+  check_packed("x_bits", x_bits, p.K);
+  const int64_t M = d.size(0);
+  require(d.size(1) == p.N, "d: expected shape (M, ", p.N, ") to meet the rows of the weight, got ", describe(d));
+  require(x_bits.size(0) == M, "x_bits: expected ", M, " samples like d, got ", describe(x_bits));
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, p.K) : 0;
+  const Tensor in = as_float32(d), x = as_contiguous(x_bits);
+  const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
+  TorchRuntime rt(in);
+  const bool nan = engram::cpu::gated_metaplastic_adam(
+      rt.get(), {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, M, p.N, p.K}, p);
+  require(!nan, kNaNWeight);
 }
 
 // ---- what was built and what runs
@@ -445,12 +555,13 @@ STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
   m.impl("gated_weight_grad", TORCH_BOX(&gated_weight_grad));
   m.impl("sample_engram", TORCH_BOX(&sample_engram));
   m.impl("metaplastic_adam_", TORCH_BOX(&metaplastic_adam_));
+  m.impl("gated_metaplastic_adam_", TORCH_BOX(&gated_metaplastic_adam_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CUDA, m) {
-  for (const char* name :
-       {"pack_signs", "pack_window", "unpack_signs", "binary_matmul", "sign_matmul", "sign_matmul_t",
-        "gated_input_grad", "masked_input_grad", "gated_weight_grad", "sample_engram", "metaplastic_adam_"})
+  for (const char* name : {"pack_signs", "pack_window", "unpack_signs", "binary_matmul", "sign_matmul", "sign_matmul_t",
+                           "gated_input_grad", "masked_input_grad", "gated_weight_grad", "sample_engram",
+                           "metaplastic_adam_", "gated_metaplastic_adam_"})
     m.impl(name, &no_cuda);
 }
 

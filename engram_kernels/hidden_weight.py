@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,10 @@ def _references(tensor: Tensor) -> tuple[int, int]:
     storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
+
+_GET_GRAD = getattr(Tensor, "grad").__get__  # noqa: B009
+# Receives a hidden weight and what applies its gradient: a function of ops.metaplastic_adam_'s arguments less grad.
+GradientConsumer = Callable[["HiddenWeight", Callable[..., None]], None]
 
 # What they count where only one tensor and the handle made for asking refer to it.
 _SOLE_OWNER = _references(torch.empty(1))
@@ -61,6 +66,8 @@ class HiddenWeight(nn.Parameter):
     _bits: Tensor | None = None
     _bits_version = -1
     _handed_out = False
+    _consumer: Callable[[], GradientConsumer | None] | None = None
+    _consumed = False  # the gradient of the backward pass in progress went to the consumer
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> HiddenWeight:
         """Makes a hidden weight of ``data`` (N, K), a plain tensor or a parameter, without a copy."""
@@ -72,6 +79,12 @@ class HiddenWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Runs ``func`` as on a plain tensor; notes whether it may have given the values away."""
+        if func == _GET_GRAD and args[0]._consumed:
+            raise RuntimeError(
+                "grad: the gradient of this hidden weight was consumed in backward(), as fuse_backward=True asks, and "
+                "is not kept; clipping or scaling gradients, accumulating them and zero_grad() before step() need "
+                "fuse_backward=False"
+            )
         if func not in _READ_ONLY:
             _hand_out((args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
@@ -112,6 +125,47 @@ class HiddenWeight(nn.Parameter):
             self._handed_out = False
             update(self._bits)
             self._vouch(self._version)
+
+    def send_gradient_to(self, consumer: GradientConsumer | None) -> None:
+        """Has the backward pass of a layer give its gradient to ``consumer``, a bound method, in place of ``grad``.
+
+        A gradient comes as a function that applies it: :meth:`MetaplasticAdam.consume` says how. The consumer's object
+        is referred to weakly. None: gradients go to ``grad``.
+        """
+        self._consumer = None if consumer is None else weakref.WeakMethod(consumer)
+        self._consumed = False
+
+    def gradient_consumer(self) -> GradientConsumer | None:
+        """Where gradients go in place of ``grad``, if anywhere."""
+        if self._consumer is None:
+            return None
+        if torch.compiler.is_compiling():
+            raise RuntimeError("fuse_backward: expected False under torch.compile, got True")
+        return self._consumer()
+
+    def begin_consuming(self) -> None:
+        """Notes that a gradient goes to the consumer now.
+
+        Raises: RuntimeError if that cannot do what the same gradient in ``grad`` would.
+        """
+        if self._consumed:
+            raise RuntimeError(
+                "backward: a second gradient of a hidden weight before step(): fuse_backward=True consumes each at "
+                "once and cannot accumulate them, nor serve a weight that two layers share; use fuse_backward=False"
+            )
+        if self.grad is not None:
+            raise RuntimeError("grad: expected None with fuse_backward=True, got a gradient from before: zero_grad()")
+        if self._backward_hooks or getattr(self, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError("hooks: a hidden weight's hooks would see no gradient with fuse_backward=True")
+        if torch.is_grad_enabled():
+            raise RuntimeError("backward: expected create_graph=False with fuse_backward=True")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise RuntimeError("fuse_backward: expected False where processes average their gradients, got True")
+        self._consumed = True
+
+    def end_consuming(self) -> None:
+        """Notes that the step is over."""
+        self._consumed = False
 
     def _vouch(self, version: int) -> None:
         self._bits_version = version

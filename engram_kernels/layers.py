@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +16,35 @@ from . import ops
 from .engrams import Engram, Recruitment
 from .hidden_weight import HiddenWeight, as_hidden_weight
 
+_BLOCK_ELEMENTS = 1 << 18  # of a gradient that is consumed block by block
 INIT_RANGE = 0.05  # hidden weights start uniform in [-0.05, 0.05] (Laborieux et al. 2021)
+
+
+def _consume(ctx: Any, update: Callable[..., None]) -> bool:
+    """Hands the weight's gradient, in the shape of the ``update`` it makes, to the weight's consumer.
+
+    False if there is none, or if the gradient would not have gone to ``weight.grad`` either, as in torch.autograd.grad.
+    """
+    if ctx.weight is None:
+        return False
+    try:
+        accumulates = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+    except RuntimeError:  # the weight is among the inputs of torch.autograd.grad
+        return False
+    if accumulates:
+        ctx.weight.gradient_consumer()(ctx.weight, update)
+    return accumulates
 
 
 class _BinaryLinear(torch.autograd.Function):
     """Gated product of signs with straight-through gradients; keeps bits only."""
 
     @staticmethod
-    def forward(ctx, x, weight, w_bits, gate_bits, window):
+    def forward(ctx, x, weight, w_bits, gate_bits, window, consumed):
         x_bits = ops.pack_signs(x)
         mask_bits = ops.pack_window(x, window, gate_bits) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
-        ctx.k, ctx.weight_dtype = weight.shape[1], weight.dtype
+        ctx.k, ctx.weight_dtype, ctx.weight = weight.shape[1], weight.dtype, weight if consumed else None
         return ops.binary_matmul(x_bits, w_bits, ctx.k, gate_bits).to(x.dtype)
 
     @staticmethod
@@ -35,26 +54,45 @@ class _BinaryLinear(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = ops.masked_input_grad(d, w_bits, ctx.k, mask_bits)
-        if ctx.needs_input_grad[1]:
+        # after dx: the update changes w_bits
+        if ctx.needs_input_grad[1] and not _consume(
+            ctx, functools.partial(ops.gated_metaplastic_adam_, d, x_bits, gate_bits)
+        ):
             dw = ops.gated_weight_grad(d.to(ctx.weight_dtype), x_bits, ctx.k, gate_bits)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
+
+
+def _update_by_blocks(d, x, weight, exp_avg, exp_avg_sq, sign_bits, **settings):
+    """``ops.metaplastic_adam_`` with the gradient ``d.T @ x``, of which only a block of rows exists at a time."""
+    scales = {name: settings.pop(name) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
+    rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
+    for first in range(0, weight.shape[0], rows):
+        block = slice(first, first + rows)
+        own: dict[str, Any] = {name: scale if scale is None else scale[block] for name, scale in scales.items()}
+        state = exp_avg[block], exp_avg_sq[block], sign_bits[block]
+        ops.metaplastic_adam_(weight[block], d[:, block].T @ x, *state, first_row=first, **own, **settings)
 
 
 class _SignLinear(torch.autograd.Function):
     """Product of a real-valued input with signs; keeps the input, which the weight's gradient needs."""
 
     @staticmethod
-    def forward(ctx, x, weight, w_bits):
+    def forward(ctx, x, weight, w_bits, consumed):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
-        ctx.k, ctx.weight_dtype = weight.shape[1], weight.dtype
-        return ops.sign_matmul_t(x, w_bits, ctx.k)
+        ctx.k, ctx.weight_dtype, ctx.weight = weight.shape[1], weight.dtype, weight if consumed else None
+        y = ops.sign_matmul_t(x, w_bits, ctx.k)
+        return y.float() if x.dtype == torch.uint8 else y
 
     @staticmethod
     def backward(ctx, d):
         x, w_bits = ctx.saved_tensors
+        dw = None
         dx = ops.sign_matmul(d, w_bits, ctx.k) if ctx.needs_input_grad[0] else None
-        dw = (d.T @ x).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return dx, dw, None
+        if ctx.needs_input_grad[1]:
+            x = x.to(d.dtype)
+            if not _consume(ctx, functools.partial(_update_by_blocks, d, x)):
+                dw = (d.T @ x).to(ctx.weight_dtype)
+        return dx, dw, None, None
 
 
 class BinaryEngramLinear(nn.Module):
@@ -73,7 +111,8 @@ class BinaryEngramLinear(nn.Module):
         out_features: N, at least 1.
         bias: adds a real-valued bias (N,).
         engram: rule that recruits input units, for instance :class:`~engram_kernels.StochasticEngram`; None: all units.
-        binary_input: False takes the input as it is, real-valued, as a first layer does; excludes ``engram``.
+        binary_input: False takes the input as it is, real-valued, as a first layer does; excludes ``engram``. Such a
+            layer takes uint8 as well, as images come, and gives float32: exact, and faster.
         ste_window: half-width of the straight-through window, above 0.
         device: of the parameters.
         dtype: of the parameters: float32, bfloat16 or float16.
@@ -137,14 +176,15 @@ class BinaryEngramLinear(nn.Module):
         weight = self.weight
         # a plain tensor stands here under torch.func.functional_call
         w_bits = weight.sign_bits() if isinstance(weight, HiddenWeight) else ops.pack_signs(weight.detach())
+        consumed = isinstance(weight, HiddenWeight) and weight.gradient_consumer() is not None
         rows = x.reshape(-1, self.in_features)
         if self.binary_input:
             gate_bits, scale = Recruitment(None) if self.engram is None else self.engram(rows)
-            y = _BinaryLinear.apply(rows, weight, w_bits, gate_bits, self.ste_window)
+            y = _BinaryLinear.apply(rows, weight, w_bits, gate_bits, self.ste_window, consumed)
             if scale != 1.0:
                 y = y * scale
         else:
-            y = _SignLinear.apply(rows, weight, w_bits)
+            y = _SignLinear.apply(rows, weight, w_bits, consumed)
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)

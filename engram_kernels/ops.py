@@ -2,8 +2,8 @@
 
 Names and arguments are those of :mod:`engram_kernels.reference`, which defines what each computes. ``bits`` are int64
 words, 64 units each, rows padded to a multiple of 128 units (``csrc/core/bits.h``). Float arguments may be float32,
-bfloat16 or float16; results come in the dtype of the float argument. Products of real numbers with signs are sums under
-a mask in float32, ``2 * sum over bits 1 - sum``: an infinite argument gives infinity or NaN, never a finite number.
+bfloat16 or float16; results come in the dtype of the float argument. Products of real numbers with signs are summed in
+float32: an infinite argument gives infinity or NaN, never a finite number.
 Every function raises RuntimeError that names the argument, what it needs and what it got.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
 def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = x @ s(W).T``: the real-valued first layer.
 
-    Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``.
+    Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``. uint8 (M, K), as images come -> int32, exact, for
+    K up to 8 421 504.
     """
     return _ops.sign_matmul_t(x, w_bits, k)
 
@@ -148,6 +150,12 @@ def draw_seed() -> Tensor:
     return torch.cat([key, torch.zeros_like(key)])
 
 
+def _note_changes(*tensors: Tensor | None) -> None:
+    """Has graphs that saved these tensors notice the change: the Stable ABI leaves version counters alone."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+
+
 def metaplastic_adam_(
     weight: Tensor,
     grad: Tensor,
@@ -162,10 +170,16 @@ def metaplastic_adam_(
     weight_decay: float,
     metaplasticity: float,
     step: int,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    first_row: int = 0,
 ) -> None:
     """One metaplastic Adam step in place, in a single pass over memory; writes fresh sign bits in the same pass.
 
-    Shapes: all float32 (N, K), ``sign_bits`` (N, words) or None. ``step`` counts from 1. Formula and source in
+    Shapes: all (N, K), ``sign_bits`` (N, words) or None. ``weight`` is float32 or bfloat16, ``grad`` float32 or like
+    the weight, the moments float32, bfloat16, or int8 and uint8 with scales (N, ceil(K / 64)). ``step`` counts from 1;
+    ``seed`` as in :func:`sample_engram`, needed for everything that is not float32. Formula, formats and source in
     :func:`engram_kernels.reference.metaplastic_adam_`.
     """
     _ops.metaplastic_adam_(
@@ -181,11 +195,33 @@ def metaplastic_adam_(
         weight_decay=weight_decay,
         metaplasticity=metaplasticity,
         step=step,
+        exp_avg_scale=exp_avg_scale,
+        exp_avg_sq_scale=exp_avg_sq_scale,
+        seed=seed,
+        first_row=first_row,
     )
-    if not torch.compiler.is_compiling():
-        # The Stable ABI leaves version counters alone; graphs that saved these tensors must notice.
-        changed = [weight, exp_avg, exp_avg_sq] + ([] if sign_bits is None else [sign_bits])
-        torch.autograd.graph.increment_version(changed)
+    _note_changes(weight, exp_avg, exp_avg_sq, sign_bits, exp_avg_scale, exp_avg_sq_scale)
+
+
+def gated_metaplastic_adam_(
+    d: Tensor,
+    x_bits: Tensor,
+    gate_bits: Tensor | None,
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sign_bits: Tensor | None,
+    **settings: Any,
+) -> None:
+    """:func:`metaplastic_adam_` with the gradient of :func:`gated_weight_grad`, made and consumed block by block.
+
+    No (N, K) gradient ever exists. Shapes: ``d`` (M, N), ``x_bits`` (M, words), gate as in :func:`binary_matmul`;
+    ``settings`` are the keyword arguments of :func:`metaplastic_adam_`. The result is that of the two operators one
+    after the other, bit for bit.
+    """
+    _ops.gated_metaplastic_adam_(d, x_bits, gate_bits, weight, exp_avg, exp_avg_sq, sign_bits, **settings)
+    scales = settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")
+    _note_changes(weight, exp_avg, exp_avg_sq, sign_bits, *scales)
 
 
 # ---- fakes: shapes and dtypes without data, for torch.compile and meta tensors
@@ -246,7 +282,7 @@ def _(a, w_bits, k):
 def _(x, w_bits, k):
     _check_same_device(x=x, w_bits=w_bits)
     _check_packed("w_bits", w_bits, k)
-    return x.new_empty((x.shape[0], w_bits.shape[0]))
+    return x.new_empty((x.shape[0], w_bits.shape[0]), dtype=torch.int32 if x.dtype == torch.uint8 else x.dtype)
 
 
 @torch.library.register_fake("engram_kernels::gated_input_grad")
@@ -278,6 +314,12 @@ def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0):
 @torch.library.register_fake("engram_kernels::metaplastic_adam_")
 def _(weight, grad, exp_avg, exp_avg_sq, sign_bits, **_settings):
     _check_same_device(weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, sign_bits=sign_bits)
+
+
+@torch.library.register_fake("engram_kernels::gated_metaplastic_adam_")
+def _(d, x_bits, gate_bits, weight, exp_avg, exp_avg_sq, sign_bits, **_settings):
+    _check_same_device(weight=weight, d=d, x_bits=x_bits, gate_bits=gate_bits, exp_avg=exp_avg, sign_bits=sign_bits)
+    _check_packed("x_bits", x_bits, weight.shape[1])
 
 
 # ---- gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,13 @@ from torch.optim.adam import adam
 
 from . import ops
 from .hidden_weight import HiddenWeight
+from .reference import SCALE_BLOCK
+
+_SECOND_MOMENT = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.uint8}
+
+
+def _apply_gradient(grad: Tensor, weight: Tensor, *state: Tensor, **settings: Any) -> None:
+    ops.metaplastic_adam_(weight, grad, *state, **settings)
 
 
 class MetaplasticAdam(Optimizer):
@@ -32,10 +40,20 @@ class MetaplasticAdam(Optimizer):
         eps: added to the root of the second moment, at least 0.
         weight_decay: coupled L2 decay, at least 0.
         metaplasticity: m, per unit of ``|W|``, at least 0; 0 is plain Adam.
-        state_dtype: of the moments of hidden weights; float32 is the only one so far.
+        state_dtype: of the moments of hidden weights: float32; bfloat16, rounded stochastically; or int8, which keeps
+            each moment in 8 bits, rounded stochastically, with a scale for every 64 units of a row.
+        fuse_backward: consumes the gradient of a hidden weight within ``backward()``, block by block as it is made, so
+            that no (N, K) gradient ever exists: ``backward()`` updates the hidden weights, ``step()`` everything else.
+            The numbers are the same as without, for float32 weights to the last bit. Excludes whatever needs gradients
+            as a whole or twice: clipping by norm, loss scaling, accumulation, a weight shared by two layers, hooks on
+            weights, averaging over processes and torch.compile; each raises an error. Learning rates must be set before
+            ``backward()``. Gradients asked for by ``torch.autograd.grad`` are returned as ever and update nothing.
 
-    Raises: ValueError for a setting out of range; RuntimeError for a hidden weight or gradient that is not float32, for
-    sparse gradients, and if a weight becomes NaN.
+    Hidden weights are float32 or, rounded stochastically, bfloat16. Random bits come from torch's default CPU
+    generator, one number per compact parameter when the optimizer is made.
+
+    Raises: ValueError for a setting out of range and for a ``state_dict`` of another ``state_dtype``; RuntimeError for
+    a hidden weight in another dtype, for sparse gradients, and if a weight becomes NaN.
     """
 
     def __init__(
@@ -47,9 +65,11 @@ class MetaplasticAdam(Optimizer):
         weight_decay: float = 0.0,
         metaplasticity: float = 1.35,
         state_dtype: torch.dtype = torch.float32,
+        fuse_backward: bool = False,
     ) -> None:
-        if state_dtype != torch.float32:
-            raise ValueError(f"state_dtype: expected torch.float32, got {state_dtype}")
+        if state_dtype not in _SECOND_MOMENT:
+            raise ValueError(f"state_dtype: expected torch.float32, torch.bfloat16 or torch.int8, got {state_dtype}")
+        self.state_dtype, self.fuse_backward = state_dtype, fuse_backward
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, metaplasticity=metaplasticity)
         super().__init__(params, defaults)
 
@@ -62,6 +82,11 @@ class MetaplasticAdam(Optimizer):
         if len(settings["betas"]) != 2 or not all(0 <= beta < 1 for beta in settings["betas"]):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {settings['betas']!r}")
         super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if isinstance(parameter, HiddenWeight):
+                parameter.send_gradient_to(self.consume if self.fuse_backward else None)
+                if self.state_dtype != torch.float32 or parameter.dtype != torch.float32:
+                    self.state[parameter]["seed"] = ops.draw_seed()  # here: gradients may come in another order
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -73,33 +98,73 @@ class MetaplasticAdam(Optimizer):
         for group in self.param_groups:
             others = []
             for parameter in group["params"]:
+                if isinstance(parameter, HiddenWeight):
+                    parameter.end_consuming()
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
                     raise RuntimeError("grad: expected a dense gradient, got a sparse one")
-                self._state_of(parameter)["step"] += 1
                 if isinstance(parameter, HiddenWeight):
-                    self._update_hidden(parameter, group)
+                    self._update_hidden(parameter, group, functools.partial(_apply_gradient, parameter.grad))
                 else:
+                    self._state_of(parameter)["step"] += 1
                     others.append(parameter)
             self._update_others(others, group)
         return loss
 
+    def consume(self, weight: HiddenWeight, update: Callable[..., None]) -> None:
+        """Applies a gradient during the backward pass that makes it.
+
+        ``update`` takes the arguments of :func:`engram_kernels.ops.metaplastic_adam_` less ``grad``.
+        """
+        weight.begin_consuming()
+        group = next(group for group in self.param_groups if any(weight is p for p in group["params"]))
+        self._update_hidden(weight, group, update)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but every state keeps its dtype, which torch would make the parameter's."""
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        states = [state_dict["state"].get(key, {}) for key in saved]
+        for parameter, state in zip(parameters, states, strict=False):
+            if isinstance(parameter, HiddenWeight) and "exp_avg" in state:
+                dtype = state["exp_avg"].dtype
+                if dtype != self.state_dtype:
+                    raise ValueError(f"state_dict: expected moments in {self.state_dtype} as state_dtype, got {dtype}")
+        super().load_state_dict(state_dict)
+        for parameter, state in zip(parameters, states, strict=True):
+            if isinstance(parameter, HiddenWeight):
+                self.state[parameter].update(
+                    {name: value.clone() for name, value in state.items() if value.device == parameter.device}
+                )
+
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
+        if "step" in state:
+            return state
+        state["step"] = torch.zeros(())
+        if not isinstance(parameter, HiddenWeight):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            return state
+        n, k = parameter.shape
+        state["exp_avg"] = torch.zeros(n, k, dtype=self.state_dtype, device=parameter.device)
+        state["exp_avg_sq"] = torch.zeros(n, k, dtype=_SECOND_MOMENT[self.state_dtype], device=parameter.device)
+        if self.state_dtype == torch.int8:
+            blocks = -(-k // SCALE_BLOCK)
+            state["exp_avg_scale"] = torch.zeros(n, blocks, device=parameter.device)
+            state["exp_avg_sq_scale"] = torch.zeros(n, blocks, device=parameter.device)
         return state
 
-    def _update_hidden(self, weight: HiddenWeight, group: dict[str, Any]) -> None:
-        state, (beta1, beta2), grad = self.state[weight], group["betas"], weight.grad
-        assert grad is not None
+    def _update_hidden(self, weight: HiddenWeight, group: dict[str, Any], update: Callable[..., None]) -> None:
+        state, (beta1, beta2) = self._state_of(weight), group["betas"]
+        state["step"] += 1
+        step, seed = int(state["step"]), state.get("seed")
+        if seed is not None:
+            seed[1] = step % 2**32
         weight.updated_in_place(
-            lambda sign_bits: ops.metaplastic_adam_(
+            lambda sign_bits: update(
                 weight,
-                grad,
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 sign_bits,
@@ -109,7 +174,10 @@ class MetaplasticAdam(Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 metaplasticity=group["metaplasticity"],
-                step=int(state["step"]),
+                step=step,
+                exp_avg_scale=state.get("exp_avg_scale"),
+                exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
+                seed=seed,
             )
         )
 

@@ -7,6 +7,8 @@ K inputs throughout.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,8 +71,9 @@ def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
 
 
 def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
-    """``y = x @ s(W).T``. Floats (M, K), bits (N, words) -> (M, N) in the dtype of ``x``."""
-    return (x.double() @ unpack_signs(w_bits, k, torch.float64).T).to(x.dtype)
+    """``y = x @ s(W).T``. Floats (M, K), bits (N, words) -> (M, N) in the dtype of ``x``; uint8 -> int32, exact."""
+    y = x.double() @ unpack_signs(w_bits, k, torch.float64).T
+    return y.to(torch.int32 if x.dtype == torch.uint8 else x.dtype)
 
 
 def masked_input_grad(d: Tensor, w_bits: Tensor, k: int, mask_bits: Tensor) -> Tensor:
@@ -157,6 +160,84 @@ def sample_engram(
     return _pack(gate).to(score.device)
 
 
+_DROPPED = 20  # bits of a float32 below three of mantissa
+_FIRST_ZERO, _SECOND_ZERO = 2.0**-15, 2.0**-31
+SCALE_BLOCK = 64
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32).long()
+
+
+def _float(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _rounding_noise(draws: Tensor, width: int, dropped: int) -> Tensor:
+    """What to add to bits of which ``dropped`` are cut off: the middle of one of ``2^width`` steps."""
+    return (draws << (dropped - width)) + (1 << (dropped - width - 1))
+
+
+def round_to_bfloat16(x: Tensor, draws: Tensor, width: int) -> Tensor:
+    """Stochastic rounding of float32 to bfloat16: up with the probability of the distance from the lower neighbour.
+
+    ``draws`` (same shape) are random integers below ``2^width``.
+    """
+    bits = _bits(x) + _rounding_noise(draws, width, 16) >> 16
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+def _by_unit(scale: Tensor, k: int) -> Tensor:
+    return scale.repeat_interleave(SCALE_BLOCK, dim=1)[:, :k]
+
+
+def _block_scale(x: Tensor) -> Tensor:
+    """The power of two at or below the largest magnitude in every block of 64 units of a row; 0 for all zeros."""
+    k = x.shape[1]
+    magnitude = torch.nn.functional.pad(x.abs(), (0, -k % SCALE_BLOCK))
+    largest = magnitude.unflatten(1, (-1, SCALE_BLOCK)).amax(dim=2)
+    return _float(_bits(largest) & 0x7F800000)
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    bits = _bits(scale)
+    usable = (bits > 0) & (bits < 254 << 23)
+    return torch.where(usable, _float(torch.where(usable, (254 << 23) - bits, 0)), 0.0)
+
+
+def decode_first_moment(codes: Tensor, scale: Tensor) -> Tensor:
+    """int8 codes (N, K) and scales (N, ceil(K / 64)) -> float32 (N, K). Format: ``csrc/core/compact.h``."""
+    zero = torch.tensor(_FIRST_ZERO)
+    magnitude = _float((codes.long().abs() << _DROPPED) + _bits(zero)) - zero
+    return torch.where(codes < 0, -magnitude, magnitude) * _by_unit(scale, codes.shape[1])
+
+
+def encode_first_moment(x: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a first moment, float32 (N, K), rounded by the low 10 bits of ``draws``."""
+    scale, zero = _block_scale(x), torch.tensor(_FIRST_ZERO)
+    magnitude = x.abs() * _by_unit(_reciprocal(scale), x.shape[1]) + zero
+    codes = (_bits(magnitude) - _bits(zero) + _rounding_noise(draws, 10, _DROPPED) >> _DROPPED).clamp(max=127)
+    return torch.where(x < 0, -codes, codes).to(torch.int8), scale
+
+
+def decode_second_moment(codes: Tensor, scale: Tensor) -> Tensor:
+    """uint8 codes (N, K) and scales (N, ceil(K / 64)) -> float32 (N, K). Format: ``csrc/core/compact.h``."""
+    zero = torch.tensor(_SECOND_ZERO)
+    return (_float((codes.long() << _DROPPED) + _bits(zero)) - zero) * _by_unit(scale, codes.shape[1])
+
+
+def encode_second_moment(x: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a second moment, float32 (N, K), rounded by the low 12 bits of ``draws``; no code is 0."""
+    scale, zero = _block_scale(x), torch.tensor(_SECOND_ZERO)
+    value = x * _by_unit(_reciprocal(scale), x.shape[1]) + zero
+    codes = _bits(value) - _bits(zero) + _rounding_noise(draws, 12, _DROPPED) >> _DROPPED
+    return codes.clamp(1, 255).to(torch.uint8), scale
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def metaplastic_adam_(
     weight: Tensor,
     grad: Tensor,
@@ -171,18 +252,61 @@ def metaplastic_adam_(
     weight_decay: float,
     metaplasticity: float,
     step: int,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    first_row: int = 0,
 ) -> None:
     """One metaplastic Adam step in place (Laborieux et al. 2021); all (N, K), ``sign_bits`` (N, words) or None.
 
     ``W -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)``, where ``mu' = mu (1 - tanh^2(m |W|))`` if the
     step would shrink ``|W|`` and ``mu`` otherwise. ``weight_decay`` is coupled: it is added to the gradient.
+
+    ``weight`` is float32, float64 or bfloat16. The moments are like it, or bfloat16, or int8 and uint8 with
+    ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with the
+    :func:`philox` draws of ``seed`` for rows from ``first_row`` on: bits 0 to 11 of a draw round the second moment, 12
+    to 21 the first, 22 to 31 the weight.
     """
-    grad = grad + weight_decay * weight
-    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    consolidated = exp_avg * (1 - torch.tanh(metaplasticity * weight.abs()) ** 2)
-    step_avg = torch.where(weight.sign() * exp_avg > 0, consolidated, exp_avg)
+    (n, k), scaled = weight.shape, exp_avg.dtype == torch.int8
+    w = _widened(weight)
+    mu = decode_first_moment(exp_avg, exp_avg_scale) if scaled else _widened(exp_avg)  # type: ignore[arg-type]
+    v = decode_second_moment(exp_avg_sq, exp_avg_sq_scale) if scaled else _widened(exp_avg_sq)  # type: ignore[arg-type]
+    g = _widened(grad) + weight_decay * w
+    mu = beta1 * mu + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    step_avg = torch.where(w.sign() * mu.sign() > 0, mu * (1 - torch.tanh(metaplasticity * w.abs()) ** 2), mu)
     step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    weight.addcdiv_(step_avg, exp_avg_sq.sqrt().add_(eps), value=-step_size)
+    w = w - step_size * (step_avg / (v.sqrt() + eps))
+    draws = None if seed is None else philox(seed, n, k, first_row).to(weight.device)
+    if scaled:
+        assert draws is not None and exp_avg_scale is not None and exp_avg_sq_scale is not None
+        for encode, x, width, shift, codes, scale in (
+            (encode_first_moment, mu, 10, 12, exp_avg, exp_avg_scale),
+            (encode_second_moment, v, 12, 0, exp_avg_sq, exp_avg_sq_scale),
+        ):
+            new_codes, new_scale = encode(x, draws >> shift & (1 << width) - 1)
+            codes.copy_(new_codes)
+            scale.copy_(new_scale)
+    for kept, x, width, shift in ((exp_avg, mu, 10, 12), (exp_avg_sq, v, 12, 0), (weight, w, 10, 22)):
+        if kept.dtype == torch.bfloat16:
+            assert draws is not None
+            kept.copy_(round_to_bfloat16(x, draws >> shift & (1 << width) - 1, width))
+        elif kept.is_floating_point():
+            kept.copy_(x)
     if sign_bits is not None:
         sign_bits.copy_(pack_signs(weight))
+
+
+def gated_metaplastic_adam_(
+    d: Tensor,
+    x_bits: Tensor,
+    gate_bits: Tensor | None,
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sign_bits: Tensor | None,
+    **settings: Any,
+) -> None:
+    """:func:`metaplastic_adam_` with the gradient :func:`gated_weight_grad` ``(d, x_bits, K, gate_bits)``."""
+    grad = gated_weight_grad(d.float(), x_bits, weight.shape[1], gate_bits)
+    metaplastic_adam_(weight, grad, exp_avg, exp_avg_sq, sign_bits, **settings)

@@ -306,3 +306,17 @@ def test_mlp_trains_hidden_layers_or_leaves_them():
 def test_bad_input_is_named(error, call, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_first_layer_takes_images_as_they_come(isa):
+    layer = ek.BinaryEngramLinear(65, 33, binary_input=False)
+    images = torch.randint(0, 256, (7, 65), dtype=torch.uint8)
+    y = layer(images)
+    assert y.dtype == torch.float32
+    expected = images.float() @ torch.where(layer.weight.detach() >= 0, 1.0, -1.0).T
+    assert torch.equal(y, expected)  # integers below 2^24
+    d = torch.randn(7, 33)
+    y.backward(d)
+    torch.testing.assert_close(layer.weight.grad, d.T @ images.float(), rtol=1e-5, atol=1e-3)
+    with pytest.raises(RuntimeError, match="x: expected float32"):
+        ek.BinaryEngramLinear(65, 33)(images)

@@ -139,6 +139,37 @@ def test_sign_products_over_the_sweep(isa, n, k):
         assert_close(ops.sign_matmul_t(x, w_bits, k), reference.sign_matmul_t(x, w_bits, k), k)
 
 
+@pytest.mark.parametrize("k", SIZES)
+def test_sign_products_of_uint8_are_exact(isa, k):
+    for m, n in [(1, 1), (3, 65), (31, 127), (33, 10), (70, 64)]:
+        x, w_bits = torch.randint(0, 256, (m, k), dtype=torch.uint8), bits_of(n, k)
+        x[0] = 255
+        y = ops.sign_matmul_t(x, w_bits, k)
+        assert y.dtype == torch.int32 and torch.equal(y, reference.sign_matmul_t(x, w_bits, k)), (m, n)
+    ones = reference.pack_signs(torch.ones(3, k))  # the largest sums, of either sign
+    assert (ops.sign_matmul_t(torch.full((2, k), 255, dtype=torch.uint8), ones, k) == 255 * k).all()
+    assert (ops.sign_matmul_t(torch.full((2, k), 255, dtype=torch.uint8), torch.zeros_like(ones), k) == -255 * k).all()
+
+
+def test_infinities_stay_infinite(isa):
+    w_bits = reference.pack_signs(torch.tensor([[1.0, -1.0, 1.0, 1.0, -1.0, 1.0]]))
+    x = torch.tensor([[1.0, 2.0, math.inf, 0.0, 5.0, 6.0], [1.0, math.inf, 3.0, 0.0, 5.0, 6.0]])
+    assert ops.sign_matmul_t(x, w_bits, 6).flatten().tolist() == [math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.2, 0.45, 0.55, 0.9, 1.0])  # sparse and dense kernels, and their border
+@pytest.mark.parametrize("shared", [False, True])
+def test_gated_gradients_at_every_density(isa, rate, shared):
+    for m, n, k in [(5, 70, 129), (100, 65, 300), (130, 33, 64), (300, 9, 1030)]:
+        d, x, w_bits = torch.randn(m, n), torch.randn(m, k), bits_of(n, k)
+        gate = reference._pack(torch.rand(m, k) < rate)
+        gate = gate[0].contiguous() if shared else gate
+        dw = ops.gated_weight_grad(d, reference.pack_signs(x), k, gate)
+        assert_close(dw, reference.gated_weight_grad(d, reference.pack_signs(x), k, gate), m)
+        dx = ops.masked_input_grad(d, w_bits, k, gate)
+        assert_close(dx, reference.masked_input_grad(d, w_bits, k, gate), n)
+
+
 @per_isa
 @given(m=sizes, n=sizes, k=sizes, gate=st.sampled_from(GATES), scale=st.sampled_from([0.3, 3.0]))
 def test_gated_gradients_agree(isa, m, n, k, gate, scale):
@@ -270,6 +301,102 @@ def test_metaplastic_adam_is_the_same_on_every_isa():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+STATES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+def compact_arguments(n, k, weight_dtype, state_dtype):
+    """Weight, moments as two steps from zero leave them, sign bits, and the keyword arguments of a compact update."""
+    weight = (torch.randn(n, k) * 0.2).to(weight_dtype)
+    second = torch.uint8 if state_dtype == torch.int8 else state_dtype
+    state = [torch.zeros(n, k, dtype=state_dtype), torch.zeros(n, k, dtype=second)]
+    settings = ADAM | {"seed": torch.tensor([-5, 2**32 - 1]), "first_row": 2**33}
+    if state_dtype == torch.int8:
+        settings |= {name: torch.zeros(n, -(-k // 64)) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
+    arguments = [weight, *state, reference.pack_signs(weight)]
+    for step in (1, 2):
+        grad = torch.randn(n, k) * torch.randn(n, k).exp()
+        reference.metaplastic_adam_(arguments[0], grad, *arguments[1:], **settings | {"step": step})
+    return arguments, settings
+
+
+def cloned(arguments, settings):
+    copies = {name: value.clone() for name, value in settings.items() if isinstance(value, torch.Tensor)}
+    return [t.clone() for t in arguments], settings | copies
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", STATES)
+@pytest.mark.parametrize("k", [1, 63, 64, 130, 1000])
+def test_compact_updates_agree(isa, k, state_dtype, weight_dtype):
+    mine, settings = compact_arguments(7, k, weight_dtype, state_dtype)
+    theirs, their_settings = cloned(mine, settings)
+    grad = (torch.randn(7, k)).to(weight_dtype)
+    ops.metaplastic_adam_(mine[0], grad, *mine[1:], **settings)
+    reference.metaplastic_adam_(theirs[0], grad, *theirs[1:], **their_settings)
+    for a, b in zip(mine[1:3], theirs[1:3], strict=True):  # moments, codes included: every bit
+        assert torch.equal(a, b)
+    for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+        assert name not in settings or torch.equal(settings[name], their_settings[name])
+    if weight_dtype == torch.float32:
+        torch.testing.assert_close(mine[0], theirs[0], rtol=2e-6, atol=1e-7)
+    else:  # the last bit of the sum before rounding may tip it over
+        torch.testing.assert_close(mine[0], theirs[0], rtol=2**-7, atol=0)
+        assert (mine[0] != theirs[0]).float().mean() <= max(0.005, 1 / mine[0].numel())
+    assert torch.equal(mine[3], reference.pack_signs(mine[0]))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", STATES)
+@pytest.mark.parametrize("gate", GATES)
+def test_the_fused_update_is_the_two_operators_one_after_the_other(isa, gate, state_dtype, weight_dtype):
+    for m, n, k in [(20, 3, 7), (100, 70, 1030), (0, 5, 65), (300, 130, 129)]:
+        fused, settings = compact_arguments(n, k, weight_dtype, state_dtype)
+        apart, apart_settings = cloned(fused, settings)
+        d, x_bits, gate_bits = torch.randn(m, n), bits_of(m, k), None if m == 0 else gate_of(gate, m, k)
+        ops.gated_metaplastic_adam_(d, x_bits, gate_bits, *fused, **settings)
+        grad = ops.gated_weight_grad(d, x_bits, k, gate_bits)
+        ops.metaplastic_adam_(apart[0], grad, *apart[1:], **apart_settings)
+        for a, b in zip([*fused, *settings.values()], [*apart, *apart_settings.values()], strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("moment, width, smallest_step", [("first", 10, 2**-18), ("second", 12, 2**-34)])
+def test_compact_moments_round_without_bias(moment, width, smallest_step):
+    encode, decode = (getattr(reference, f"{name}_{moment}_moment") for name in ("encode", "decode"))
+    x = torch.randn(1, 64).exp()
+    x[0, :4] = torch.tensor([1.0, 1e-3, 1e-5, 0.0])
+    draws = torch.randperm(2**width).unsqueeze(1).expand(-1, 64)  # every draw once
+    codes, scale = encode(x.expand(2**width, 64), draws)
+    mean = decode(codes, scale).double().mean(0)
+    # a step of the format is at most an eighth of the number, or the smallest step; draws divide it evenly
+    smallest = scale[0, 0] * smallest_step
+    step = torch.maximum(x[0] / 8, smallest)
+    largest = x[0] == x[0].max()  # may round to the end of the format
+    bias = (mean - x[0]).abs()[~largest]
+    assert (bias <= (step * 2.0**-width + (smallest if moment == "second" else 0))[~largest]).all()
+    again, _ = encode(decode(codes, scale), draws)
+    assert torch.equal(again, codes)  # what is representable does not move
+
+
+def test_stochastic_rounding_to_bfloat16_is_unbiased():
+    x = torch.tensor([1.0, 1.001, -3.3, 1e-20, 0.0])
+    draws = torch.arange(1024).unsqueeze(1).expand(-1, 5)
+    rounded = reference.round_to_bfloat16(x.expand(1024, 5), draws, 10).double()
+    assert ((rounded.mean(0) - x).abs() <= x.abs() * 2.0**-17).all()
+    assert (rounded[:, 0] == 1).all() and (rounded[:, 4] == 0).all()
+
+
+def test_a_second_moment_never_vanishes_beside_a_larger_one(isa):
+    weight, grad = torch.zeros(1, 64), torch.full((1, 64), 1e-12)
+    grad[0, 0] = 1.0
+    state = [torch.zeros(1, 64, dtype=torch.int8), torch.zeros(1, 64, dtype=torch.uint8)]
+    settings = ADAM | {name: torch.zeros(1, 1) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
+    for step in range(1, 30):
+        before = weight.clone()
+        ops.metaplastic_adam_(weight, grad, *state, None, **settings | {"step": step, "seed": torch.tensor([1, step])})
+        assert ((weight - before).abs() <= 10 * ADAM["lr"]).all()
+
+
 def test_metaplastic_adam_bumps_version_counters():
     arguments = update_arguments(3, 5)
     before = [t._version for t in arguments]
@@ -345,19 +472,24 @@ def opcheck_cases():
         "unpack_signs": [(x_bits, k, torch.float32)],
         "binary_matmul": [(x_bits, w_bits, k, gate), (x_bits, w_bits, k, gate[0].clone()), (x_bits, w_bits, k)],
         "sign_matmul": [(d.clone().requires_grad_(), w_bits, k), (d.bfloat16(), w_bits, k)],
-        "sign_matmul_t": [(x.clone().requires_grad_(), w_bits, k), (x.half(), w_bits, k)],
+        "sign_matmul_t": [
+            (x.clone().requires_grad_(), w_bits, k),
+            (x.half(), w_bits, k),
+            ((x.abs() * 50).to(torch.uint8), w_bits, k),
+        ],
         "gated_input_grad": [(d, w_bits, x, gate), (d, w_bits, x)],
         "masked_input_grad": [(d, w_bits, k, gate)],
         "gated_weight_grad": [(d, x_bits, k, gate), (d, x_bits, k)],
         "sample_engram": [(x, seed, 0.1), (x, seed, 0.1, True)],
         "metaplastic_adam_": [(weight, grad, avg, avg_sq, bits), (weight, grad, avg, avg_sq, None)],
+        "gated_metaplastic_adam_": [(d, x_bits, gate, weight, avg, avg_sq, bits)],
     }
 
 
 @pytest.mark.parametrize("name", list(opcheck_cases()))
 def test_opcheck(name):
     for arguments in opcheck_cases()[name]:
-        kwargs = ADAM if name == "metaplastic_adam_" else {}
+        kwargs = ADAM if name.endswith("adam_") else {}
         opcheck(getattr(torch.ops.engram_kernels, name).default, arguments, kwargs)
 
 
@@ -422,12 +554,37 @@ def bad_calls():
         "score NaN": (lambda: ops.sample_engram(nan, seed, 0.5), "score: .*NaN"),
         "update shape": (
             lambda: ops.metaplastic_adam_(update[0], update[1].T, *update[2:], **ADAM),
-            r"grad: expected float32 of the weight's shape float32 \(3, 5\), got float32 \(5, 3\)",
+            r"grad: expected float32 or the weight's dtype, in .* shape float32 \(3, 5\), got float32 \(5, 3\)",
         ),
         "update strides": (
             lambda: ops.metaplastic_adam_(torch.randn(5, 3).T, *update[1:], **ADAM),
-            "weight: expected a contiguous",
+            "weight: expected contiguous float32 or bfloat16",
         ),
+        "update moments": (
+            lambda: ops.metaplastic_adam_(update[0], update[1], update[2].bfloat16(), *update[3:], **ADAM),
+            r"exp_avg_sq: expected contiguous bfloat16 \(3, 5\), got float32 \(3, 5\)",
+        ),
+        "update moment dtype": (
+            lambda: ops.metaplastic_adam_(update[0], update[1], update[2].half(), *update[3:], **ADAM),
+            "exp_avg: expected float32, bfloat16 or int8, got float16",
+        ),
+        "update without scales": (
+            lambda: ops.metaplastic_adam_(update[0], update[1], update[2].char(), update[3].byte(), None, **ADAM),
+            "exp_avg_scale: expected a tensor for int8 moments",
+        ),
+        "update without seed": (
+            lambda: ops.metaplastic_adam_(update[0].bfloat16(), *update[1:], **ADAM),
+            r"seed: expected int64 \(2,\).*got None",
+        ),
+        "fused d": (
+            lambda: ops.gated_metaplastic_adam_(d, bits_of(4, 5), None, update[0], *update[2:], **ADAM),
+            r"d: expected shape \(M, 3\).*got float32 \(4, 9\)",
+        ),
+        "fused samples": (
+            lambda: ops.gated_metaplastic_adam_(d[:, :3], bits_of(6, 5), None, update[0], *update[2:], **ADAM),
+            r"x_bits: expected 4 samples like d, got int64 \(6, 2\)",
+        ),
+        "uint8 shape": (lambda: ops.sign_matmul_t(torch.zeros(70, dtype=torch.uint8), w_bits, k), r"x: .*got uint8"),
         "update step": (lambda: ops.metaplastic_adam_(*update, **ADAM | {"step": 0}), "step: .*got 0"),
         "update beta": (lambda: ops.metaplastic_adam_(*update, **ADAM | {"beta1": 1.0}), "beta1: .*got 1"),
         "update NaN": (

@@ -75,17 +75,19 @@ def test_other_parameters_get_plain_adam():
             torch.testing.assert_close(p, q, rtol=0, atol=0)
 
 
-def test_state_round_trips_bit_exactly_in_mid_run():
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_round_trips_bit_exactly_in_mid_run(state_dtype, dtype):
     def run(steps, model, optimizer, seed):
         torch.manual_seed(seed)
         for _ in range(steps):
             optimizer.zero_grad()
-            model(torch.randn(8, 20)).square().sum().backward()
+            model(torch.randn(8, 20, dtype=dtype)).square().sum().backward()
             optimizer.step()
 
-    model = ek.EngramMLP((20, 65, 65, 3), engram=ek.StochasticEngram(0.3))
-    model.layers[0].bias = nn.Parameter(torch.zeros(65))
-    optimizer = ek.MetaplasticAdam(model.parameters())
+    model = ek.EngramMLP((20, 65, 65, 3), engram=ek.StochasticEngram(0.3)).to(dtype)
+    model.layers[0].bias = nn.Parameter(torch.zeros(65, dtype=dtype))
+    optimizer = ek.MetaplasticAdam(model.parameters(), state_dtype=state_dtype)
     run(5, model, optimizer, 1)
     buffer = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
@@ -94,7 +96,7 @@ def test_state_round_trips_bit_exactly_in_mid_run():
     other = copy.deepcopy(model)
     for p in other.parameters():
         nn.init.normal_(p)
-    other_optimizer = ek.MetaplasticAdam(other.parameters(), lr=1.0)
+    other_optimizer = ek.MetaplasticAdam(other.parameters(), lr=1.0, state_dtype=state_dtype)
     other.load_state_dict(saved["model"])
     other_optimizer.load_state_dict(saved["optimizer"])
     run(5, model, optimizer, 2)
@@ -102,7 +104,125 @@ def test_state_round_trips_bit_exactly_in_mid_run():
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
     for p, q in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
-        assert all(torch.equal(p[name], q[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+        assert p.keys() == q.keys()
+        assert all(p[name].dtype == q[name].dtype and torch.equal(p[name], q[name]) for name in p)
+
+
+def test_a_state_of_another_dtype_is_refused():
+    layer = ek.BinaryEngramLinear(5, 5)
+    compact, plain = (ek.MetaplasticAdam(layer.parameters(), state_dtype=d) for d in (torch.int8, torch.float32))
+    layer(torch.randn(2, 5)).sum().backward()
+    plain.step()
+    with pytest.raises(ValueError, match="moments in torch.int8 as state_dtype, got torch.float32"):
+        compact.load_state_dict(plain.state_dict())
+
+
+# ---- the update within the backward pass
+
+
+def network(fuse_backward, state_dtype=torch.float32, dtype=torch.float32):
+    torch.manual_seed(3)
+    engram = ek.StochasticEngram(0.3)
+    model = nn.Sequential(
+        ek.BinaryEngramLinear(40, 300, binary_input=False, dtype=dtype),
+        nn.BatchNorm1d(300),
+        ek.BinaryEngramLinear(300, 70, engram=engram, dtype=dtype),
+        nn.BatchNorm1d(70),
+        ek.BinaryEngramLinear(70, 3, bias=True, dtype=dtype),
+    )
+    optimizer = ek.MetaplasticAdam(model.parameters(), state_dtype=state_dtype, fuse_backward=fuse_backward)
+    return model, optimizer
+
+
+def train(model, optimizer, steps):
+    torch.manual_seed(4)
+    x, y = torch.randn(16, 40), torch.randint(3, (16,))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_fused_backward_gives_the_same_numbers(isa, state_dtype):
+    (fused, fused_optimizer), (plain, plain_optimizer) = (network(fuse, state_dtype) for fuse in (True, False))
+    assert torch.equal(train(fused, fused_optimizer, 6), train(plain, plain_optimizer, 6))
+    for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert fused[0].weight.grad is None and plain[0].weight.grad is not None
+    assert torch.equal(fused[2].weight.sign_bits(), ek.reference.pack_signs(fused[2].weight.detach().clone()))
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_bfloat16_hidden_weights_learn(state_dtype, fuse_backward):
+    model, optimizer = network(fuse_backward, state_dtype, torch.bfloat16)
+    first = train(model, optimizer, 1)
+    assert train(model, optimizer, 40) < 0.5 * first
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in (model[0], model[2], model[4]))
+
+
+def loss_of(model):
+    return model(torch.randn(8, 40)).square().sum()
+
+
+def test_fused_backward_refuses_what_it_cannot_do():
+    model, optimizer = network(True)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="consumed in backward.*clipping"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match="zero_grad.. before step"):
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="second gradient.*accumulate"):
+        loss_of(model).backward()
+    optimizer.step()
+    loss_of(model).backward()  # the step has ended
+    optimizer.step()
+
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    with pytest.raises(RuntimeError, match="grad: expected None"):
+        loss_of(model).backward()
+    model, optimizer = network(True)
+    model[0].weight.register_hook(lambda grad: grad)
+    with pytest.raises(RuntimeError, match="hooks"):
+        loss_of(model).backward()
+    model, optimizer = network(True)
+    with pytest.raises(RuntimeError, match="create_graph=False"), pytest.warns(UserWarning, match="create_graph"):
+        loss_of(nn.Sequential(model[0])).backward(create_graph=True)
+    with pytest.raises(Exception, match="torch.compile"):
+        torch.compile(network(True)[0], fullgraph=True)(torch.randn(2, 40))
+
+
+def test_fused_backward_leaves_weights_alone_where_no_grad_would_be_written():
+    model, _optimizer = network(True)
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.randn(8, 40, requires_grad=True)
+    loss = model(x).square().sum()
+    (wanted,) = torch.autograd.grad(loss, model[2].weight, retain_graph=True)
+    assert wanted.shape == (70, 300) and wanted.abs().sum() > 0
+    torch.autograd.grad(loss, x, retain_graph=True)
+    loss.backward(inputs=[x], retain_graph=True)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    loss.backward(inputs=[model[2].weight])
+    changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert changed == [p is model[2].weight for p in model.parameters()]
+
+
+def test_another_optimizer_takes_the_gradients_over():
+    model, fused = network(True)
+    plain = ek.MetaplasticAdam(model.parameters())
+    loss_of(model).backward()
+    assert model[0].weight.grad is not None
+    plain.step()
+    copied = copy.deepcopy(model)
+    loss_of(copied).backward()
+    assert copied[0].weight.grad is not None
+    model, fused = network(True)
+    del fused
+    loss_of(model).backward()
+    assert model[0].weight.grad is not None
 
 
 def test_parameters_without_a_gradient_stay():
@@ -123,7 +243,7 @@ def test_parameters_without_a_gradient_stay():
         ({"eps": -1e-8}, "eps: "),
         ({"weight_decay": -0.1}, "weight_decay: "),
         ({"metaplasticity": -2}, "metaplasticity: .*got -2"),
-        ({"state_dtype": torch.float64}, "state_dtype: expected torch.float32, got torch.float64"),
+        ({"state_dtype": torch.float64}, "state_dtype: .* or torch.int8, got torch.float64"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -137,7 +257,7 @@ def test_bad_gradients_are_named():
     layer.weight.grad = torch.full((3, 3), math.nan)
     with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
         optimizer.step()
-    layer = ek.BinaryEngramLinear(3, 3, dtype=torch.bfloat16)
+    layer = ek.BinaryEngramLinear(3, 3, dtype=torch.float16)
     layer.weight.grad = torch.ones_like(layer.weight)
-    with pytest.raises(RuntimeError, match="weight: expected float32"):
+    with pytest.raises(RuntimeError, match="weight: expected contiguous float32 or bfloat16"):
         ek.MetaplasticAdam(layer.parameters()).step()

@@ -8,6 +8,7 @@
 // gated_weight_grad visits, per unit, only the samples that recruited it (listed once per call): plain vector additions
 // of rows of d into a tile of kTileUnits x kTileOutputs, transposed on its way out. Bound by additions, or at low rates
 // by writing dW once.
+// Where most units are recruited, launch.cpp takes sign_product instead.
 #include "cpu/simd.h"
 #include "cpu/tables.h"
 
@@ -40,24 +41,24 @@ ENGRAM_INLINE void dots_at(const GatedInputGrad& p, int64_t m, const int64_t* un
   for (int u = 0; u < n_units; ++u) p.dx[m * p.K + units[u]] = 2.0f * total(acc[u]) - p.d_sum[m];
 }
 
-constexpr int kTileUnits = 16;
+constexpr int kTileUnits = 64;
 constexpr int kTileOutputs = 64;
 constexpr int kVectors = kTileOutputs / kLanes;
 
-// One row of the tile: the sum over a unit's samples of +-d[m, n .. n + kTileOutputs).
-ENGRAM_INLINE void sum_of_samples(const float* d, const uint8_t* list, int32_t plus, int32_t minus, float* out) {
+// One row of the tile, or what is added to it: the sum over a unit's samples of +-d[m, n .. n + kTileOutputs). One loop
+// over both signs: its end is the only branch that a unit mispredicts.
+ENGRAM_INLINE void add_samples(const float* d, const uint8_t* list, int32_t count, bool go_on, float* out) {
+  static constexpr float kSign[2] = {1.0f, -1.0f};
   Floats acc[kVectors];
-  for (int v = 0; v < kVectors; ++v) acc[v] = zero();
-  for (int32_t i = 0; i < plus; ++i) {
-    const float* row = d + list[i] * kTileOutputs;
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) acc[v] = add(acc[v], load(row + v * kLanes));
-  }
-  for (int32_t i = 0; i < minus; ++i) {
-    const float* row = d + list[kSampleChunk - 1 - i] * kTileOutputs;
+  for (int v = 0; v < kVectors; ++v) acc[v] = go_on ? load(out + v * kLanes) : zero();
+  for (int32_t i = 0; i < count; ++i) {
+    const float* row = d + (list[i] >> 1) * kTileOutputs;
+    const Floats sign = all(kSign[list[i] & 1]);
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) acc[v] = subtract(acc[v], load(row + v * kLanes));
+    for (int v = 0; v < kVectors; ++v) acc[v] = add_product(acc[v], sign, load(row + v * kLanes));
   }
+#pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, acc[v]);
 }
 
@@ -84,55 +85,53 @@ void gated_input_grad(const GatedInputGrad& p, int64_t m_begin, int64_t m_end) {
 }
 
 void list_samples(const GatedWeightGrad& p, int64_t word_begin, int64_t word_end) {
-  for (int64_t word = word_begin; word < word_end; ++word) {
-    const int64_t first = word * kWordBits, units = smaller(kWordBits, p.K - first);
-    int32_t* counts = p.counts + 2 * first;
-    for (int64_t i = 0; i < 2 * units; ++i) counts[i] = 0;
-    for (int64_t m = p.chunk_begin; m < p.chunk_end; ++m) {
-      const uint64_t signs = p.x[m * p.words + word];
-      uint64_t left = valid_bits(word, p.K);
-      if (p.gate != nullptr) left &= p.gate[m * p.gate_stride + word];
-      for (; left != 0; left &= left - 1) {
-        const int unit = __builtin_ctzll(left);
-        const int minus = static_cast<int>(~signs >> unit & 1);
-        const int32_t position = counts[2 * unit + minus]++;
-        p.lists[(first + unit) * kSampleChunk + (minus ? kSampleChunk - 1 - position : position)] =
-            static_cast<uint8_t>(m - p.chunk_begin);
+  for (int64_t first = 0; first < p.M; first += kSampleChunk) {
+    uint8_t* lists = p.lists + first / kSampleChunk * p.K * p.capacity;
+    int32_t* counts = p.counts + first / kSampleChunk * p.K;
+    for (int64_t word = word_begin; word < word_end; ++word) {
+      const int64_t unit0 = word * kWordBits;
+      for (int64_t unit = unit0; unit < smaller(p.K, unit0 + kWordBits); ++unit) counts[unit] = 0;
+      for (int64_t m = first; m < smaller(p.M, first + kSampleChunk); ++m) {
+        const uint64_t signs = p.x[m * p.words + word];
+        for (uint64_t left = p.gate[m * p.gate_stride + word] & valid_bits(word, p.K); left != 0; left &= left - 1) {
+          const int bit = __builtin_ctzll(left);
+          const int64_t unit = unit0 + bit;
+          lists[unit * p.capacity + counts[unit]++] = static_cast<uint8_t>(2 * (m - first) + (~signs >> bit & 1));
+        }
       }
     }
   }
 }
 
-void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end) {
+void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end,
+                       float* dw, int64_t dw_stride) {
   alignas(64) float d[kSampleChunk * kTileOutputs];
   alignas(64) float tile[kTileUnits * kTileOutputs];
-  const bool first_chunk = p.chunk_begin == 0;
   for (int64_t n = n_begin; n < n_end; n += kTileOutputs) {
     const int64_t outputs = smaller<int64_t>(kTileOutputs, n_end - n);
-    for (int64_t m = p.chunk_begin; m < p.chunk_end; ++m) {
-      float* row = d + (m - p.chunk_begin) * kTileOutputs;
-      for (int64_t j = 0; j < outputs; ++j) row[j] = p.d[m * p.N + n + j];
-      for (int64_t j = outputs; j < kTileOutputs; ++j) row[j] = 0.0f;
-    }
-    for (int64_t k = 0; k < p.K; k += kTileUnits) {
-      const int64_t units = smaller<int64_t>(kTileUnits, p.K - k);
-      for (int64_t u = 0; u < units; ++u)
-        sum_of_samples(d, p.lists + (k + u) * kSampleChunk, p.counts[2 * (k + u)], p.counts[2 * (k + u) + 1],
-                       tile + u * kTileOutputs);
-      float* dw = p.dw + n * p.K + k;
-      if (first_chunk && units == kTileUnits) {
-        int64_t j = 0;
-        for (; j + kTransposeSize <= outputs; j += kTransposeSize)
-          for (int64_t u = 0; u < kTileUnits; u += kTransposeSize)
-            transpose_floats(tile + u * kTileOutputs + j, kTileOutputs, dw + j * p.K + u, p.K);
-        for (; j < outputs; ++j)
-          for (int64_t u = 0; u < units; ++u) dw[j * p.K + u] = tile[u * kTileOutputs + j];
-      } else {
-        for (int64_t j = 0; j < outputs; ++j)
-          for (int64_t u = 0; u < units; ++u)
-            dw[j * p.K + u] = (first_chunk ? 0.0f : dw[j * p.K + u]) + tile[u * kTileOutputs + j];
+    int64_t first = 0;
+    do {  // at least once: an empty batch has a gradient of zeros
+      const uint8_t* lists = p.lists + first / kSampleChunk * p.K * p.capacity;
+      const int32_t* counts = p.counts + first / kSampleChunk * p.K;
+      for (int64_t m = first; m < smaller(p.M, first + kSampleChunk); ++m) {
+        float* row = d + (m - first) * kTileOutputs;
+        for (int64_t j = 0; j < outputs; ++j) row[j] = p.d[m * p.N + n + j];
+        for (int64_t j = outputs; j < kTileOutputs; ++j) row[j] = 0.0f;
       }
-    }
+      for (int64_t k = k_begin; k < k_end; k += kTileUnits) {
+        const int64_t units = smaller<int64_t>(kTileUnits, k_end - k);
+        float* block = dw + (n - n_begin) * dw_stride + k - k_begin;
+        for (int64_t u = 0; u < units; ++u) {
+          float* sums = tile + u * kTileOutputs;
+          if (first > 0)  // go on from the chunks before
+            for (int64_t j = 0; j < outputs; ++j) sums[j] = block[j * dw_stride + u];
+          const int32_t count = p.M > 0 ? counts[k + u] : 0;
+          add_samples(d, lists + (k + u) * p.capacity, count, first > 0, sums);
+        }
+        write_transposed(tile, kTileOutputs, units, outputs, block, dw_stride);
+      }
+      first += kSampleChunk;
+    } while (first < p.M);
   }
 }
 

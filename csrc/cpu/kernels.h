@@ -20,12 +20,17 @@ struct BinaryMatmul {
   int64_t M, N, K, words;
 };
 
-struct SignMatmul {
-  const float* a;      // sign_matmul: [M, N]; sign_matmul_t: [M, K]
-  const float* a_sum;  // [M] sum of each row of a
-  const uint64_t* w;   // [N, words]
-  float* y;            // sign_matmul: [M, K]; sign_matmul_t: [M, N]
-  int64_t M, N, K, words;
+// y[v,r] = sum_i s(plus[r,i]) D[i,v], or with minus sum_i (plus[r,i] - minus[r,i]) D[i,v].
+struct SignProduct {
+  const void* d;  // D[i,v] lies at d[i * i_stride + v * v_stride]; float, or uint8 where `exact`
+  int64_t i_stride, v_stride;
+  const uint64_t* plus;   // [R, words]
+  const uint64_t* minus;  // [R, words] or null
+  int64_t words;
+  void* y;  // y[v,r] lies at y[v * y_stride + r]; float, or int32 where `exact`
+  int64_t y_stride;
+  int64_t I, V, R;
+  bool exact;
 };
 
 struct GatedInputGrad {
@@ -38,19 +43,18 @@ struct GatedInputGrad {
   int64_t M, N, K;
 };
 
-// Samples are taken in chunks of at most kSampleChunk; `lists` holds, for each unit, the samples of the chunk that
-// recruited it: those with sign +1 from the front, those with sign -1 from the back.
-constexpr int64_t kSampleChunk = 256;
+// Samples are taken in chunks of kSampleChunk. For each chunk and unit, `lists` holds the samples of the chunk that
+// recruited the unit, each as 2 * (its place in the chunk) + 1{its sign is -1}.
+constexpr int64_t kSampleChunk = 128;
 struct GatedWeightGrad {
   const float* d;        // [M, N]
   const uint64_t* x;     // [M, words]
-  const uint64_t* gate;  // as in BinaryMatmul
+  const uint64_t* gate;  // as in BinaryMatmul, never null
   int64_t gate_stride;
-  uint8_t* lists;   // [K, kSampleChunk]
-  int32_t* counts;  // [K, 2] number of +1 and of -1 samples
-  float* dw;        // [N, K]
+  int64_t capacity;  // entries kept for a unit: the lesser of M and kSampleChunk
+  uint8_t* lists;    // [chunks, K, capacity]
+  int32_t* counts;   // [chunks, K]
   int64_t M, N, K, words;
-  int64_t chunk_begin, chunk_end;  // samples of this chunk; the first chunk overwrites dw, later ones add
 };
 
 struct SampleEngram {
@@ -66,14 +70,25 @@ struct SampleEngram {
   uint64_t first_row;
 };
 
+// How the moments are kept: core/compact.h.
+enum class Moments { kFloat32, kBFloat16, kScaled };
 struct MetaplasticAdam {
-  float* weight;        // [N, K]
-  const float* grad;    // [N, K]
-  float* exp_avg;       // [N, K]
-  float* exp_avg_sq;    // [N, K]
-  uint64_t* sign_bits;  // [N, words] or null
+  void* weight;  // [N, K] float32 or bfloat16
+  Element weight_element;
+  const void* grad;      // element (n, k) lies at grad[(n - grad_row) * grad_stride + k - grad_unit]
+  Element grad_element;  // float32, or bfloat16 like the weight
+  int64_t grad_stride, grad_row, grad_unit;
+  void* exp_avg;     // [N, K]
+  void* exp_avg_sq;  // [N, K]
+  Moments moments;
+  float* exp_avg_scale;     // [N, ceil(K / kScaleBlock)] for kScaled
+  float* exp_avg_sq_scale;  // likewise
+  uint64_t* sign_bits;      // [N, words] or null
   int64_t N, K, words;
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, metaplasticity, step_size;
+  uint64_t seed;  // of the draws that compact formats round with
+  uint32_t offset;
+  uint64_t first_row;  // number, for the draws, of row 0
 };
 
 struct Kernels {
@@ -98,11 +113,12 @@ struct Kernels {
   void (*zero_unrecruited)(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
 
   void (*binary_matmul)(const BinaryMatmul&, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
-  void (*sign_matmul)(const SignMatmul&, int64_t m_begin, int64_t m_end, int64_t word_begin, int64_t word_end);
-  void (*sign_matmul_t)(const SignMatmul&, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
+  void (*sign_product)(const SignProduct&, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end);
   void (*gated_input_grad)(const GatedInputGrad&, int64_t m_begin, int64_t m_end);
   void (*list_samples)(const GatedWeightGrad&, int64_t word_begin, int64_t word_end);
-  void (*gated_weight_grad)(const GatedWeightGrad&, int64_t n_begin, int64_t n_end);
+  // Element (n, k) of the gradient goes to dw[(n - n_begin) * dw_stride + k - k_begin].
+  void (*gated_weight_grad)(const GatedWeightGrad&, int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end,
+                            float* dw, int64_t dw_stride);
   // `keys` is scratch of K words; true if a NaN score was seen.
   bool (*sample_engram)(const SampleEngram&, uint32_t* keys, int64_t m_begin, int64_t m_end);
   // Range in words of weights, row-major; true if a weight became NaN.

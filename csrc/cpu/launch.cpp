@@ -36,7 +36,7 @@ std::vector<const Kernels*> usable_kernels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq"))
     usable.push_back(&avx512::kernels);
-  if (__builtin_cpu_supports("avx2")) usable.push_back(&avx2::kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(&avx2::kernels);
 #elif defined(__aarch64__)
   usable.push_back(&neon::kernels);
 #endif
@@ -130,32 +130,48 @@ void binary_matmul(const Runtime& rt, BinaryMatmul p) {
   }
 }
 
+// Densities of a gate above which the dense kernel is the faster one, as 1 / density.
+constexpr int64_t kDenseInputGrad = 4, kDenseWeightGrad = 2;
+
 static const float* row_sums(const Runtime& rt, const Kernels& kernels, const float* a, int64_t rows, int64_t k) {
   float* sums = workspace<float>(rt, rows);
   share(rt, rows, k, [&](int64_t begin, int64_t end) { kernels.sum_rows(a, k, sums, begin, end); });
   return sums;
 }
 
-void sign_matmul(const Runtime& rt, SignMatmul p) {
-  const Kernels& kernels = *active().load();
-  p.a_sum = row_sums(rt, kernels, p.a, p.M, p.N);
-  const int64_t used = ceil_div(p.K, kWordBits);
-  if (enough_blocks(rt, used) || used >= p.M) {
-    share(rt, used, p.M * p.N * 4, [&](int64_t begin, int64_t end) { kernels.sign_matmul(p, 0, p.M, begin, end); });
+// A product with signs, shared out over v where that leaves enough tiles for all threads, else over rows.
+static void sign_product(const Runtime& rt, const Kernels& kernels, const SignProduct& p) {
+  constexpr int64_t kColumns = 32, kRows = 64;  // multiples of the kernel's tile
+  const int64_t column_blocks = ceil_div(p.V, kColumns), row_blocks = ceil_div(p.R, kRows);
+  if (enough_blocks(rt, column_blocks) || column_blocks >= row_blocks) {
+    share(rt, column_blocks, p.R * p.I, [&](int64_t begin, int64_t end) {
+      const int64_t v_end = end * kColumns;
+      kernels.sign_product(p, begin * kColumns, v_end < p.V ? v_end : p.V, 0, p.R);
+    });
   } else {
-    share(rt, p.M, p.N * p.words * 4, [&](int64_t begin, int64_t end) { kernels.sign_matmul(p, begin, end, 0, used); });
+    share(rt, row_blocks, p.V * p.I, [&](int64_t begin, int64_t end) {
+      const int64_t r_end = end * kRows;
+      kernels.sign_product(p, 0, p.V, begin * kRows, r_end < p.R ? r_end : p.R);
+    });
   }
 }
 
-void sign_matmul_t(const Runtime& rt, SignMatmul p) {
+static const uint64_t* transposed(const Runtime& rt, const Kernels& kernels, const uint64_t* bits, int64_t rows,
+                                  int64_t k) {
+  uint64_t* out = workspace<uint64_t>(rt, k * words_for(rows));
+  share(rt, ceil_div(k, kWordBits), rows * 8,
+        [&](int64_t begin, int64_t end) { kernels.transpose_bits(bits, rows, k, out, begin, end); });
+  return out;
+}
+
+void sign_matmul(const Runtime& rt, const float* a, const uint64_t* w, float* y, int64_t M, int64_t N, int64_t K) {
   const Kernels& kernels = *active().load();
-  p.a_sum = row_sums(rt, kernels, p.a, p.M, p.K);
-  if (p.N >= p.M)
-    share(rt, p.N, p.M * ceil_div(p.K, 16),
-          [&](int64_t begin, int64_t end) { kernels.sign_matmul_t(p, 0, p.M, begin, end); });
-  else
-    share(rt, p.M, p.N * ceil_div(p.K, 16),
-          [&](int64_t begin, int64_t end) { kernels.sign_matmul_t(p, begin, end, 0, p.N); });
+  sign_product(rt, kernels, {a, 1, N, transposed(rt, kernels, w, N, K), nullptr, words_for(N), y, K, N, M, K, false});
+}
+
+void sign_matmul_t(const Runtime& rt, const void* x, bool exact, const uint64_t* w, void* y, int64_t M, int64_t N,
+                   int64_t K) {
+  sign_product(rt, *active().load(), {x, 1, K, w, nullptr, words_for(K), y, N, K, M, N, exact});
 }
 
 void masked_input_grad(const Runtime& rt, const float* d, const uint64_t* w, const uint64_t* mask, int64_t mask_stride,
@@ -166,38 +182,97 @@ void masked_input_grad(const Runtime& rt, const float* d, const uint64_t* w, con
   kernels.popcount_rows(mask, words, recruited, 0, mask_rows);
   int64_t taking_part = 0;
   for (int64_t row = 0; row < mask_rows; ++row) taking_part += recruited[row];
-  if (2 * taking_part > mask_rows * K) {  // dense: sharing a word of W among samples beats skipping units
-    SignMatmul p{d, nullptr, w, dx, M, N, K, words};
-    sign_matmul(rt, p);
+  const uint64_t* w_t = transposed(rt, kernels, w, N, K);
+  if (kDenseInputGrad * taking_part > mask_rows * K) {
+    sign_product(rt, kernels, {d, 1, N, w_t, nullptr, words_for(N), dx, K, N, M, K, false});
     share(rt, M, K,
           [&](int64_t begin, int64_t end) { kernels.zero_unrecruited(dx, K, mask, mask_stride, begin, end); });
     return;
   }
-  uint64_t* w_t = workspace<uint64_t>(rt, K * words_for(N));
-  share(rt, ceil_div(K, kWordBits), N * 8,
-        [&](int64_t begin, int64_t end) { kernels.transpose_bits(w, N, K, w_t, begin, end); });
   const GatedInputGrad p{d, row_sums(rt, kernels, d, M, N), w_t, mask, mask_stride, dx, M, N, K};
   share(rt, M, K + taking_part / (mask_rows < 1 ? 1 : mask_rows) * ceil_div(N, 16),
         [&](int64_t begin, int64_t end) { kernels.gated_input_grad(p, begin, end); });
 }
 
-void gated_weight_grad(const Runtime& rt, GatedWeightGrad p) {
-  constexpr int64_t kOutputs = 64;  // a thread's share is a multiple of the kernel's tile
-  const Kernels& kernels = *active().load();
-  p.lists = workspace<uint8_t>(rt, p.K * kSampleChunk);
-  p.counts = workspace<int32_t>(rt, 2 * p.K);
-  p.chunk_begin = 0;
-  do {  // at least once: an empty batch has a gradient of zeros
-    p.chunk_end = p.chunk_begin + kSampleChunk < p.M ? p.chunk_begin + kSampleChunk : p.M;
-    const int64_t samples = p.chunk_end - p.chunk_begin;
-    share(rt, ceil_div(p.K, kWordBits), samples * kWordBits,
-          [&](int64_t begin, int64_t end) { kernels.list_samples(p, begin, end); });
-    share(rt, ceil_div(p.N, kOutputs), (samples + 8) * p.K, [&](int64_t begin, int64_t end) {
-      const int64_t n_end = end * kOutputs;
-      kernels.gated_weight_grad(p, begin * kOutputs, n_end < p.N ? n_end : p.N);
-    });
-    p.chunk_begin = p.chunk_end;
-  } while (p.chunk_begin < p.M);
+namespace {
+
+// The gradient of a hidden weight, made block by block by whichever kernel is the faster at this density of the gate.
+class WeightGrad {
+ public:
+  static constexpr int64_t kOutputs = 64;  // rows of a block: a multiple of the tiles of both kernels
+
+  WeightGrad(const Runtime& rt, const Kernels& kernels, const WeightGradOperands& operands)
+      : kernels_(kernels), p_(operands) {
+    const int64_t words = words_for(p_.K);
+    int64_t recruited = p_.K, rows = 1;
+    if (p_.gate != nullptr) {
+      rows = p_.gate_stride == 0 ? 1 : p_.M;
+      int32_t* counts = workspace<int32_t>(rt, rows);
+      kernels.popcount_rows(p_.gate, words, counts, 0, rows);
+      recruited = 0;
+      for (int64_t row = 0; row < rows; ++row) recruited += counts[row];
+    }
+    if (p_.gate != nullptr && kDenseWeightGrad * recruited <= rows * p_.K) {
+      const int64_t capacity = p_.M < kSampleChunk ? p_.M : kSampleChunk, chunks = ceil_div(p_.M, kSampleChunk);
+      lists_ = {p_.d,
+                p_.x,
+                p_.gate,
+                p_.gate_stride,
+                capacity,
+                workspace<uint8_t>(rt, chunks * p_.K * capacity),
+                workspace<int32_t>(rt, chunks * p_.K),
+                p_.M,
+                p_.N,
+                p_.K,
+                words};
+      share(rt, ceil_div(p_.K, kWordBits), p_.M * 16,
+            [&](int64_t begin, int64_t end) { kernels.list_samples(lists_, begin, end); });
+      return;
+    }
+    if (p_.gate == nullptr) {
+      plus_ = transposed(rt, kernels, p_.x, p_.M, p_.K);
+      return;
+    }
+    uint64_t* recruited_signs = workspace<uint64_t>(rt, p_.M * words);
+    for (int sign = 0; sign < 2; ++sign) {
+      for (int64_t m = 0; m < p_.M; ++m)
+        for (int64_t word = 0; word < words; ++word) {
+          const uint64_t x = p_.x[m * words + word], g = p_.gate[m * p_.gate_stride + word];
+          recruited_signs[m * words + word] = (sign == 0 ? x : ~x) & g;
+        }
+      (sign == 0 ? plus_ : minus_) = transposed(rt, kernels, recruited_signs, p_.M, p_.K);
+    }
+  }
+
+  // As Kernels::gated_weight_grad.
+  void block(int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end, float* dw, int64_t dw_stride) const {
+    if (lists_.lists != nullptr) {
+      kernels_.gated_weight_grad(lists_, n_begin, n_end, k_begin, k_end, dw, dw_stride);
+      return;
+    }
+    const int64_t words = words_for(p_.M), outputs = n_end - n_begin, units = k_end - k_begin;
+    const uint64_t* minus = minus_ == nullptr ? nullptr : minus_ + k_begin * words;
+    kernels_.sign_product(
+        {p_.d + n_begin, p_.N, 1, plus_ + k_begin * words, minus, words, dw, dw_stride, p_.M, outputs, units, false}, 0,
+        outputs, 0, units);
+  }
+
+ private:
+  const Kernels& kernels_;
+  const WeightGradOperands p_;
+  GatedWeightGrad lists_{};
+  const uint64_t* plus_ = nullptr;
+  const uint64_t* minus_ = nullptr;
+};
+
+}  // namespace
+
+void gated_weight_grad(const Runtime& rt, const WeightGradOperands& p, float* dw) {
+  const WeightGrad gradient(rt, *active().load(), p);
+  share(rt, ceil_div(p.N, WeightGrad::kOutputs), p.M * p.K * 8, [&](int64_t begin, int64_t end) {
+    const int64_t n_begin = begin * WeightGrad::kOutputs, n_end = end * WeightGrad::kOutputs;
+    gradient.block(n_begin, n_end < p.N ? n_end : p.N, 0, p.K, dw + n_begin * p.K, p.K);
+  });
 }
 
 bool sample_engram(const Runtime& rt, const SampleEngram& p) {
@@ -219,6 +294,39 @@ bool metaplastic_adam(const Runtime& rt, const MetaplasticAdam& p) {
   std::atomic<bool> nan{false};
   share(rt, p.N * ceil_div(p.K, kWordBits), kWordBits * 4, [&](int64_t begin, int64_t end) {
     if (kernels.metaplastic_adam(p, begin, end)) nan.store(true);
+  });
+  return nan.load();
+}
+
+bool gated_metaplastic_adam(const Runtime& rt, const WeightGradOperands& operands, const MetaplasticAdam& p) {
+  constexpr int64_t kUnits = 512;           // of a block of the gradient, which stays in the second-level cache
+  constexpr int64_t kStride = kUnits + 16;  // rows a power of two apart would share a set of the cache
+  constexpr int64_t kOutputs = WeightGrad::kOutputs;
+  const Kernels& kernels = *active().load();
+  const WeightGrad gradient(rt, kernels, operands);
+  const int64_t blocks = ceil_div(p.N, kOutputs), used = ceil_div(p.K, kWordBits);
+  const int64_t shares = rt.threads < blocks ? rt.threads : blocks;
+  float* scratch = workspace<float>(rt, shares * kOutputs * kStride);
+  std::atomic<bool> nan{false};
+  const auto update_block = [&](int64_t n_begin, int64_t n_end, float* block) {
+    for (int64_t k = 0; k < p.K; k += kUnits) {
+      const int64_t k_end = k + kUnits < p.K ? k + kUnits : p.K;
+      gradient.block(n_begin, n_end, k, k_end, block, kStride);
+      MetaplasticAdam part = p;
+      part.grad = block, part.grad_element = Element::kFloat32;
+      part.grad_stride = kStride, part.grad_row = n_begin, part.grad_unit = k;
+      for (int64_t n = n_begin; n < n_end; ++n)
+        if (kernels.metaplastic_adam(part, n * used + k / kWordBits, n * used + ceil_div(k_end, kWordBits)))
+          nan.store(true);
+    }
+  };
+  share(rt, shares, shares == 0 ? 1 : p.N * p.K / shares, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t b = blocks * i / shares; b < blocks * (i + 1) / shares; ++b) {
+        const int64_t n_end = (b + 1) * kOutputs;
+        update_block(b * kOutputs, n_end < p.N ? n_end : p.N, scratch + i * kOutputs * kStride);
+      }
+    }
   });
   return nan.load();
 }

@@ -21,6 +21,14 @@ struct Runtime {
   int threads;
 };
 
+struct WeightGradOperands {
+  const float* d;        // [M, N]
+  const uint64_t* x;     // [M, words]
+  const uint64_t* gate;  // as in BinaryMatmul
+  int64_t gate_stride;
+  int64_t M, N, K;
+};
+
 // Name of the instruction set in use, and of those that this build has and this machine can run, best first.
 const char* isa();
 std::vector<std::string> available_isas();
@@ -34,12 +42,19 @@ void pack_window(const Runtime&, const float* x, float width, int64_t rows, int6
 void unpack_signs(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, int size, uint64_t plus,
                   uint64_t minus, void* out);
 void binary_matmul(const Runtime&, BinaryMatmul p);  // fills p.recruited itself
-void sign_matmul(const Runtime&, SignMatmul p);      // fills p.a_sum itself
-void sign_matmul_t(const Runtime&, SignMatmul p);    // fills p.a_sum itself
+// a [M, N], w [N, words], y [M, K].
+void sign_matmul(const Runtime&, const float* a, const uint64_t* w, float* y, int64_t M, int64_t N, int64_t K);
+// x [M, K], w [N, words], y [M, N]; x and y float, or uint8 and int32 where `exact`.
+void sign_matmul_t(const Runtime&, const void* x, bool exact, const uint64_t* w, void* y, int64_t M, int64_t N,
+                   int64_t K);
 void masked_input_grad(const Runtime&, const float* d, const uint64_t* w, const uint64_t* mask, int64_t mask_stride,
                        float* dx, int64_t M, int64_t N, int64_t K);
-void gated_weight_grad(const Runtime&, GatedWeightGrad p);  // fills the lists and the chunks itself
+// dw [N, K].
+void gated_weight_grad(const Runtime&, const WeightGradOperands& p, float* dw);
 bool sample_engram(const Runtime&, const SampleEngram& p);
+// True if a weight became NaN.
 bool metaplastic_adam(const Runtime&, const MetaplasticAdam& p);
+// The same with the gradient that gated_weight_grad would give, made and consumed block by block; p.grad is not read.
+bool gated_metaplastic_adam(const Runtime&, const WeightGradOperands& gradient, const MetaplasticAdam& p);
 
 }  // namespace engram::cpu

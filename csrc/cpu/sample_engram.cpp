@@ -7,58 +7,21 @@
 // Draws are those of core/philox.h. Keys are ordered integers, so that the count-th largest is found by bisection
 // and no sort: at most 32 counting passes over keys in the first-level cache. This file is compiled without fused
 // multiply-add: every backend computes the same bits.
-#include "core/philox.h"
-#include "cpu/simd.h"
+#include "cpu/draws.h"
 #include "cpu/tables.h"
 
 namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
 
-constexpr int64_t kGroup = 64;  // units drawn together: 16 Philox counters
-
-// draws[i] = 32 random bits of unit first + i of a sample. Structure of arrays, so that the compiler vectorises it.
-ENGRAM_INLINE void draw_group(const SampleEngram& p, int64_t m, int64_t first, uint32_t* draws) {
-  constexpr int kCounters = kGroup / 4;
-  const uint64_t row = p.first_row + static_cast<uint64_t>(m);
-  // 32-bit numbers in 64-bit lanes: a product needs no widening
-  uint64_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  constexpr uint64_t kLow = 0xFFFFFFFFu;
-  for (int i = 0; i < kCounters; ++i) {
-    c0[i] = static_cast<uint64_t>(first / 4 + i) & kLow;
-    c1[i] = row & kLow;
-    c2[i] = row >> 32;
-    c3[i] = p.offset;
-  }
-  uint32_t key0 = static_cast<uint32_t>(p.seed), key1 = static_cast<uint32_t>(p.seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma GCC unroll 1  // unrolled it would not be vectorised
-    for (int i = 0; i < kCounters; ++i) {
-      const uint64_t p0 = kPhiloxM0 * (c0[i] & kLow), p1 = kPhiloxM1 * (c2[i] & kLow);
-      c0[i] = (p1 >> 32) ^ c1[i] ^ key0;
-      c1[i] = p1 & kLow;
-      c2[i] = (p0 >> 32) ^ c3[i] ^ key1;
-      c3[i] = p0 & kLow;
-    }
-    key0 += kPhiloxW0;
-    key1 += kPhiloxW1;
-  }
-  for (int i = 0; i < kCounters; ++i) {
-    draws[4 * i] = static_cast<uint32_t>(c0[i]);
-    draws[4 * i + 1] = static_cast<uint32_t>(c1[i]);
-    draws[4 * i + 2] = static_cast<uint32_t>(c2[i]);
-    draws[4 * i + 3] = static_cast<uint32_t>(c3[i]);
-  }
-}
-
 void bernoulli_row(const SampleEngram& p, int64_t m) {
-  uint32_t draws[kGroup];
+  uint32_t draws[kDrawGroup];
   uint64_t* gate = p.gate + m * p.words;
   for (int64_t word = 0; word < p.words; ++word) {
     uint64_t bits = 0;
     if (word * kWordBits < p.K) {
-      draw_group(p, m, word * kWordBits, draws);
-      for (int64_t i = 0; i < kGroup; ++i) bits |= static_cast<uint64_t>(draws[i] < p.threshold) << i;
+      draw_group(p.seed, p.offset, p.first_row + static_cast<uint64_t>(m), word * kWordBits, draws);
+      for (int64_t i = 0; i < kDrawGroup; ++i) bits |= static_cast<uint64_t>(draws[i] < p.threshold) << i;
     }
     gate[word] = bits & valid_bits(word, p.K);
   }
@@ -69,9 +32,9 @@ bool make_keys(const SampleEngram& p, int64_t m, uint32_t* keys) {
   const float* score = p.score + m * p.K;
   const bool noisy = p.inverse_temperature >= 0.0f, scored = p.inverse_temperature != 0.0f;
   bool nan = false;
-  for (int64_t first = 0; first < p.K; first += kGroup) {
-    const int64_t units = smaller(kGroup, p.K - first);
-    float value[kGroup] = {};
+  for (int64_t first = 0; first < p.K; first += kDrawGroup) {
+    const int64_t units = smaller(kDrawGroup, p.K - first);
+    float value[kDrawGroup] = {};
     if (scored) {
       for (int64_t i = 0; i < units; ++i) {
         value[i] = score[first + i];
@@ -79,12 +42,12 @@ bool make_keys(const SampleEngram& p, int64_t m, uint32_t* keys) {
       }
     }
     if (noisy) {
-      uint32_t draws[kGroup];
-      draw_group(p, m, first, draws);
+      uint32_t draws[kDrawGroup];
+      draw_group(p.seed, p.offset, p.first_row + static_cast<uint64_t>(m), first, draws);
       if (scored)
-        for (int64_t i = 0; i < kGroup; ++i) value[i] = value[i] * p.inverse_temperature + gumbel(draws[i]);
+        for (int64_t i = 0; i < kDrawGroup; ++i) value[i] = value[i] * p.inverse_temperature + gumbel(draws[i]);
       else
-        for (int64_t i = 0; i < kGroup; ++i) value[i] = gumbel(draws[i]);
+        for (int64_t i = 0; i < kDrawGroup; ++i) value[i] = gumbel(draws[i]);
     }
     for (int64_t i = 0; i < units; ++i) keys[first + i] = ordered_key(value[i]);
   }

@@ -6,6 +6,7 @@
 //           `widen` folds them into 64-bit lanes.
 //   Floats  a vector of kLanes floats. A Mask selects lanes by packed bits; `add_where` adds only in selected lanes,
 //           which is how a sign costs no multiplication: sum_k s_k a_k = 2 * sum_{k: bit 1} a_k - sum_k a_k.
+//           `add_product` may or may not round the product: use it only where that is exact.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +38,8 @@ ENGRAM_INLINE int64_t scalar_popcount(uint64_t v) {
 
 #if defined(ENGRAM_ISA_AVX512)
 
+constexpr int kVectorBytes = 64;
+
 using Bits = __m512i;
 constexpr int kBitLanes = 8;
 constexpr int64_t kCountSteps = int64_t{1} << 32;
@@ -63,7 +66,7 @@ ENGRAM_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
 ENGRAM_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 ENGRAM_INLINE Floats all(float v) { return _mm512_set1_ps(v); }
 ENGRAM_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-ENGRAM_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, acc); }
 ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) { return static_cast<Mask>(word >> (16 * lane_group)); }
 ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
   uint16_t m;
@@ -109,6 +112,8 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
 
 #elif defined(ENGRAM_ISA_AVX2)
 
+constexpr int kVectorBytes = 32;
+
 using Bits = __m256i;
 constexpr int kBitLanes = 4;
 constexpr int64_t kCountSteps = 31;  // a byte holds at most 31 counts of up to 8
@@ -144,7 +149,7 @@ ENGRAM_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
 ENGRAM_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 ENGRAM_INLINE Floats all(float v) { return _mm256_set1_ps(v); }
 ENGRAM_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-ENGRAM_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return _mm256_fmadd_ps(a, b, acc); }
 ENGRAM_INLINE Mask mask_from_byte(int byte) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bit), bit));
@@ -207,6 +212,8 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
 
 #elif defined(ENGRAM_ISA_NEON)
 
+constexpr int kVectorBytes = 16;
+
 using Bits = uint64x2_t;
 constexpr int kBitLanes = 2;
 constexpr int64_t kCountSteps = 31;
@@ -235,7 +242,7 @@ ENGRAM_INLINE Floats load(const float* p) { return vld1q_f32(p); }
 ENGRAM_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
 ENGRAM_INLINE Floats all(float v) { return vdupq_n_f32(v); }
 ENGRAM_INLINE Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
-ENGRAM_INLINE Floats subtract(Floats a, Floats b) { return vsubq_f32(a, b); }
+ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return vfmaq_f32(acc, a, b); }
 ENGRAM_INLINE Mask mask_from_nibble(uint32_t nibble) {
   const uint32_t lanes[4] = {1, 2, 4, 8};
   return vtstq_u32(vdupq_n_u32(nibble), vld1q_u32(lanes));
@@ -289,6 +296,8 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
 
 #else  // scalar
 
+constexpr int kVectorBytes = 16;
+
 using Bits = uint64_t;
 constexpr int kBitLanes = 1;
 constexpr int64_t kCountSteps = int64_t{1} << 32;
@@ -320,7 +329,7 @@ ENGRAM_INLINE Floats load(const float* p) {
 ENGRAM_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 ENGRAM_INLINE Floats all(float v) { return Floats{v, v, v, v}; }
 ENGRAM_INLINE Floats add(Floats a, Floats b) { return a + b; }
-ENGRAM_INLINE Floats subtract(Floats a, Floats b) { return a - b; }
+ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return acc + a * b; }
 ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) {
   const int32_t nibble = static_cast<int32_t>(word >> (4 * lane_group) & 0xF);
   return (Mask{nibble, nibble, nibble, nibble} & Mask{1, 2, 4, 8}) != 0;
@@ -360,12 +369,14 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
 
 #endif
 
-// out[j * out_stride + i] = in[i * in_stride + j] for i, j < kTransposeSize.
+// Numbers of 4 bytes: out[j * out_stride + i] = in[i * in_stride + j] for i, j < kTransposeSize.
 #if defined(ENGRAM_ISA_AVX2) || defined(ENGRAM_ISA_AVX512)
 constexpr int kTransposeSize = 8;
-ENGRAM_INLINE void transpose_floats(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+template <typename T>
+ENGRAM_INLINE void transpose_block(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+  static_assert(sizeof(T) == sizeof(float));
   __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + i * in_stride);
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in + i * in_stride));
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -377,17 +388,37 @@ ENGRAM_INLINE void transpose_floats(const float* in, int64_t in_stride, float* o
     r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
   }
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + i * out_stride), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + (i + 4) * out_stride),
+                     _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
 }
 #else
 constexpr int kTransposeSize = 4;
-ENGRAM_INLINE void transpose_floats(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+template <typename T>
+ENGRAM_INLINE void transpose_block(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
   for (int j = 0; j < 4; ++j)
     for (int i = 0; i < 4; ++i) out[j * out_stride + i] = in[i * in_stride + j];
 }
 #endif
+
+// out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns. Columns in the outer loop: few rows of
+// `out`, which often lie a power of two apart and share a set of the cache, are written at a time.
+template <typename T>
+ENGRAM_INLINE void write_transposed(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+                                    int64_t out_stride) {
+  int64_t j = 0;
+  for (; j + kTransposeSize <= columns; j += kTransposeSize) {
+    int64_t i = 0;
+    for (; i + kTransposeSize <= rows; i += kTransposeSize)
+      transpose_block(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+    for (; i < rows; ++i)
+      for (int64_t column = j; column < j + kTransposeSize; ++column)
+        out[column * out_stride + i] = in[i * in_stride + column];
+  }
+  for (; j < columns; ++j)
+    for (int64_t i = 0; i < rows; ++i) out[j * out_stride + i] = in[i * in_stride + j];
+}
 
 // Transposes a 64 x 64 block of bits in place: bit j of a[i] becomes bit i of a[j] (Hacker's Delight, 7-3).
 ENGRAM_INLINE void transpose_64x64(uint64_t* a) {

@@ -15,11 +15,11 @@ void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out
 void sum_rows(const float* a, int64_t k, float* out, int64_t begin, int64_t end);
 void zero_unrecruited(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
 void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
-void sign_matmul(const SignMatmul& p, int64_t m_begin, int64_t m_end, int64_t word_begin, int64_t word_end);
-void sign_matmul_t(const SignMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
+void sign_product(const SignProduct& p, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end);
 void gated_input_grad(const GatedInputGrad& p, int64_t m_begin, int64_t m_end);
 void list_samples(const GatedWeightGrad& p, int64_t word_begin, int64_t word_end);
-void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end);
+void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end,
+                       float* dw, int64_t dw_stride);
 bool sample_engram(const SampleEngram& p, uint32_t* keys, int64_t m_begin, int64_t m_end);
 bool metaplastic_adam(const MetaplasticAdam& p, int64_t begin, int64_t end);
 

@@ -1,0 +1,78 @@
+// Compact numbers and how they round. Rounding is stochastic and unbiased: the random bits of a draw are added below
+// the last bit that is kept, so that a value between two neighbours becomes the upper one with the probability of its
+// distance from the lower. A moving average would otherwise stand still once its steps are less than half a unit.
+//
+//   bfloat16   the upper half of a float32
+//   moments in blocks of 64 units of a row, with a scale 2^e per block, the exponent of the largest magnitude:
+//   first      int8, sign and magnitude 0 .. 127; magnitude c stands for scale * (E(c) - 2^-15)
+//   second     uint8 0 .. 255;                    code c stands for      scale * (E(c) - 2^-31)
+//              E(c) is the float whose bits are those of 2^-15 (2^-31) plus c << 20: three bits of mantissa in every
+//              octave, as in an 8-bit float, and evenly spaced near 0. A second moment never rounds down to 0 in a
+//              block that has a larger one, lest the quotient of the moments explode.
+//
+// A draw gives the second moment its bits 0 to 11, the first 12 to 21, the hidden weight 22 to 31. Only single IEEE
+// operations on floats: every backend computes the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "core/philox.h"
+
+namespace engram {
+
+constexpr int64_t kScaleBlock = 64;
+constexpr int kSecondDrawBits = 12, kFirstDrawBits = 10, kWeightDrawBits = 10;
+
+constexpr int kDrop = 20;                             // bits of a float below the three of mantissa
+constexpr uint32_t kFirstBits = uint32_t{112} << 23;  // 2^-15
+constexpr uint32_t kSecondBits = uint32_t{96} << 23;  // 2^-31
+
+ENGRAM_FUNCTION uint32_t second_moment_draw(uint32_t draw) { return draw & 0xFFFu; }
+ENGRAM_FUNCTION uint32_t first_moment_draw(uint32_t draw) { return draw >> 12 & 0x3FFu; }
+ENGRAM_FUNCTION uint32_t weight_draw(uint32_t draw) { return draw >> 22; }
+
+// What to add to bits of which `drop` are cut off, for a draw of `width` bits: the middle of one of 2^width steps.
+ENGRAM_FUNCTION uint32_t rounding_noise(uint32_t draw, int width, int drop) {
+  return draw << (drop - width) | uint32_t{1} << (drop - width - 1);
+}
+
+ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t draw, int width) {
+  return static_cast<uint16_t>((bits_from_float(x) + rounding_noise(draw, width, 16)) >> 16);
+}
+ENGRAM_FUNCTION float from_bfloat16(uint16_t x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
+
+// The scale of a block whose largest magnitude has these bits, and its reciprocal; both 0 where that is no finite
+// normal number.
+ENGRAM_FUNCTION float block_scale(uint32_t largest_bits) { return float_from_bits(largest_bits & 0x7F800000u); }
+ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {
+  const uint32_t bits = bits_from_float(scale), one_over = (uint32_t{254} << 23) - bits;
+  return float_from_bits(bits == 0 || bits >= uint32_t{254} << 23 ? 0u : one_over);
+}
+
+ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t draw) {
+  const float magnitude = float_from_bits(bits_from_float(x) & 0x7FFFFFFFu) * reciprocal + float_from_bits(kFirstBits);
+  const uint32_t code =
+      (bits_from_float(magnitude) - kFirstBits + rounding_noise(first_moment_draw(draw), kFirstDrawBits, kDrop)) >>
+      kDrop;
+  const int32_t clamped = static_cast<int32_t>(code < 127u ? code : 127u);
+  return static_cast<int8_t>(x < 0.0f ? -clamped : clamped);
+}
+ENGRAM_FUNCTION float from_first_moment(int8_t code, float scale) {
+  const int32_t magnitude = code < 0 ? -code : code;
+  const float value =
+      float_from_bits((static_cast<uint32_t>(magnitude) << kDrop) + kFirstBits) - float_from_bits(kFirstBits);
+  return (code < 0 ? -value : value) * scale;
+}
+
+ENGRAM_FUNCTION uint8_t to_second_moment(float x, float reciprocal, uint32_t draw) {
+  const float value = x * reciprocal + float_from_bits(kSecondBits);
+  const uint32_t code =
+      (bits_from_float(value) - kSecondBits + rounding_noise(second_moment_draw(draw), kSecondDrawBits, kDrop)) >>
+      kDrop;
+  return static_cast<uint8_t>(code < 1u ? 1u : code < 255u ? code : 255u);
+}
+ENGRAM_FUNCTION float from_second_moment(uint8_t code, float scale) {
+  return (float_from_bits((static_cast<uint32_t>(code) << kDrop) + kSecondBits) - float_from_bits(kSecondBits)) * scale;
+}
+
+}  // namespace engram
