@@ -65,7 +65,7 @@ void require(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-std::string dtype_name(ScalarType dtype) {
+const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
       return "float32";
@@ -88,16 +88,20 @@ std::string dtype_name(ScalarType dtype) {
     case ScalarType::Bool:
       return "bool";
     default:
-      return "dtype " + std::to_string(static_cast<int>(dtype));
+      return "an unsupported dtype";
   }
 }
 
-std::string describe(const Tensor& t) {
-  std::ostringstream text;
+// A tensor's dtype and shape for a message; formatted only if the message is needed.
+struct Description {
+  const Tensor& t;
+};
+Description describe(const Tensor& t) { return {t}; }
+std::ostream& operator<<(std::ostream& text, const Description& description) {
+  const Tensor& t = description.t;
   text << dtype_name(t.scalar_type()) << " (";
   for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << (t.dim() == 1 ? ",)" : ")");
-  return text.str();
+  return text << (t.dim() == 1 ? ",)" : ")");
 }
 
 void check_cpu(const char* name, const Tensor& t) {
@@ -185,16 +189,39 @@ void advise_huge_pages(Tensor& t) {
 #endif
 }
 
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+// Uninitialised, on the CPU. By the C shim, since torch::stable::new_empty takes microseconds.
+Tensor new_tensor(const int64_t* shape, int64_t dims, ScalarType dtype) {
+  constexpr int64_t kDims = 8;
+  int64_t few_strides[kDims];
+  std::vector<int64_t> many_strides;
+  int64_t* strides = few_strides;
+  if (dims > kDims) {
+    many_strides.resize(static_cast<size_t>(dims));
+    strides = many_strides.data();
+  }
+  int64_t elements = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = elements;
+    elements *= shape[i] > 0 ? shape[i] : 1;
+  }
+  AtenTensorHandle handle;
+  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, shape, strides, shim_dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
   advise_huge_pages(t);
   return t;
+}
+Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return new_tensor(shape.begin(), static_cast<int64_t>(shape.size()), dtype);
+}
+Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
+  return new_tensor(shape.data(), static_cast<int64_t>(shape.size()), dtype);
 }
 
 // Threads and memory of torch, for the kernels.
 class TorchRuntime {
  public:
-  explicit TorchRuntime(const Tensor& like) : like_(like) {}
   engram::cpu::Runtime get() {
     return {[](int64_t count, int64_t grain, engram::cpu::Runtime::Body body, void* context) {
               torch::stable::parallel_for(0, count, grain,
@@ -202,15 +229,13 @@ class TorchRuntime {
             },
             [](void* owner, size_t bytes) -> void* {
               auto* self = static_cast<TorchRuntime*>(owner);
-              const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
-              self->workspace_.push_back(new_tensor(self->like_, shape, ScalarType::Byte));
+              self->workspace_.push_back(new_tensor({static_cast<int64_t>(bytes)}, ScalarType::Byte));
               return self->workspace_.back().mutable_data_ptr();
             },
             this, static_cast<int>(torch::stable::get_num_threads())};
   }
 
  private:
-  const Tensor& like_;
   std::vector<Tensor> workspace_;
 };
 
@@ -230,8 +255,8 @@ Tensor pack_signs(const Tensor& x) {
           describe(x));
   const Tensor in = as_contiguous(x);
   const int64_t k = in.size(in.dim() - 1);
-  Tensor bits = new_tensor(in, with_last(in, words_for(k)), ScalarType::Long);
-  TorchRuntime rt(in);
+  Tensor bits = new_tensor(with_last(in, words_for(k)), ScalarType::Long);
+  TorchRuntime rt;
   const bool nan = engram::cpu::pack_signs(rt.get(), in.const_data_ptr(), element_of(in.scalar_type()), rows_of(in), k,
                                            static_cast<uint64_t*>(bits.mutable_data_ptr()));
   require(!nan, "x: expected numbers, got NaN, which has no sign");
@@ -246,8 +271,8 @@ Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bit
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, rows, k) : 0;
   const Tensor in = as_float32(x);
   const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
-  Tensor bits = new_tensor(in, {rows, words_for(k)}, ScalarType::Long);
-  TorchRuntime rt(in);
+  Tensor bits = new_tensor({rows, words_for(k)}, ScalarType::Long);
+  TorchRuntime rt;
   engram::cpu::pack_window(rt.get(), float_data(in), static_cast<float>(width), rows, k,
                            gate ? packed_data(*gate) : nullptr, stride,
                            static_cast<uint64_t*>(bits.mutable_data_ptr()));
@@ -286,8 +311,8 @@ Tensor unpack_signs(const Tensor& bits, int64_t k, ScalarType dtype) {
       require(false, "dtype: expected float32, bfloat16, float16, float64, int8 or int32, got ", dtype_name(dtype));
   }
   const Tensor in = as_contiguous(bits);
-  Tensor out = new_tensor(in, with_last(in, k), dtype);
-  TorchRuntime rt(in);
+  Tensor out = new_tensor(with_last(in, k), dtype);
+  TorchRuntime rt;
   engram::cpu::unpack_signs(rt.get(), packed_data(in), rows_of(in), k, pattern.size, pattern.plus, pattern.minus,
                             out.mutable_data_ptr());
   return out;
@@ -301,8 +326,8 @@ Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std:
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k) : 0;
   const Tensor x = as_contiguous(x_bits), w = as_contiguous(w_bits);
   const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
-  Tensor y = new_tensor(x, {M, N}, ScalarType::Int);
-  TorchRuntime rt(x);
+  Tensor y = new_tensor({M, N}, ScalarType::Int);
+  TorchRuntime rt;
   engram::cpu::binary_matmul(rt.get(), {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride,
                                         nullptr, static_cast<int32_t*>(y.mutable_data_ptr()), M, N, k, words_for(k)});
   return y;
@@ -315,8 +340,8 @@ Tensor sign_matmul(const Tensor& a, const Tensor& w_bits, int64_t k) {
   const int64_t M = a.size(0), N = w_bits.size(0);
   require(a.size(1) == N, "a: expected shape (M, ", N, ") to meet the ", N, " rows of w_bits, got ", describe(a));
   const Tensor in = as_float32(a), w = as_contiguous(w_bits);
-  Tensor y = new_tensor(in, {M, k}, ScalarType::Float);
-  TorchRuntime rt(in);
+  Tensor y = new_tensor({M, k}, ScalarType::Float);
+  TorchRuntime rt;
   engram::cpu::sign_matmul(rt.get(), float_data(in), packed_data(w), static_cast<float*>(y.mutable_data_ptr()), M, N,
                            k);
   return as_dtype(y, a.scalar_type());
@@ -332,8 +357,8 @@ Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
   require(!exact || k <= INT32_MAX / 255, "k: expected at most ", INT32_MAX / 255, " for uint8, got ", k);
   const int64_t M = x.size(0), N = w_bits.size(0);
   const Tensor in = exact ? as_contiguous(x) : as_float32(x), w = as_contiguous(w_bits);
-  Tensor y = new_tensor(in, {M, N}, exact ? ScalarType::Int : ScalarType::Float);
-  TorchRuntime rt(in);
+  Tensor y = new_tensor({M, N}, exact ? ScalarType::Int : ScalarType::Float);
+  TorchRuntime rt;
   engram::cpu::sign_matmul_t(rt.get(), in.const_data_ptr(), exact, packed_data(w), y.mutable_data_ptr(), M, N, k);
   return exact ? y : as_dtype(y, x.scalar_type());
 }
@@ -346,8 +371,8 @@ Tensor masked_input_grad(const Tensor& d, const Tensor& w_bits, int64_t k, const
   require(d.size(1) == N, "d: expected shape (M, ", N, ") to meet the ", N, " rows of w_bits, got ", describe(d));
   const int64_t stride = check_gate("mask_bits", mask_bits, M, k);
   const Tensor in = as_float32(d), w = as_contiguous(w_bits), mask = as_contiguous(mask_bits);
-  Tensor dx = new_tensor(in, {M, k}, ScalarType::Float);
-  TorchRuntime rt(in);
+  Tensor dx = new_tensor({M, k}, ScalarType::Float);
+  TorchRuntime rt;
   engram::cpu::masked_input_grad(rt.get(), float_data(in), packed_data(w), packed_data(mask), stride,
                                  static_cast<float*>(dx.mutable_data_ptr()), M, N, k);
   return as_dtype(dx, d.scalar_type());
@@ -369,8 +394,8 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k) : 0;
   const Tensor in = as_float32(d), x = as_contiguous(x_bits);
   const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
-  Tensor dw = new_tensor(in, {N, k}, ScalarType::Float);
-  TorchRuntime rt(in);
+  Tensor dw = new_tensor({N, k}, ScalarType::Float);
+  TorchRuntime rt;
   engram::cpu::gated_weight_grad(rt.get(),
                                  {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, M, N, k},
                                  static_cast<float*>(dw.mutable_data_ptr()));
@@ -387,7 +412,7 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   require(temperature == 0 || temperature >= 1e-6, "temperature: expected 0 or at least 1e-6, got ", temperature);
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
   const Tensor in = as_float32(score);
-  Tensor gate = new_tensor(in, {M, words_for(K)}, ScalarType::Long);
+  Tensor gate = new_tensor({M, words_for(K)}, ScalarType::Long);
   engram::cpu::SampleEngram p{};
   p.score = float_data(in);
   p.gate = static_cast<uint64_t*>(gate.mutable_data_ptr());
@@ -402,7 +427,7 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   p.seed = key.key;
   p.offset = key.offset;
   p.first_row = static_cast<uint64_t>(first_row);
-  TorchRuntime rt(in);
+  TorchRuntime rt;
   require(!engram::cpu::sample_engram(rt.get(), p), "score: expected numbers, got NaN");
   return gate;
 }
@@ -495,7 +520,7 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
   p.grad = g.const_data_ptr();
   p.grad_element = element_of(g.scalar_type());
   p.grad_stride = p.K;
-  TorchRuntime rt(weight);
+  TorchRuntime rt;
   require(!engram::cpu::metaplastic_adam(rt.get(), p), kNaNWeight);
 }
 
@@ -515,7 +540,7 @@ void gated_metaplastic_adam_(const Tensor& d, const Tensor& x_bits, std::optiona
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, p.K) : 0;
   const Tensor in = as_float32(d), x = as_contiguous(x_bits);
   const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
-  TorchRuntime rt(in);
+  TorchRuntime rt;
   const bool nan = engram::cpu::gated_metaplastic_adam(
       rt.get(), {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, M, p.N, p.K}, p);
   require(!nan, kNaNWeight);

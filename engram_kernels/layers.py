@@ -69,8 +69,10 @@ def _update_by_blocks(d, x, weight, exp_avg, exp_avg_sq, sign_bits, **settings):
     for first in range(0, weight.shape[0], rows):
         block = slice(first, first + rows)
         own: dict[str, Any] = {name: scale if scale is None else scale[block] for name, scale in scales.items()}
-        state = exp_avg[block], exp_avg_sq[block], sign_bits[block]
-        ops.metaplastic_adam_(weight[block], d[:, block].T @ x, *state, first_row=first, **own, **settings)
+        grad = d[:, block].T @ x
+        ops.metaplastic_adam_(
+            weight[block], grad, exp_avg[block], exp_avg_sq[block], sign_bits[block], first_row=first, **own, **settings
+        )
 
 
 class _SignLinear(torch.autograd.Function):

@@ -192,17 +192,15 @@ def _by_unit(scale: Tensor, k: int) -> Tensor:
 
 
 def _block_scale(x: Tensor) -> Tensor:
-    """The power of two at or below the largest magnitude in every block of 64 units of a row; 0 for all zeros."""
+    """The power of two at or below the largest magnitude in every block of 64 units of a row, at most 2^126, or 0."""
     k = x.shape[1]
     magnitude = torch.nn.functional.pad(x.abs(), (0, -k % SCALE_BLOCK))
     largest = magnitude.unflatten(1, (-1, SCALE_BLOCK)).amax(dim=2)
-    return _float(_bits(largest) & 0x7F800000)
+    return _float((_bits(largest) & 0x7F800000).clamp(max=253 << 23))
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
-    bits = _bits(scale)
-    usable = (bits > 0) & (bits < 254 << 23)
-    return torch.where(usable, _float(torch.where(usable, (254 << 23) - bits, 0)), 0.0)
+    return torch.where(scale > 0, _float((254 << 23) - _bits(scale)), 0.0)
 
 
 def decode_first_moment(codes: Tensor, scale: Tensor) -> Tensor:

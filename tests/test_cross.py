@@ -1,9 +1,11 @@
-"""The NEON kernels, compiled for aarch64 and executed by an emulator, against the reference.
+"""The kernels of instruction sets that this machine may lack, executed by emulators, against the reference.
 
-``cross/kernel_runner.cpp`` is the program that runs them: it has no torch, and gets its cases through a pipe.
+``cross/kernel_runner.cpp`` is the program that runs them: it has no torch, and gets its cases through a pipe. Built for
+aarch64 it runs under qemu, built for x86-64 with AVX-512 under Bochs, on the bare machine of ``cross/bochs``.
 """
 
 import ast
+import functools
 import itertools
 import math
 import os
@@ -17,18 +19,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops import ADAM, FLOATS, GATES, assert_close, bits_of, gate_of, update_arguments
+from cross.bochs import machine as bochs
+from test_ops import ADAM, FLOATS, GATES, assert_close, bits_of
 
 from engram_kernels import ops, reference
 
 ROOT = Path(__file__).parents[1]
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed: NEON kernels not run")
+COMPILERS = {"aarch64": "aarch64-linux-gnu-g++", "x86_64": "x86_64-linux-gnu-g++"}
+QEMU = "qemu-aarch64"
+EMULATED = [("aarch64", "neon"), ("aarch64", "scalar"), ("x86_64", "avx512")]  # processor, instruction set
 
 K_SIZES = [1, 3, 31, 63, 64, 65, 127, 129, 784]
 M_SIZES = N_SIZES = [1, 3, 7, 33, 70]
 SHAPES = list(itertools.product(M_SIZES, N_SIZES, K_SIZES))
+EVERY_OTHER = SHAPES[::2]  # still with every M for every N, every N for every K and every K for every M
 
 
 # ---- cases
@@ -55,6 +59,12 @@ def _bytes(field) -> bytes:
 
 def flag(value: bool) -> torch.Tensor:
     return torch.tensor([int(value)])
+
+
+def gate_of(kind: str, m: int, k: int, rate: float = 0.3) -> torch.Tensor | None:
+    if kind == "none":
+        return None
+    return reference._pack(torch.rand((k,) if kind == "shared" else (m, k)) < rate)
 
 
 def stride_of(gate_bits) -> int:
@@ -115,24 +125,39 @@ def sign_matmul_cases() -> Iterator[Case]:
 
 
 def sign_matmul_t_cases() -> Iterator[Case]:
-    for m, n, k in SHAPES:
+    for m, n, k in [*SHAPES, (5, 1100, 65)]:
         x, w_bits = torch.randn(m, k), bits_of(n, k)
-        yield Case(f"{m=} {n=} {k=}", [m, n, k, x, w_bits], [reference.sign_matmul_t(x, w_bits, k)], terms=k)
+        expected = reference.sign_matmul_t(x, w_bits, k)
+        yield Case(f"{m=} {n=} {k=}", [m, n, k, False, x, w_bits], [expected], terms=k)
+        x = torch.randint(0, 256, (m, k), dtype=torch.uint8)
+        yield Case(f"uint8 {m=} {n=} {k=}", [m, n, k, True, x, w_bits], [reference.sign_matmul_t(x, w_bits, k)])
+    m, n, k = 33, 5, 4200  # the largest sums: a narrow one would overflow
+    x = torch.full((m, k), 255, dtype=torch.uint8)
+    for sign in (1.0, -1.0):
+        w_bits = reference.pack_signs(torch.full((n, k), sign))
+        expected = torch.full((m, n), int(sign) * 255 * k, dtype=torch.int32)
+        yield Case(f"uint8 {sign=}", [m, n, k, True, x, w_bits], [expected])
 
 
 def masked_input_grad_cases() -> Iterator[Case]:
-    for (m, n, k), kind, rate in itertools.product(SHAPES, GATES[1:], (0.2, 0.8)):  # below and above half: two paths
-        d, w_bits, mask = torch.randn(m, n), bits_of(n, k), reference._pack(torch.rand(m, k) < rate)
-        mask = mask[0].contiguous() if kind == "shared" else mask
+    # a quarter of the units is where launch.cpp changes the kernel
+    for (m, n, k), kind, rate in itertools.product(EVERY_OTHER, GATES[1:], (0.1, 0.6)):
+        d, w_bits, mask = torch.randn(m, n), bits_of(n, k), gate_of(kind, m, k, rate)
         expected = reference.masked_input_grad(d, w_bits, k, mask)
         yield Case(f"{m=} {n=} {k=} {kind} {rate=}", [m, n, k, stride_of(mask), d, w_bits, mask], [expected], terms=n)
 
 
+# kinds of gate, and rates on both sides of the half where launch.cpp changes the kernel
+WEIGHT_GRAD_GATES = [("none", 1.0), *itertools.product(GATES[1:], (0.3, 0.8))]
+
+
 def gated_weight_grad_cases() -> Iterator[Case]:
-    for (m, n, k), kind in itertools.product([*SHAPES, (700, 70, 33)], GATES):  # 700 samples: several chunks
-        d, x_bits, gate = torch.randn(m, n), bits_of(m, k), gate_of(kind, m, k)
+    # beyond the sweep: no samples, several blocks of outputs, several chunks of samples
+    shapes = [*EVERY_OTHER, (0, 5, 65), (9, 300, 65), (129, 5, 65), (500, 70, 33)]
+    for (m, n, k), (kind, rate) in itertools.product(shapes, WEIGHT_GRAD_GATES):
+        d, x_bits, gate = torch.randn(m, n), bits_of(m, k), gate_of(kind, m, k, rate)
         expected = reference.gated_weight_grad(d, x_bits, k, gate)
-        yield Case(f"{m=} {n=} {k=} {kind}", [m, n, k, stride_of(gate), d, x_bits, gate], [expected], terms=m)
+        yield Case(f"{m=} {n=} {k=} {kind} {rate=}", [m, n, k, stride_of(gate), d, x_bits, gate], [expected], terms=m)
 
 
 def sample_engram_cases() -> Iterator[Case]:
@@ -161,24 +186,90 @@ def sample_engram_cases() -> Iterator[Case]:
     yield case(with_nan, 0.1, "gumbel_top_k")
 
 
+# dtypes of the hidden weight and its gradient, and formats of the moments in the order of enum Moments in kernels.h
+WEIGHTS_AND_GRADS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+MOMENTS = ["float32", "bfloat16", "scaled"]
+STATE = ["weight", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "sign_bits"]
+
+
+def hidden_state(n: int, k: int, dtype: torch.dtype, moments: str, with_bits: bool) -> dict[str, torch.Tensor | None]:
+    """Hidden weights, moments and sign bits, in the order of STATE."""
+    weight, exp_avg, exp_avg_sq = (torch.randn(n, k) * 0.2).to(dtype), torch.randn(n, k) * 0.1, torch.rand(n, k)
+    weight[0, 0], exp_avg[0, 0], exp_avg_sq[0, 0] = 0.0, 1e-38, 1.0  # may become -0 in bfloat16, whose sign is +1
+    scales = None, None
+    if moments == "bfloat16":
+        exp_avg, exp_avg_sq = exp_avg.bfloat16(), exp_avg_sq.bfloat16()
+    elif moments == "scaled":
+        exp_avg = torch.randint(-127, 128, (n, k)).to(torch.int8)
+        exp_avg_sq = torch.randint(0, 256, (n, k)).to(torch.uint8)
+        scales = tuple(2.0 ** torch.randint(-12, 1, (n, -(-k // 64))).float() for _ in range(2))
+    bits = reference.pack_signs(weight) if with_bits else None
+    return dict(zip(STATE, [weight, exp_avg, exp_avg_sq, *scales, bits], strict=True))
+
+
+def gradient_of(n: int, k: int) -> torch.Tensor:
+    """Of all magnitudes, so that all codes of the moments occur."""
+    grad = torch.randn(n, k) * 2.0 ** torch.randint(-30, 2, (n, k))
+    grad[0, 0] = 0.0
+    return grad
+
+
+def update_case(label, state, grad, gradient_fields, metaplasticity, first_row) -> Case:
+    """The moments of the reference, and the hidden weights of the native kernels: all instruction sets round alike."""
+    adam, seed = ADAM | {"metaplasticity": metaplasticity}, torch.tensor([-0x123456789ABCDEF, 2**32 - 1])
+    after = []
+    for operators in (ops, reference):
+        new = {name: None if t is None else t.clone() for name, t in state.items()}
+        operators.metaplastic_adam_(grad=grad, **new, **adam, seed=seed, first_row=first_row)
+        after.append(new)
+    mine, theirs = after
+    expected = [(mine if name in ("weight", "sign_bits") else theirs)[name] for name in STATE]
+    weight, exp_avg = state["weight"], state["exp_avg"]
+    moments = [torch.float32, torch.bfloat16, torch.int8].index(exp_avg.dtype)
+    beta1, beta2, step = adam["beta1"], adam["beta2"], adam["step"]
+    step_size = adam["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # as csrc/bindings.cpp computes it
+    settings = [beta1, 1 - beta1, beta2, 1 - beta2, adam["eps"], adam["weight_decay"], metaplasticity, step_size]
+    fields = [*weight.shape, FLOATS.index(weight.dtype), moments, *settings, *seed.tolist(), first_row]
+    label = f"{label} {weight.dtype} {MOMENTS[moments]} {metaplasticity=} {first_row=}"
+    given = [*fields, *state.values(), *gradient_fields]
+    return Case(label, given, [*(t for t in expected if t is not None), flag(False)])
+
+
+def update_settings() -> Iterator[tuple[float, int]]:
+    """Metaplasticity and first row, in turn."""
+    return itertools.cycle([(1.35, 0), (0.0, 2**33 + 1), (30.0, 5), (1.35, 2**32 - 3), (30.0, 0)])
+
+
 def metaplastic_adam_cases() -> Iterator[Case]:
-    """Expects what the native kernels compute: all instruction sets round alike."""
-    names = ("eps", "weight_decay", "metaplasticity")
-    beta1, beta2, step = ADAM["beta1"], ADAM["beta2"], ADAM["step"]
-    step_size = ADAM["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # as csrc/bindings.cpp computes it
-    decays = [beta1, 1 - beta1, beta2, 1 - beta2]
-    for n, k, metaplasticity in itertools.product(N_SIZES, K_SIZES, (0.0, 1.35, 30.0)):
-        adam, before = ADAM | {"metaplasticity": metaplasticity}, update_arguments(n, k)
-        for with_bits in (True, False):
-            given = before if with_bits else (*before[:4], None)
-            weight, grad, exp_avg, exp_avg_sq, bits = after = [t if t is None else t.clone() for t in given]
-            ops.metaplastic_adam_(*after, **adam)
-            fields = [n, k, *decays, *(adam[name] for name in names), step_size, *given]
-            expected = [weight, exp_avg, exp_avg_sq, *([bits] if with_bits else []), flag(False)]
-            yield Case(f"{n=} {k=} {metaplasticity=} {with_bits=}", fields, expected)
-    grad = torch.full((n, k), math.nan)
-    fields = [n, k, *decays, *(ADAM[name] for name in names), step_size, before[0], grad, *before[2:]]
-    yield Case("NaN", fields, [None, None, None, None, flag(True)])
+    settings = update_settings()
+    formats = itertools.product(WEIGHTS_AND_GRADS, MOMENTS, (1, 7), K_SIZES, (True, False))
+    for (dtype, grad_dtype), moments, n, k, with_bits in formats:
+        grad, gap = gradient_of(n, k).to(grad_dtype), torch.full((n, 3), math.nan, dtype=grad_dtype)
+        fields = [FLOATS.index(grad_dtype), k + 3, torch.cat([grad, gap], dim=1)]  # rows that lie apart
+        state = hidden_state(n, k, dtype, moments, with_bits)
+        yield update_case(f"{n=} {k=} grad {grad_dtype} {with_bits=}", state, grad, fields, *next(settings))
+    for dtype, moments in itertools.product(FLOATS[:2], MOMENTS):
+        state, grad = hidden_state(3, 70, dtype, moments, True), torch.zeros(3, 70)
+        zeros = {name: None if t is None else torch.zeros_like(t) for name, t in state.items()}
+        yield update_case("nothing but zeros", zeros, grad, [0, 70, grad], *next(settings))
+        case = update_case("NaN", state, grad, [0, 70, grad], *next(settings))
+        case.fields[-1] = torch.where(torch.arange(210).view(3, 70) == 205, math.nan, grad)
+        case.expected = [*[None] * (len(case.expected) - 1), flag(True)]
+        yield case
+
+
+def gated_metaplastic_adam_cases() -> Iterator[Case]:
+    """With a gradient that has no rounding: expects the update with that of the reference."""
+    settings, formats = update_settings(), itertools.cycle(itertools.product(FLOATS[:2], MOMENTS))
+    # several blocks of outputs, several of units, several chunks of samples
+    shapes = [(1, 1, 1), (7, 3, 65), (20, 70, 600), (33, 150, 64), (9, 5, 1100), (150, 65, 520), (0, 70, 70)]
+    for (m, n, k), (kind, rate), with_bits in itertools.product(shapes, WEIGHT_GRAD_GATES, (True, False)):
+        dtype, moments = next(formats)
+        d, x_bits, gate = torch.randint(-9, 10, (m, n)) * 0.125, bits_of(m, k), gate_of(kind, m, k, rate)
+        grad = reference.gated_weight_grad(d, x_bits, k, gate)
+        fields = [m, n, k, stride_of(gate), d, x_bits, gate]
+        state = hidden_state(n, k, dtype, moments, with_bits)
+        yield update_case(f"{m=} {n=} {k=} {kind} {rate=} {with_bits=}", state, grad, fields, *next(settings))
 
 
 # in the order of enum Operator in kernel_runner.cpp
@@ -193,6 +284,7 @@ OPERATORS = {
     "gated_weight_grad": gated_weight_grad_cases,
     "sample_engram": sample_engram_cases,
     "metaplastic_adam": metaplastic_adam_cases,
+    "gated_metaplastic_adam": gated_metaplastic_adam_cases,
 }
 
 
@@ -216,19 +308,26 @@ def setup_constant(name: str):
     raise LookupError(f"setup.py: expected an assignment to {name}")
 
 
-@pytest.fixture(scope="module")
-def kernel_runner(tmp_path_factory) -> Path:
-    folder, csrc = tmp_path_factory.mktemp("cross"), ROOT / "csrc"
-    sources = {"launch": (csrc / "cpu" / "launch.cpp", ["-O2", "-std=c++17"])}
-    sources["kernel_runner"] = (ROOT / "tests" / "cross" / "kernel_runner.cpp", ["-O2", "-std=c++17"])
-    for isa, flags in setup_constant("ISA_FLAGS")["aarch64"].items():
+def missing(processor: str) -> list[str]:
+    """What is not installed here of what it takes to build for a processor and to emulate it."""
+    tools = [COMPILERS[processor], *([QEMU] if processor == "aarch64" else [])]
+    return [tool for tool in tools if shutil.which(tool) is None] + (bochs.missing() if processor == "x86_64" else [])
+
+
+def build(processor: str, folder: Path) -> Path:
+    """The kernel runner of a processor, with all its instruction sets."""
+    csrc, plain = ROOT / "csrc", ["-O2", "-std=c++17"]
+    sources = {"launch": (csrc / "cpu" / "launch.cpp", plain)}
+    sources["kernel_runner"] = (ROOT / "tests" / "cross" / "kernel_runner.cpp", plain)
+    for isa, flags in setup_constant("ISA_FLAGS")[processor].items():
         macros = [f"-DENGRAM_ISA={isa}", f"-DENGRAM_ISA_{isa.upper()}"]
+        unused = [] if (processor, isa) in EMULATED else ["-O0"]  # linked, never run
         for name in setup_constant("KERNELS"):
             source = csrc / "cpu" / f"{name}.cpp"
-            sources[f"{isa}_{name}"] = (source, [*setup_constant("KERNEL_FLAGS"), *macros, *flags])
+            sources[f"{isa}_{name}"] = (source, [*setup_constant("KERNEL_FLAGS"), *macros, *flags, *unused])
 
     def compiler(*arguments):
-        done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True)
+        done = subprocess.run([COMPILERS[processor], *map(str, arguments)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     def compile_one(name):
@@ -238,12 +337,30 @@ def kernel_runner(tmp_path_factory) -> Path:
     with ThreadPoolExecutor(min(2, int(os.environ.get("ENGRAM_BUILD_JOBS", 2)))) as pool:
         list(pool.map(compile_one, sources))
     program = folder / "kernel_runner"
-    compiler("-static", *(folder / f"{name}.o" for name in sources), "-o", program)
+    compiler("-static", "-no-pie", *(folder / f"{name}.o" for name in sources), "-o", program)
     return program
 
 
-def execute(program: Path, isa: str, cases: bytes) -> subprocess.CompletedProcess:
-    return subprocess.run([EMULATOR, str(program), isa], input=cases, capture_output=True, timeout=300)
+def execute(processor: str, program: Path, isa: str, cases: bytes) -> subprocess.CompletedProcess:
+    if processor == "x86_64":
+        return bochs.execute(program, isa, cases)
+    return subprocess.run([QEMU, str(program), isa], input=cases, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def kernel_runner(tmp_path_factory):
+    """The program of a processor, built when it is first asked for."""
+    return functools.cache(lambda processor: build(processor, tmp_path_factory.mktemp(processor)))
+
+
+def emulated(*pairs) -> list:
+    """Parameters for these processors and instruction sets, skipped where tools are missing."""
+    parameters = []
+    for processor, isa in pairs:
+        reason = f"{', '.join(missing(processor))} not installed: kernels for {processor} not run under emulation"
+        skip = pytest.mark.skipif(bool(missing(processor)), reason=reason)
+        parameters.append(pytest.param((processor, isa), id=f"{processor}-{isa}", marks=skip))
+    return parameters
 
 
 @pytest.fixture(scope="module")
@@ -252,11 +369,12 @@ def cases() -> dict[str, list[Case]]:
     return {name: list(make()) for name, make in OPERATORS.items()}
 
 
-@pytest.fixture(scope="module", params=["neon", "scalar"])
+@pytest.fixture(scope="module", params=emulated(*EMULATED))
 def results(request, kernel_runner, cases) -> dict[str, list[list[bytes]]]:
     """The result fields of every case, from one process per instruction set, since starting one is slow."""
+    processor, isa = request.param
     stream = b"".join(case.encode(number) for number, name in enumerate(OPERATORS) for case in cases[name])
-    done = execute(kernel_runner, request.param, stream)
+    done = execute(processor, kernel_runner(processor), isa, stream)
     assert done.returncode == 0, done.stderr.decode()  # names the case by its number in the stream, from 1
     output, position = done.stdout, 0
 
@@ -290,6 +408,8 @@ def test_emulated_kernels_agree_with_the_reference(results, cases, operator):
                 raise AssertionError(f"{operator} {case.label}: {error}") from None
 
 
-def test_an_unknown_instruction_set_is_refused(kernel_runner):
-    done = execute(kernel_runner, "avx2", b"")
+@pytest.mark.parametrize("foreign", emulated(("aarch64", "avx2"), ("x86_64", "neon")))
+def test_an_unknown_instruction_set_is_refused(kernel_runner, foreign):
+    processor, isa = foreign
+    done = execute(processor, kernel_runner(processor), isa, b"")
     assert done.returncode == 2 and b"instruction set" in done.stderr

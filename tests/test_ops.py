@@ -386,6 +386,30 @@ def test_stochastic_rounding_to_bfloat16_is_unbiased():
     assert (rounded[:, 0] == 1).all() and (rounded[:, 4] == 0).all()
 
 
+@pytest.mark.parametrize("state_dtype", STATES)
+def test_updates_write_every_bit_of_the_signs(isa, state_dtype):
+    for k in (1, 64, 65, 129, 200):
+        (weight, *state, bits), settings = compact_arguments(3, k, torch.float32, state_dtype)
+        bits.fill_(-1)
+        ops.metaplastic_adam_(weight, torch.randn(3, k), *state, bits, **settings)
+        assert torch.equal(bits, reference.pack_signs(weight))
+
+
+def test_an_overflow_does_not_spread_over_its_block(isa):
+    (weight, *state, bits), settings = compact_arguments(1, 64, torch.float32, torch.int8)
+    theirs, their_settings = cloned([weight, *state, bits], settings)
+    for step in range(3, 9):
+        grad = torch.ones(1, 64)
+        if step == 3:
+            grad[0, 5] = 1e25  # its square is infinite
+        ops.metaplastic_adam_(weight, grad, *state, bits, **settings | {"step": step})
+        reference.metaplastic_adam_(theirs[0], grad, *theirs[1:], **their_settings | {"step": step})
+        assert torch.equal(state[0], theirs[1]) and torch.equal(state[1], theirs[2])
+        theirs[0].copy_(weight)
+    v = reference.decode_second_moment(state[1], settings["exp_avg_sq_scale"])
+    assert v.isfinite().all() and weight.isfinite().all()
+
+
 def test_a_second_moment_never_vanishes_beside_a_larger_one(isa):
     weight, grad = torch.zeros(1, 64), torch.full((1, 64), 1e-12)
     grad[0, 0] = 1.0

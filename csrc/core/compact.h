@@ -41,12 +41,15 @@ ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t draw, int width) {
 }
 ENGRAM_FUNCTION float from_bfloat16(uint16_t x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
 
-// The scale of a block whose largest magnitude has these bits, and its reciprocal; both 0 where that is no finite
-// normal number.
-ENGRAM_FUNCTION float block_scale(uint32_t largest_bits) { return float_from_bits(largest_bits & 0x7F800000u); }
+// The scale of a block whose largest magnitude has these bits: 0 for a block of zeros, at most 2^126, so that its
+// reciprocal is a normal number; what lies above 2^127 is held as the largest code.
+ENGRAM_FUNCTION float block_scale(uint32_t largest_bits) {
+  const uint32_t exponent = largest_bits & 0x7F800000u, limit = uint32_t{253} << 23;
+  return float_from_bits(exponent < limit ? exponent : limit);
+}
 ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {
-  const uint32_t bits = bits_from_float(scale), one_over = (uint32_t{254} << 23) - bits;
-  return float_from_bits(bits == 0 || bits >= uint32_t{254} << 23 ? 0u : one_over);
+  const uint32_t bits = bits_from_float(scale);
+  return float_from_bits(bits == 0 ? 0u : (uint32_t{254} << 23) - bits);
 }
 
 ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t draw) {

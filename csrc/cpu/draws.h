@@ -1,6 +1,8 @@
 // The draws of core/philox.h for a group of units, vectorised.
 #pragma once
 
+#include <cstring>
+
 #include "core/philox.h"
 #include "cpu/simd.h"
 
@@ -8,38 +10,63 @@ namespace engram::cpu::ENGRAM_ISA {
 
 constexpr int64_t kDrawGroup = 64;  // units drawn together: 16 Philox counters
 
-// draws[i] = 32 random bits of unit first + i of a row; first is a multiple of 4. Structure of arrays, so that the
-// compiler vectorises it.
-ENGRAM_INLINE void draw_group(uint64_t seed, uint32_t offset, uint64_t row, int64_t first, uint32_t* draws) {
-  constexpr int kCounters = kDrawGroup / 4;
-  // 32-bit numbers in 64-bit lanes: a product needs no widening
-  uint64_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  constexpr uint64_t kLow = 0xFFFFFFFFu;
-  for (int i = 0; i < kCounters; ++i) {
-    c0[i] = static_cast<uint64_t>(first / 4 + i) & kLow;
-    c1[i] = row & kLow;
-    c2[i] = row >> 32;
-    c3[i] = offset;
-  }
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma GCC unroll 1  // unrolled it would not be vectorised
-    for (int i = 0; i < kCounters; ++i) {
-      const uint64_t p0 = kPhiloxM0 * (c0[i] & kLow), p1 = kPhiloxM1 * (c2[i] & kLow);
-      c0[i] = (p1 >> 32) ^ c1[i] ^ key0;
-      c1[i] = p1 & kLow;
-      c2[i] = (p0 >> 32) ^ c3[i] ^ key1;
-      c3[i] = p0 & kLow;
+// A counter a lane, its words in the low halves; what gathers in the high halves is never read.
+class Draws {
+ public:
+  Draws(uint64_t seed, uint32_t offset) : offset_(offset) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      key0_[round] = key0, key1_[round] = key1;
+      key0 += kPhiloxW0, key1 += kPhiloxW1;
     }
-    key0 += kPhiloxW0;
-    key1 += kPhiloxW1;
+    // even lanes take the first half of a vector's counters, odd lanes the second: interleaved at the end, they are in
+    // order
+    for (int lane = 0; lane < kBitLanes; ++lane)
+      lanes_[lane] = static_cast<uint64_t>(lane / 2 + lane % 2 * (kBitLanes / 2));
   }
-  for (int i = 0; i < kCounters; ++i) {
-    draws[4 * i] = static_cast<uint32_t>(c0[i]);
-    draws[4 * i + 1] = static_cast<uint32_t>(c1[i]);
-    draws[4 * i + 2] = static_cast<uint32_t>(c2[i]);
-    draws[4 * i + 3] = static_cast<uint32_t>(c3[i]);
+
+  // draws[i] = 32 random bits of unit first + i of a row; first is a multiple of 4.
+  __attribute__((always_inline)) void group(uint64_t row, int64_t first, uint32_t* draws) const {
+    constexpr int kVectors = static_cast<int>(kDrawGroup / 4) / kBitLanes;
+    constexpr int kAtOnce = kVectors < 4 ? kVectors : 4;
+    const Bits m0 = bits_all(kPhiloxM0), m1 = bits_all(kPhiloxM1);
+    uint64_t pairs[kDrawGroup / 2];
+    for (int first_vector = 0; first_vector < kVectors; first_vector += kAtOnce) {
+      Bits c0[kAtOnce], c1[kAtOnce], c2[kAtOnce], c3[kAtOnce];
+#pragma GCC unroll 4
+      for (int v = 0; v < kAtOnce; ++v) {
+        c0[v] =
+            add_wide(bits_load(lanes_), bits_all(static_cast<uint64_t>(first / 4 + (first_vector + v) * kBitLanes)));
+        c1[v] = bits_all(row);
+        c2[v] = bits_all(row >> 32);
+        c3[v] = bits_all(offset_);
+      }
+#pragma GCC unroll 1
+      for (int round = 0; round < kPhiloxRounds; ++round) {
+        const Bits k0 = bits_all(key0_[round]), k1 = bits_all(key1_[round]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kAtOnce; ++v) {
+          const Bits p0 = multiply_low(c0[v], m0), p1 = multiply_low(c2[v], m1);
+          c0[v] = differ(differ(shift_down(p1), c1[v]), k0);
+          c1[v] = p1;
+          c2[v] = differ(differ(shift_down(p0), c3[v]), k1);
+          c3[v] = p0;
+        }
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kAtOnce; ++v) {
+        const Bits low = join_low(c0[v], c1[v]), high = join_low(c2[v], c3[v]);
+        uint64_t* out = pairs + 2 * (first_vector + v) * kBitLanes;
+        bits_store(out, interleave_first(low, high));
+        bits_store(out + kBitLanes, interleave_second(low, high));
+      }
+    }
+    memcpy(draws, pairs, sizeof pairs);
   }
-}
+
+ private:
+  uint64_t key0_[kPhiloxRounds], key1_[kPhiloxRounds], lanes_[kBitLanes];
+  uint32_t offset_;
+};
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -9,6 +9,8 @@
 // of rows of d into a tile of kTileUnits x kTileOutputs, transposed on its way out. Bound by additions, or at low rates
 // by writing dW once.
 // Where most units are recruited, launch.cpp takes sign_product instead.
+#include <cstring>
+
 #include "cpu/simd.h"
 #include "cpu/tables.h"
 
@@ -17,6 +19,26 @@ namespace engram::cpu::ENGRAM_ISA {
 namespace {
 
 constexpr int kUnits = 8;
+
+constexpr int kGroup = 32;  // outputs whose bits are read together
+constexpr int kGroupVectors = kGroup / kLanes;
+
+ENGRAM_INLINE Bits32 bits32_at(const uint64_t* row, int64_t n) {
+  uint32_t bits;
+  memcpy(&bits, reinterpret_cast<const char*>(row) + n / 8, sizeof bits);
+  return bits32(bits);
+}
+
+ENGRAM_INLINE void add_group(const float* d, const uint64_t* const* w, int64_t n, Floats* acc) {
+  Floats value[kGroupVectors];
+  for (int v = 0; v < kGroupVectors; ++v) value[v] = load(d + v * kLanes);
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnits; ++u) {
+    const Bits32 bits = bits32_at(w[u], n);
+#pragma GCC unroll 8
+    for (int v = 0; v < kGroupVectors; ++v) acc[u] = add_where(acc[u], mask_of(bits, v), value[v]);
+  }
+}
 
 // dx at `units` of sample m; entries past `n_units` repeat a unit and are not written.
 ENGRAM_INLINE void dots_at(const GatedInputGrad& p, int64_t m, const int64_t* units, int n_units) {
@@ -27,16 +49,11 @@ ENGRAM_INLINE void dots_at(const GatedInputGrad& p, int64_t m, const int64_t* un
   Floats acc[kUnits];
   for (int u = 0; u < kUnits; ++u) acc[u] = zero();
   int64_t n = 0;
-  for (; n + kLanes <= p.N; n += kLanes) {
-    const Floats value = load(d + n);
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnits; ++u) acc[u] = add_where(acc[u], mask_at(w[u], n), value);
-  }
+  for (; n + kGroup <= p.N; n += kGroup) add_group(d + n, w, n, acc);
   if (n < p.N) {
-    float tail[kLanes] = {};
+    float tail[kGroup] = {};
     for (int64_t i = n; i < p.N; ++i) tail[i - n] = d[i];
-    const Floats value = load(tail);
-    for (int u = 0; u < kUnits; ++u) acc[u] = add_where(acc[u], mask_at(w[u], n), value);
+    add_group(tail, w, n, acc);
   }
   for (int u = 0; u < n_units; ++u) p.dx[m * p.K + units[u]] = 2.0f * total(acc[u]) - p.d_sum[m];
 }

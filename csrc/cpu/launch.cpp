@@ -235,11 +235,13 @@ class WeightGrad {
     }
     uint64_t* recruited_signs = workspace<uint64_t>(rt, p_.M * words);
     for (int sign = 0; sign < 2; ++sign) {
-      for (int64_t m = 0; m < p_.M; ++m)
-        for (int64_t word = 0; word < words; ++word) {
-          const uint64_t x = p_.x[m * words + word], g = p_.gate[m * p_.gate_stride + word];
-          recruited_signs[m * words + word] = (sign == 0 ? x : ~x) & g;
-        }
+      share(rt, p_.M, words, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m)
+          for (int64_t word = 0; word < words; ++word) {
+            const uint64_t x = p_.x[m * words + word], g = p_.gate[m * p_.gate_stride + word];
+            recruited_signs[m * words + word] = (sign == 0 ? x : ~x) & g;
+          }
+      });
       (sign == 0 ? plus_ : minus_) = transposed(rt, kernels, recruited_signs, p_.M, p_.K);
     }
   }

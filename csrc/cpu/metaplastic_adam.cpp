@@ -94,7 +94,9 @@ struct Scaled {
   using Held = Code;
   ENGRAM_INLINE void read(const Held* from, const float* scale, int64_t n, float* to) {
     const float by = *scale;
-    for (int64_t i = 0; i < n; ++i) to[i] = kDecode(from[i], by);
+    Code codes[kWordBits];  // a local array, which the compiler knows not to overlap
+    memcpy(codes, from, static_cast<size_t>(n) * sizeof(Code));
+    for (int64_t i = 0; i < n; ++i) to[i] = kDecode(codes[i], by);
   }
   ENGRAM_INLINE void write(const float* from, const uint32_t* draws, int64_t n, Held* to, float* scale) {
     uint32_t largest = 0;  // floats without their sign are ordered like their bits
@@ -104,7 +106,9 @@ struct Scaled {
     }
     *scale = block_scale(largest);
     const float reciprocal = reciprocal_of_scale(*scale);
-    for (int64_t i = 0; i < n; ++i) to[i] = kEncode(from[i], reciprocal, draws[i]);
+    Code codes[kWordBits];  // a local array, which the compiler knows not to overlap
+    for (int64_t i = 0; i < n; ++i) codes[i] = kEncode(from[i], reciprocal, draws[i]);
+    memcpy(to, codes, static_cast<size_t>(n) * sizeof(Code));
   }
 };
 using FirstScaled = Scaled<int8_t, from_first_moment, to_first_moment>;
@@ -112,7 +116,7 @@ using SecondScaled = Scaled<uint8_t, from_second_moment, to_second_moment>;
 
 // n weights of a row from unit `unit`; inlined with n known, so that whole words are vectorised.
 template <typename Weight, typename Grad, typename First, typename Second>
-ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, int64_t row, int64_t unit, int64_t n) {
+ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, int64_t row, int64_t unit, int64_t n) {
   constexpr bool kInPlace = std::is_same_v<Weight, Float32> && std::is_same_v<First, Float32>;
   const int64_t at = row * p.K + unit, block = row * ceil_div(p.K, kScaleBlock) + unit / kScaleBlock;
   auto* weight = static_cast<typename Weight::Held*>(p.weight) + at;
@@ -134,7 +138,7 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, int64_t row, int64_t un
     nan = update(p, n, w, g, mu, v);
   } else {
     alignas(64) uint32_t draws[kDrawGroup];
-    draw_group(p.seed, p.offset, p.first_row + static_cast<uint64_t>(row), unit, draws);
+    source.group(p.first_row + static_cast<uint64_t>(row), unit, draws);
     Weight::read(weight, nullptr, n, w);
     First::read(exp_avg, p.exp_avg_scale + block, n, mu);
     Second::read(exp_avg_sq, p.exp_avg_sq_scale + block, n, v);
@@ -152,20 +156,24 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, int64_t row, int64_t un
     bits = signs_of_64(w, ignored);
   else
     for (int64_t i = 0; i < n; ++i) bits |= static_cast<uint64_t>(w[i] >= 0.0f) << i;
-  p.sign_bits[row * p.words + unit / kWordBits] = bits;
+  uint64_t* word = p.sign_bits + row * p.words + unit / kWordBits;
+  *word = bits;
+  if (unit + n == p.K)
+    for (uint64_t* padding = word + 1; padding < p.sign_bits + (row + 1) * p.words; ++padding) *padding = 0;
   return nan;
 }
 
 template <typename Weight, typename Grad, typename First, typename Second>
 bool update_words(const MetaplasticAdam& p, int64_t begin, int64_t end) {
   const int64_t used = ceil_div(p.K, kWordBits);  // words of a row that hold weights
+  const Draws source(p.seed, p.offset);
   bool nan = false;
   for (int64_t word = begin; word < end; ++word) {
     const int64_t row = word / used, unit = word % used * kWordBits;
     if (p.K - unit >= kWordBits)
-      nan |= update_word<Weight, Grad, First, Second>(p, row, unit, kWordBits);
+      nan |= update_word<Weight, Grad, First, Second>(p, source, row, unit, kWordBits);
     else
-      nan |= update_word<Weight, Grad, First, Second>(p, row, unit, p.K - unit);
+      nan |= update_word<Weight, Grad, First, Second>(p, source, row, unit, p.K - unit);
   }
   return nan;
 }

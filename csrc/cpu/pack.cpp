@@ -121,11 +121,18 @@ void sum_rows(const float* a, int64_t k, float* out, int64_t begin, int64_t end)
 }
 
 void zero_unrecruited(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end) {
+  constexpr int64_t kGroup = 32;
   for (int64_t row = begin; row < end; ++row) {
     float* out = y + row * k;
     const uint64_t* m = mask + row * mask_stride;
     int64_t i = 0;
-    for (; i + kLanes <= k; i += kLanes) store(out + i, keep_where(mask_at(m, i), load(out + i)));
+    for (; i + kGroup <= k; i += kGroup) {
+      const Bits32 bits = bits32(static_cast<uint32_t>(m[i / kWordBits] >> i % kWordBits));
+      for (int v = 0; v < kGroup / kLanes; ++v) {
+        float* at = out + i + v * kLanes;
+        store(at, keep_where(mask_of(bits, v), load(at)));
+      }
+    }
     for (; i < k; ++i) out[i] = m[i / kWordBits] >> (i % kWordBits) & 1 ? out[i] : 0.0f;
   }
 }

@@ -14,13 +14,13 @@ namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
 
-void bernoulli_row(const SampleEngram& p, int64_t m) {
+void bernoulli_row(const SampleEngram& p, const Draws& source, int64_t m) {
   uint32_t draws[kDrawGroup];
   uint64_t* gate = p.gate + m * p.words;
   for (int64_t word = 0; word < p.words; ++word) {
     uint64_t bits = 0;
     if (word * kWordBits < p.K) {
-      draw_group(p.seed, p.offset, p.first_row + static_cast<uint64_t>(m), word * kWordBits, draws);
+      source.group(p.first_row + static_cast<uint64_t>(m), word * kWordBits, draws);
       for (int64_t i = 0; i < kDrawGroup; ++i) bits |= static_cast<uint64_t>(draws[i] < p.threshold) << i;
     }
     gate[word] = bits & valid_bits(word, p.K);
@@ -28,7 +28,7 @@ void bernoulli_row(const SampleEngram& p, int64_t m) {
 }
 
 // keys[k] = ordered_key(score / temperature + gumbel); true if a score is NaN.
-bool make_keys(const SampleEngram& p, int64_t m, uint32_t* keys) {
+bool make_keys(const SampleEngram& p, const Draws& source, int64_t m, uint32_t* keys) {
   const float* score = p.score + m * p.K;
   const bool noisy = p.inverse_temperature >= 0.0f, scored = p.inverse_temperature != 0.0f;
   bool nan = false;
@@ -43,7 +43,7 @@ bool make_keys(const SampleEngram& p, int64_t m, uint32_t* keys) {
     }
     if (noisy) {
       uint32_t draws[kDrawGroup];
-      draw_group(p.seed, p.offset, p.first_row + static_cast<uint64_t>(m), first, draws);
+      source.group(p.first_row + static_cast<uint64_t>(m), first, draws);
       if (scored)
         for (int64_t i = 0; i < kDrawGroup; ++i) value[i] = value[i] * p.inverse_temperature + gumbel(draws[i]);
       else
@@ -94,12 +94,13 @@ void gate_from_keys(const SampleEngram& p, int64_t m, const uint32_t* keys) {
 }  // namespace
 
 bool sample_engram(const SampleEngram& p, uint32_t* keys, int64_t m_begin, int64_t m_end) {
+  const Draws source(p.seed, p.offset);
   bool nan = false;
   for (int64_t m = m_begin; m < m_end; ++m) {
     if (p.bernoulli) {
-      bernoulli_row(p, m);
+      bernoulli_row(p, source, m);
     } else {
-      nan |= make_keys(p, m, keys);
+      nan |= make_keys(p, source, m, keys);
       gate_from_keys(p, m, keys);
     }
   }

@@ -14,6 +14,7 @@
 // a quarter of the additions that masks would take, an eighth with uint8.
 // The order of summation does not depend on how the work is shared out.
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/simd.h"
 #include "cpu/tables.h"
@@ -77,6 +78,9 @@ void gather(const SignProduct& p, int64_t first, int64_t v, typename Term<T>::En
     for (int64_t i = 0; i < used; ++i)
       for (int64_t j = 0; j < columns; ++j) terms[i][j] = d[i * p.i_stride + j];
     return;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (p.i_stride == 1) return write_transposed(d, p.v_stride, columns, used, &terms[0][0], kTile<T>);
   }
   for (int64_t j = 0; j < columns; ++j)
     for (int64_t i = 0; i < used; ++i) terms[i][j] = d[i * p.i_stride + j * p.v_stride];

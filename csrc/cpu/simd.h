@@ -4,7 +4,12 @@
 //   Bits    a vector of kBitLanes 64-bit words. Population counts go through two stages, since AVX2 and NEON count
 //           within bytes: `count` gives partial counts, `add_count` accumulates them at most kCountSteps times before
 //           `widen` folds them into 64-bit lanes.
-//   Floats  a vector of kLanes floats. A Mask selects lanes by packed bits; `add_where` adds only in selected lanes,
+//           For random numbers: `multiply_low` multiplies the low halves of lanes, `shift_down` halves move down,
+//           `join_low` makes lanes of two low halves, `interleave_first/second` take even and odd lanes of a, b in
+//           turn.
+//   Floats  a vector of kLanes floats. A Mask selects lanes by packed bits, `mask_of(bits32(b), group)` the lanes of
+//   the
+//           group-th vector of 32 floats by the 32 bits b; `add_where` adds only in selected lanes,
 //           which is how a sign costs no multiplication: sum_k s_k a_k = 2 * sum_{k: bit 1} a_k - sum_k a_k.
 //           `add_product` may or may not round the product: use it only where that is exact.
 #pragma once
@@ -56,6 +61,13 @@ ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
 ENGRAM_INLINE Bits widen(Bits v) { return v; }
 ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
 ENGRAM_INLINE int64_t bits_total(Bits v) { return _mm512_reduce_add_epi64(v); }
+ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return _mm512_mul_epu32(a, b); }
+ENGRAM_INLINE Bits shift_down(Bits v) { return _mm512_srli_epi64(v, 32); }
+ENGRAM_INLINE Bits join_low(Bits low, Bits high) {
+  return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, static_cast<_MM_PERM_ENUM>(0xA0));
+}
+ENGRAM_INLINE Bits interleave_first(Bits a, Bits b) { return _mm512_unpacklo_epi64(a, b); }
+ENGRAM_INLINE Bits interleave_second(Bits a, Bits b) { return _mm512_unpackhi_epi64(a, b); }
 
 using Floats = __m512;
 using Mask = __mmask16;
@@ -67,12 +79,9 @@ ENGRAM_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 ENGRAM_INLINE Floats all(float v) { return _mm512_set1_ps(v); }
 ENGRAM_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, acc); }
-ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) { return static_cast<Mask>(word >> (16 * lane_group)); }
-ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
-  uint16_t m;
-  memcpy(&m, reinterpret_cast<const char*>(row) + k / 8, sizeof m);
-  return m;
-}
+using Bits32 = uint32_t;
+ENGRAM_INLINE Bits32 bits32(uint32_t bits) { return bits; }
+ENGRAM_INLINE Mask mask_of(Bits32 bits, int group) { return static_cast<Mask>(bits >> (16 * group)); }
 ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return _mm512_mask_add_ps(acc, m, acc, v); }
 ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm512_maskz_mov_ps(m, v); }
 ENGRAM_INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
@@ -135,6 +144,11 @@ ENGRAM_INLINE Bits count(Bits v) {  // nibble look-up (Mula, Kurz, Lemire 2018)
 ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return _mm256_add_epi8(a, b); }
 ENGRAM_INLINE Bits widen(Bits v) { return _mm256_sad_epu8(v, _mm256_setzero_si256()); }
 ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return _mm256_add_epi64(a, b); }
+ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return _mm256_mul_epu32(a, b); }
+ENGRAM_INLINE Bits shift_down(Bits v) { return _mm256_srli_epi64(v, 32); }
+ENGRAM_INLINE Bits join_low(Bits low, Bits high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
+ENGRAM_INLINE Bits interleave_first(Bits a, Bits b) { return _mm256_unpacklo_epi64(a, b); }
+ENGRAM_INLINE Bits interleave_second(Bits a, Bits b) { return _mm256_unpackhi_epi64(a, b); }
 ENGRAM_INLINE int64_t bits_total(Bits v) {
   const __m128i s = _mm_add_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   return _mm_cvtsi128_si64(_mm_add_epi64(s, _mm_unpackhi_epi64(s, s)));
@@ -150,18 +164,15 @@ ENGRAM_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 ENGRAM_INLINE Floats all(float v) { return _mm256_set1_ps(v); }
 ENGRAM_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return _mm256_fmadd_ps(a, b, acc); }
-ENGRAM_INLINE Mask mask_from_byte(int byte) {
-  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bit), bit));
+using Bits32 = __m256i;
+ENGRAM_INLINE Bits32 bits32(uint32_t bits) { return _mm256_set1_epi32(static_cast<int>(bits)); }
+ENGRAM_INLINE Mask mask_of(Bits32 bits, int group) {  // the lane's bit, moved to the sign, by which blendv selects
+  const int top = 31 - 8 * group;
+  const __m256i shift = _mm256_setr_epi32(top, top - 1, top - 2, top - 3, top - 4, top - 5, top - 6, top - 7);
+  return _mm256_castsi256_ps(_mm256_sllv_epi32(bits, shift));
 }
-ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) {
-  return mask_from_byte(static_cast<int>(word >> (8 * lane_group) & 0xFF));
-}
-ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
-  return mask_from_byte(reinterpret_cast<const unsigned char*>(row)[k / 8]);
-}
-ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return _mm256_add_ps(acc, _mm256_and_ps(m, v)); }
-ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm256_and_ps(m, v); }
+ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm256_blendv_ps(_mm256_setzero_ps(), v, m); }
+ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return _mm256_add_ps(acc, keep_where(m, v)); }
 ENGRAM_INLINE float total(Floats v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -232,6 +243,11 @@ ENGRAM_INLINE Bits add_count(Bits a, Bits b) {
 ENGRAM_INLINE Bits widen(Bits v) { return vpaddlq_u32(vpaddlq_u16(vpaddlq_u8(vreinterpretq_u8_u64(v)))); }
 ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return vaddq_u64(a, b); }
 ENGRAM_INLINE int64_t bits_total(Bits v) { return static_cast<int64_t>(vaddvq_u64(v)); }
+ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
+ENGRAM_INLINE Bits shift_down(Bits v) { return vshrq_n_u64(v, 32); }
+ENGRAM_INLINE Bits join_low(Bits low, Bits high) { return vsliq_n_u64(low, high, 32); }
+ENGRAM_INLINE Bits interleave_first(Bits a, Bits b) { return vzip1q_u64(a, b); }
+ENGRAM_INLINE Bits interleave_second(Bits a, Bits b) { return vzip2q_u64(a, b); }
 
 using Floats = float32x4_t;
 using Mask = uint32x4_t;
@@ -243,15 +259,11 @@ ENGRAM_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
 ENGRAM_INLINE Floats all(float v) { return vdupq_n_f32(v); }
 ENGRAM_INLINE Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return vfmaq_f32(acc, a, b); }
-ENGRAM_INLINE Mask mask_from_nibble(uint32_t nibble) {
-  const uint32_t lanes[4] = {1, 2, 4, 8};
-  return vtstq_u32(vdupq_n_u32(nibble), vld1q_u32(lanes));
-}
-ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) {
-  return mask_from_nibble(static_cast<uint32_t>(word >> (4 * lane_group)) & 0xF);
-}
-ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
-  return mask_from_nibble(static_cast<uint32_t>(row[k / 64] >> (k % 64)) & 0xF);
+using Bits32 = uint32x4_t;
+ENGRAM_INLINE Bits32 bits32(uint32_t bits) { return vdupq_n_u32(bits); }
+ENGRAM_INLINE Mask mask_of(Bits32 bits, int group) {
+  const uint32_t lanes[4] = {1u << 4 * group, 2u << 4 * group, 4u << 4 * group, 8u << 4 * group};
+  return vtstq_u32(bits, vld1q_u32(lanes));
 }
 ENGRAM_INLINE Floats keep_where(Mask m, Floats v) {
   return vreinterpretq_f32_u32(vandq_u32(m, vreinterpretq_u32_f32(v)));
@@ -314,6 +326,11 @@ ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return a + b; }
 ENGRAM_INLINE Bits widen(Bits v) { return v; }
 ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return a + b; }
 ENGRAM_INLINE int64_t bits_total(Bits v) { return static_cast<int64_t>(v); }
+ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
+ENGRAM_INLINE Bits shift_down(Bits v) { return v >> 32; }
+ENGRAM_INLINE Bits join_low(Bits low, Bits high) { return (low & 0xFFFFFFFFu) | high << 32; }
+ENGRAM_INLINE Bits interleave_first(Bits a, Bits) { return a; }
+ENGRAM_INLINE Bits interleave_second(Bits, Bits b) { return b; }
 
 // Four floats in the compiler's own vector type: plain C++ that any target can lower.
 using Floats = float __attribute__((vector_size(16), aligned(16)));
@@ -330,12 +347,11 @@ ENGRAM_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 ENGRAM_INLINE Floats all(float v) { return Floats{v, v, v, v}; }
 ENGRAM_INLINE Floats add(Floats a, Floats b) { return a + b; }
 ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return acc + a * b; }
-ENGRAM_INLINE Mask mask_from(uint64_t word, int lane_group) {
-  const int32_t nibble = static_cast<int32_t>(word >> (4 * lane_group) & 0xF);
+using Bits32 = uint32_t;
+ENGRAM_INLINE Bits32 bits32(uint32_t bits) { return bits; }
+ENGRAM_INLINE Mask mask_of(Bits32 bits, int group) {
+  const int32_t nibble = static_cast<int32_t>(bits >> (4 * group) & 0xF);
   return (Mask{nibble, nibble, nibble, nibble} & Mask{1, 2, 4, 8}) != 0;
-}
-ENGRAM_INLINE Mask mask_at(const uint64_t* row, int64_t k) {
-  return mask_from(row[k / 64], static_cast<int>(k % 64 / 4));
 }
 ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return reinterpret_cast<Floats>(reinterpret_cast<Mask>(v) & m); }
 ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return acc + keep_where(m, v); }

@@ -32,6 +32,7 @@ enum class Operator : int64_t {
   kGatedWeightGrad,
   kSampleEngram,
   kMetaplasticAdam,
+  kGatedMetaplasticAdam,
 };
 
 int64_t cases_begun = 0;
@@ -41,24 +42,27 @@ int64_t cases_begun = 0;
   exit(status);
 }
 
-// Arrays of one case. They start out as garbage, so that a kernel which relies on zeros or leaves a gap is found out,
-// and lie between guards, so that one which writes too far is.
+// Arrays of one case. They start out as garbage (NaN, -1), so that a kernel which relies on zeros or leaves a gap is
+// found out, and lie between guards, so that one which writes too far is.
 class Memory {
  public:
   void* allocate(size_t bytes) {
     blocks_.emplace_back(bytes + 2 * kGuard, kGarbage);
-    return blocks_.back().data() + kGuard;
+    uint8_t* data = blocks_.back().data() + kGuard;
+    memset(data - kGuard, kGuardByte, kGuard);
+    memset(data + bytes, kGuardByte, kGuard);
+    return data;
   }
   bool guards_intact() const {
     for (const std::vector<uint8_t>& block : blocks_)
       for (size_t i = 0; i < kGuard; ++i)
-        if (block[i] != kGarbage || block[block.size() - 1 - i] != kGarbage) return false;
+        if (block[i] != kGuardByte || block[block.size() - 1 - i] != kGuardByte) return false;
     return true;
   }
 
  private:
   static constexpr size_t kGuard = 64;  // keeps the alignment of the block
-  static constexpr uint8_t kGarbage = 0xA5;
+  static constexpr uint8_t kGarbage = 0xFF, kGuardByte = 0xA5;
   std::vector<std::vector<uint8_t>> blocks_;
 };
 
@@ -72,10 +76,13 @@ class Case {
 
   template <typename T = void>
   T* array() {
-    const int64_t bytes = length();
-    if (bytes == 0) return nullptr;
-    void* data = memory_.allocate(static_cast<size_t>(bytes));
-    read(data, static_cast<size_t>(bytes));
+    return static_cast<T*>(read_array().first);
+  }
+  // An array that an operator changes, and which is a result unless it is absent.
+  template <typename T = void>
+  T* updated_array() {
+    const auto [data, bytes] = read_array();
+    if (data != nullptr) results_.emplace_back(data, bytes);
     return static_cast<T*>(data);
   }
   template <typename T>
@@ -89,12 +96,9 @@ class Case {
 
   template <typename T = void>
   T* output(int64_t bytes) {
-    return static_cast<T*>(send(memory_.allocate(static_cast<size_t>(bytes)), bytes));
-  }
-  template <typename T>
-  T* send(T* data, int64_t bytes) {
+    void* data = memory_.allocate(static_cast<size_t>(bytes));
     results_.emplace_back(data, bytes);
-    return data;
+    return static_cast<T*>(data);
   }
   void send_flag(bool flag) { *output<int64_t>(sizeof(int64_t)) = flag; }
 
@@ -125,10 +129,43 @@ class Case {
     read(&bytes, sizeof bytes);
     return bytes;
   }
+  std::pair<void*, int64_t> read_array() {
+    const int64_t bytes = length();
+    if (bytes == 0) return {nullptr, 0};
+    void* data = memory_.allocate(static_cast<size_t>(bytes));
+    read(data, static_cast<size_t>(bytes));
+    return {data, bytes};
+  }
 
   Memory memory_;
   std::vector<std::pair<const void*, int64_t>> results_;
 };
+
+WeightGradOperands weight_grad_operands(Case& c) {
+  WeightGradOperands p{};
+  p.M = c.integer(), p.N = c.integer(), p.K = c.integer(), p.gate_stride = c.integer();
+  p.d = c.array<float>(), p.x = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+  return p;
+}
+
+// All but the gradient.
+MetaplasticAdam update_operands(Case& c) {
+  MetaplasticAdam p{};
+  p.N = c.integer(), p.K = c.integer(), p.words = words_for(p.K);
+  p.weight_element = static_cast<Element>(c.integer());
+  p.moments = static_cast<Moments>(c.integer());
+  for (float* setting : {&p.beta1, &p.one_minus_beta1, &p.beta2, &p.one_minus_beta2, &p.eps, &p.weight_decay,
+                         &p.metaplasticity, &p.step_size})
+    *setting = c.number<float>();
+  p.seed = c.number<uint64_t>();
+  p.offset = static_cast<uint32_t>(c.integer());
+  p.first_row = c.number<uint64_t>();
+  p.weight = c.updated_array();
+  p.exp_avg = c.updated_array(), p.exp_avg_sq = c.updated_array();
+  p.exp_avg_scale = c.updated_array<float>(), p.exp_avg_sq_scale = c.updated_array<float>();
+  p.sign_bits = c.updated_array<uint64_t>();
+  return p;
+}
 
 void run(Case& c, Operator op) {
   const Runtime rt = c.runtime();
@@ -160,14 +197,19 @@ void run(Case& c, Operator op) {
       auto* y = c.output<int32_t>(M * N * static_cast<int64_t>(sizeof(int32_t)));
       return binary_matmul(rt, {x, w, gate, gate_stride, nullptr, y, M, N, K, words_for(K)});
     }
-    case Operator::kSignMatmul:
-    case Operator::kSignMatmulT: {
+    case Operator::kSignMatmul: {
       const int64_t M = c.integer(), N = c.integer(), K = c.integer();
       const auto* a = c.array<float>();
       const auto* w = c.array<uint64_t>();
-      const bool transposed = op == Operator::kSignMatmulT;
-      auto* y = c.output<float>(M * (transposed ? N : K) * kFloat);
-      return (transposed ? sign_matmul_t : sign_matmul)(rt, {a, nullptr, w, y, M, N, K, words_for(K)});
+      return sign_matmul(rt, a, w, c.output<float>(M * K * kFloat), M, N, K);
+    }
+    case Operator::kSignMatmulT: {
+      const int64_t M = c.integer(), N = c.integer(), K = c.integer();
+      const bool exact = c.integer() != 0;
+      const void* x = c.array();
+      const auto* w = c.array<uint64_t>();
+      static_assert(sizeof(float) == sizeof(int32_t));
+      return sign_matmul_t(rt, x, exact, w, c.output(M * N * kFloat), M, N, K);
     }
     case Operator::kMaskedInputGrad: {
       const int64_t M = c.integer(), N = c.integer(), K = c.integer(), mask_stride = c.integer();
@@ -176,11 +218,8 @@ void run(Case& c, Operator op) {
       return masked_input_grad(rt, d, w, mask, mask_stride, c.output<float>(M * K * kFloat), M, N, K);
     }
     case Operator::kGatedWeightGrad: {
-      const int64_t M = c.integer(), N = c.integer(), K = c.integer(), gate_stride = c.integer();
-      const auto* d = c.array<float>();
-      const auto *x = c.array<uint64_t>(), *gate = c.array<uint64_t>();
-      auto* dw = c.output<float>(N * K * kFloat);
-      return gated_weight_grad(rt, {d, x, gate, gate_stride, nullptr, nullptr, dw, M, N, K, words_for(K), 0, 0});
+      const WeightGradOperands p = weight_grad_operands(c);
+      return gated_weight_grad(rt, p, c.output<float>(p.N * p.K * kFloat));
     }
     case Operator::kSampleEngram: {
       SampleEngram p{};
@@ -197,19 +236,15 @@ void run(Case& c, Operator op) {
       return c.send_flag(sample_engram(rt, p));
     }
     case Operator::kMetaplasticAdam: {
-      MetaplasticAdam p{};
-      p.N = c.integer(), p.K = c.integer(), p.words = words_for(p.K);
-      for (float* setting : {&p.beta1, &p.one_minus_beta1, &p.beta2, &p.one_minus_beta2, &p.eps, &p.weight_decay,
-                             &p.metaplasticity, &p.step_size})
-        *setting = c.number<float>();
-      const int64_t bytes = p.N * p.K * kFloat;
-      p.weight = c.send(c.array<float>(), bytes);
-      p.grad = c.array<float>();
-      p.exp_avg = c.send(c.array<float>(), bytes);
-      p.exp_avg_sq = c.send(c.array<float>(), bytes);
-      p.sign_bits = c.array<uint64_t>();
-      if (p.sign_bits != nullptr) c.send(p.sign_bits, p.N * p.words * kWord);
+      MetaplasticAdam p = update_operands(c);
+      p.grad_element = static_cast<Element>(c.integer());
+      p.grad_stride = c.integer();
+      p.grad = c.array();
       return c.send_flag(metaplastic_adam(rt, p));
+    }
+    case Operator::kGatedMetaplasticAdam: {
+      const MetaplasticAdam p = update_operands(c);
+      return c.send_flag(gated_metaplastic_adam(rt, weight_grad_operands(c), p));
     }
   }
   fail(3, "unknown operator");
