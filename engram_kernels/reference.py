@@ -262,8 +262,8 @@ def metaplastic_adam_(
 
     ``weight`` is float32, float64 or bfloat16. The moments are like it, or bfloat16, or int8 and uint8 with
     ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with the
-    :func:`philox` draws of ``seed`` for rows from ``first_row`` on: bits 0 to 11 of a draw round the second moment, 12
-    to 21 the first, 22 to 31 the weight.
+    :func:`philox` draws of ``seed`` for rows from ``first_row`` on: bits 0 to 9 of a draw round the weight, 10 to 19
+    the first moment, 20 to 31 the second.
     """
     (n, k), scaled = weight.shape, exp_avg.dtype == torch.int8
     w = _widened(weight)
@@ -279,13 +279,13 @@ def metaplastic_adam_(
     if scaled:
         assert draws is not None and exp_avg_scale is not None and exp_avg_sq_scale is not None
         for encode, x, width, shift, codes, scale in (
-            (encode_first_moment, mu, 10, 12, exp_avg, exp_avg_scale),
-            (encode_second_moment, v, 12, 0, exp_avg_sq, exp_avg_sq_scale),
+            (encode_first_moment, mu, 10, 10, exp_avg, exp_avg_scale),
+            (encode_second_moment, v, 12, 20, exp_avg_sq, exp_avg_sq_scale),
         ):
             new_codes, new_scale = encode(x, draws >> shift & (1 << width) - 1)
             codes.copy_(new_codes)
             scale.copy_(new_scale)
-    for kept, x, width, shift in ((exp_avg, mu, 10, 12), (exp_avg_sq, v, 12, 0), (weight, w, 10, 22)):
+    for kept, x, width, shift in ((exp_avg, mu, 10, 10), (exp_avg_sq, v, 12, 20), (weight, w, 10, 0)):
         if kept.dtype == torch.bfloat16:
             assert draws is not None
             kept.copy_(round_to_bfloat16(x, draws >> shift & (1 << width) - 1, width))

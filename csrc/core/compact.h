@@ -10,8 +10,9 @@
 //              octave, as in an 8-bit float, and evenly spaced near 0. A second moment never rounds down to 0 in a
 //              block that has a larger one, lest the quotient of the moments explode.
 //
-// A draw gives the second moment its bits 0 to 11, the first 12 to 21, the hidden weight 22 to 31. Only single IEEE
-// operations on floats: every backend computes the same bits.
+// A draw rounds the hidden weight with its bits 0 to 9, the first moment with 10 to 19, the second with 20 to 31; they
+// are added, and half a step of theirs, right below the last bit that is kept. Only single IEEE operations on floats:
+// every backend computes the same bits.
 #pragma once
 
 #include <cstdint>
@@ -21,23 +22,27 @@
 namespace engram {
 
 constexpr int64_t kScaleBlock = 64;
-constexpr int kSecondDrawBits = 12, kFirstDrawBits = 10, kWeightDrawBits = 10;
 
 constexpr int kDrop = 20;                             // bits of a float below the three of mantissa
 constexpr uint32_t kFirstBits = uint32_t{112} << 23;  // 2^-15
 constexpr uint32_t kSecondBits = uint32_t{96} << 23;  // 2^-31
 
-ENGRAM_FUNCTION uint32_t second_moment_draw(uint32_t draw) { return draw & 0xFFFu; }
-ENGRAM_FUNCTION uint32_t first_moment_draw(uint32_t draw) { return draw >> 12 & 0x3FFu; }
-ENGRAM_FUNCTION uint32_t weight_draw(uint32_t draw) { return draw >> 22; }
-
-// What to add to bits of which `drop` are cut off, for a draw of `width` bits: the middle of one of 2^width steps.
-ENGRAM_FUNCTION uint32_t rounding_noise(uint32_t draw, int width, int drop) {
-  return draw << (drop - width) | uint32_t{1} << (drop - width - 1);
+// What to add to bits of which kDropped are cut off.
+template <int kDropped>
+ENGRAM_FUNCTION uint32_t weight_noise(uint32_t draw) {
+  return ((draw & 0x3FFu) << (kDropped - 10)) + (1u << (kDropped - 11));
+}
+template <int kDropped>
+ENGRAM_FUNCTION uint32_t first_moment_noise(uint32_t draw) {
+  return (draw >> (20 - kDropped) & 0x3FFu << (kDropped - 10)) + (1u << (kDropped - 11));
+}
+template <int kDropped>
+ENGRAM_FUNCTION uint32_t second_moment_noise(uint32_t draw) {
+  return (draw >> (32 - kDropped) & 0xFFFu << (kDropped - 12)) + (1u << (kDropped - 13));
 }
 
-ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t draw, int width) {
-  return static_cast<uint16_t>((bits_from_float(x) + rounding_noise(draw, width, 16)) >> 16);
+ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t noise) {
+  return static_cast<uint16_t>((bits_from_float(x) + noise) >> 16);
 }
 ENGRAM_FUNCTION float from_bfloat16(uint16_t x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
 
@@ -54,9 +59,7 @@ ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {
 
 ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t draw) {
   const float magnitude = float_from_bits(bits_from_float(x) & 0x7FFFFFFFu) * reciprocal + float_from_bits(kFirstBits);
-  const uint32_t code =
-      (bits_from_float(magnitude) - kFirstBits + rounding_noise(first_moment_draw(draw), kFirstDrawBits, kDrop)) >>
-      kDrop;
+  const uint32_t code = (bits_from_float(magnitude) - kFirstBits + first_moment_noise<kDrop>(draw)) >> kDrop;
   const int32_t clamped = static_cast<int32_t>(code < 127u ? code : 127u);
   return static_cast<int8_t>(x < 0.0f ? -clamped : clamped);
 }
@@ -69,9 +72,7 @@ ENGRAM_FUNCTION float from_first_moment(int8_t code, float scale) {
 
 ENGRAM_FUNCTION uint8_t to_second_moment(float x, float reciprocal, uint32_t draw) {
   const float value = x * reciprocal + float_from_bits(kSecondBits);
-  const uint32_t code =
-      (bits_from_float(value) - kSecondBits + rounding_noise(second_moment_draw(draw), kSecondDrawBits, kDrop)) >>
-      kDrop;
+  const uint32_t code = (bits_from_float(value) - kSecondBits + second_moment_noise<kDrop>(draw)) >> kDrop;
   return static_cast<uint8_t>(code < 1u ? 1u : code < 255u ? code : 255u);
 }
 ENGRAM_FUNCTION float from_second_moment(uint8_t code, float scale) {

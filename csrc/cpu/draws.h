@@ -16,7 +16,7 @@ class Draws {
   Draws(uint64_t seed, uint32_t offset) : offset_(offset) {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      key0_[round] = key0, key1_[round] = key1;
+      key0_[round] = bits_all(key0), key1_[round] = bits_all(key1);
       key0 += kPhiloxW0, key1 += kPhiloxW1;
     }
     // even lanes take the first half of a vector's counters, odd lanes the second: interleaved at the end, they are in
@@ -28,12 +28,12 @@ class Draws {
   // draws[i] = 32 random bits of unit first + i of a row; first is a multiple of 4.
   __attribute__((always_inline)) void group(uint64_t row, int64_t first, uint32_t* draws) const {
     constexpr int kVectors = static_cast<int>(kDrawGroup / 4) / kBitLanes;
-    constexpr int kAtOnce = kVectors < 4 ? kVectors : 4;
+    constexpr int kAtOnce = 2;  // vectors of counters, so that all words stay in 16 registers
     const Bits m0 = bits_all(kPhiloxM0), m1 = bits_all(kPhiloxM1);
     uint64_t pairs[kDrawGroup / 2];
     for (int first_vector = 0; first_vector < kVectors; first_vector += kAtOnce) {
       Bits c0[kAtOnce], c1[kAtOnce], c2[kAtOnce], c3[kAtOnce];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int v = 0; v < kAtOnce; ++v) {
         c0[v] =
             add_wide(bits_load(lanes_), bits_all(static_cast<uint64_t>(first / 4 + (first_vector + v) * kBitLanes)));
@@ -41,19 +41,18 @@ class Draws {
         c2[v] = bits_all(row >> 32);
         c3[v] = bits_all(offset_);
       }
-#pragma GCC unroll 1
+#pragma GCC unroll 10
       for (int round = 0; round < kPhiloxRounds; ++round) {
-        const Bits k0 = bits_all(key0_[round]), k1 = bits_all(key1_[round]);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int v = 0; v < kAtOnce; ++v) {
           const Bits p0 = multiply_low(c0[v], m0), p1 = multiply_low(c2[v], m1);
-          c0[v] = differ(differ(shift_down(p1), c1[v]), k0);
+          c0[v] = differ(differ(shift_down(p1), c1[v]), key0_[round]);
           c1[v] = p1;
-          c2[v] = differ(differ(shift_down(p0), c3[v]), k1);
+          c2[v] = differ(differ(shift_down(p0), c3[v]), key1_[round]);
           c3[v] = p0;
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int v = 0; v < kAtOnce; ++v) {
         const Bits low = join_low(c0[v], c1[v]), high = join_low(c2[v], c3[v]);
         uint64_t* out = pairs + 2 * (first_vector + v) * kBitLanes;
@@ -65,7 +64,8 @@ class Draws {
   }
 
  private:
-  uint64_t key0_[kPhiloxRounds], key1_[kPhiloxRounds], lanes_[kBitLanes];
+  Bits key0_[kPhiloxRounds], key1_[kPhiloxRounds];
+  uint64_t lanes_[kBitLanes];
   uint32_t offset_;
 };
 

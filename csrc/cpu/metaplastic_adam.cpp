@@ -6,12 +6,11 @@
 //   W  -= step_size * mu' / (sqrt(v) + eps),   step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t)
 //
 // (Laborieux et al. 2021, eq. 2 and their published optimizer, which tests the sign of the momentum.)
-// 1 - tanh^2(z) = 4 e^{-2z} / (1 + e^{-2z})^2. All tensors [N, K]: the weight float32 or bfloat16, the moments float32
-// or one of the compact formats of core/compact.h, in which case each is rounded with its bits of the unit's draw.
-// Range in words of 64 weights. Bound by memory (float32: 4 reads and 3 writes of 4 bytes a weight, and one bit); the
-// compact formats by their conversions and draws. Only single IEEE operations and no fused multiply-add, so that every
-// instruction set computes the same bits.
-#include <cstring>
+// 1 - tanh^2(z) = 4 t / (1 + t)^2 with t = e^{-2z}. All tensors [N, K]: the weight float32 or bfloat16, the moments
+// float32 or one of the compact formats of core/compact.h, in which case each is rounded with its bits of the unit's
+// draw. Range in words of 64 weights. Bound by memory (float32: 4 reads and 3 writes of 4 bytes a weight, and one bit);
+// the compact formats by their conversions and draws. Only single IEEE operations and no fused multiply-add, so that
+// every instruction set computes the same bits.
 #include <type_traits>
 
 #include "core/compact.h"
@@ -23,25 +22,25 @@ namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
 
-// e^x for x <= 0, relative error below 3e-7; below -87 the result is e^-87.
-ENGRAM_INLINE float exp_of_negative(float x) {
-  x = x > -87.0f ? x : -87.0f;
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;    // ln 2 in two parts (Cody and Waite)
-  float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return p * float_from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+// 2^x for x <= 0, relative error below 3e-7; below -125 the result is 2^-125. Estrin's scheme, since the length of the
+// chain of operations, not their number, would bound the update.
+ENGRAM_INLINE float power_of_two(float x) {
+  x = x > -125.0f ? x : -125.0f;
+  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
+  const float f = x - (shifted - 12582912.0f);
+  const float f2 = f * f;
+  const float low = 1.0f + f * 0.693146862f, middle = 0.240222379f + f * 0.0555089302f;
+  const float high = 0.00967169809f + f * 0.00132186932f;
+  const float p = low + f2 * (middle + f2 * high);
+  return float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
 }
 
 // The update of n <= 64 weights, written to be vectorised; true if one became NaN.
 ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict w, const float* __restrict grad,
                           float* __restrict exp_avg, float* __restrict exp_avg_sq) {
+  constexpr float kLog2E = 1.44269504f;
   const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
-  const float slope = -2.0f * p.metaplasticity;
+  const float slope = -2.0f * kLog2E * p.metaplasticity;
   uint32_t nan = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float weight = w[i];
@@ -50,10 +49,10 @@ ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict
     const float v = keep2 * exp_avg_sq[i] + take2 * (g * g);
     exp_avg[i] = mu;
     exp_avg_sq[i] = v;
-    const float t = exp_of_negative(slope * __builtin_fabsf(weight));
-    // W mu > 0 by signs, since the product of two tiny numbers underflows to 0
-    const bool opposed = ((weight > 0.0f) & (mu > 0.0f)) | ((weight < 0.0f) & (mu < 0.0f));
+    const float t = power_of_two(slope * __builtin_fabsf(weight));
     const float root = __builtin_sqrtf(v) + p.eps;
+    // Same signs: the step would shrink |W|. Where one of them is 0 both quotients are the same.
+    const bool opposed = static_cast<int32_t>(bits_from_float(weight) ^ bits_from_float(mu)) >= 0;
     const float numerator = opposed ? mu * (4.0f * t) : mu;
     const float denominator = opposed ? root * ((1.0f + t) * (1.0f + t)) : root;
     const float next = weight - p.step_size * (numerator / denominator);
@@ -63,42 +62,38 @@ ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict
   return nan != 0;
 }
 
-// How the 64 numbers of a word are held in memory. Each format reads them into floats and writes them back; `draws` are
-// those of the units, `scale` that of the block.
+// How the 64 numbers of a word are held in memory. Formats other than float32 read them into floats and write them
+// back; `draws` are those of the units, `scale` that of the block.
 struct Float32 {
   using Held = float;
-  ENGRAM_INLINE void read(const Held* from, const float*, int64_t n, float* to) {
-    memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-  }
-  ENGRAM_INLINE void write(const float* from, const uint32_t*, int64_t n, Held* to, float*) {
-    memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-  }
 };
+template <typename Format>
+constexpr bool kIsFloat = std::is_same_v<Format, Float32>;
 
-template <uint32_t (*kDraw)(uint32_t), int kDrawWidth>
+template <uint32_t (*kNoise)(uint32_t)>
 struct BFloat16 {
   using Held = uint16_t;
-  ENGRAM_INLINE void read(const Held* from, const float*, int64_t n, float* to) {
+  ENGRAM_INLINE void read(const Held* __restrict from, const float*, int64_t n, float* __restrict to) {
     for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat16(from[i]);
   }
-  ENGRAM_INLINE void write(const float* from, const uint32_t* draws, int64_t n, Held* to, float*) {
-    for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i], kDraw(draws[i]), kDrawWidth);
+  ENGRAM_INLINE void write(const float* __restrict from, const uint32_t* __restrict draws, int64_t n,
+                           Held* __restrict to, float*) {
+    for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i], kNoise(draws[i]));
   }
 };
-using WeightBFloat16 = BFloat16<weight_draw, kWeightDrawBits>;
-using FirstBFloat16 = BFloat16<first_moment_draw, kFirstDrawBits>;
-using SecondBFloat16 = BFloat16<second_moment_draw, kSecondDrawBits>;
+using WeightBFloat16 = BFloat16<weight_noise<16>>;
+using FirstBFloat16 = BFloat16<first_moment_noise<16>>;
+using SecondBFloat16 = BFloat16<second_moment_noise<16>>;
 
 template <typename Code, float (*kDecode)(Code, float), Code (*kEncode)(float, float, uint32_t)>
 struct Scaled {
   using Held = Code;
-  ENGRAM_INLINE void read(const Held* from, const float* scale, int64_t n, float* to) {
+  ENGRAM_INLINE void read(const Held* __restrict from, const float* scale, int64_t n, float* __restrict to) {
     const float by = *scale;
-    Code codes[kWordBits];  // a local array, which the compiler knows not to overlap
-    memcpy(codes, from, static_cast<size_t>(n) * sizeof(Code));
-    for (int64_t i = 0; i < n; ++i) to[i] = kDecode(codes[i], by);
+    for (int64_t i = 0; i < n; ++i) to[i] = kDecode(from[i], by);
   }
-  ENGRAM_INLINE void write(const float* from, const uint32_t* draws, int64_t n, Held* to, float* scale) {
+  ENGRAM_INLINE void write(const float* __restrict from, const uint32_t* __restrict draws, int64_t n,
+                           Held* __restrict to, float* scale) {
     uint32_t largest = 0;  // floats without their sign are ordered like their bits
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t magnitude = bits_from_float(from[i]) & 0x7FFFFFFFu;
@@ -106,9 +101,7 @@ struct Scaled {
     }
     *scale = block_scale(largest);
     const float reciprocal = reciprocal_of_scale(*scale);
-    Code codes[kWordBits];  // a local array, which the compiler knows not to overlap
-    for (int64_t i = 0; i < n; ++i) codes[i] = kEncode(from[i], reciprocal, draws[i]);
-    memcpy(to, codes, static_cast<size_t>(n) * sizeof(Code));
+    for (int64_t i = 0; i < n; ++i) to[i] = kEncode(from[i], reciprocal, draws[i]);
   }
 };
 using FirstScaled = Scaled<int8_t, from_first_moment, to_first_moment>;
@@ -117,7 +110,6 @@ using SecondScaled = Scaled<uint8_t, from_second_moment, to_second_moment>;
 // n weights of a row from unit `unit`; inlined with n known, so that whole words are vectorised.
 template <typename Weight, typename Grad, typename First, typename Second>
 ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, int64_t row, int64_t unit, int64_t n) {
-  constexpr bool kInPlace = std::is_same_v<Weight, Float32> && std::is_same_v<First, Float32>;
   const int64_t at = row * p.K + unit, block = row * ceil_div(p.K, kScaleBlock) + unit / kScaleBlock;
   auto* weight = static_cast<typename Weight::Held*>(p.weight) + at;
   const auto* grad =
@@ -125,29 +117,36 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, in
   auto* exp_avg = static_cast<typename First::Held*>(p.exp_avg) + at;
   auto* exp_avg_sq = static_cast<typename Second::Held*>(p.exp_avg_sq) + at;
 
+  // float32 is worked on where it lies, everything else in these
   alignas(64) float w_read[kWordBits], g_read[kWordBits], mu_read[kWordBits], v_read[kWordBits];
   float *w = w_read, *mu = mu_read, *v = v_read;
   const float* g = g_read;
-  if constexpr (std::is_same_v<Grad, Float32>)
+  if constexpr (kIsFloat<Weight>)
+    w = weight;
+  else
+    Weight::read(weight, nullptr, n, w);
+  if constexpr (kIsFloat<Grad>)
     g = grad;
   else
     Grad::read(grad, nullptr, n, g_read);
-  bool nan;
-  if constexpr (kInPlace) {
-    w = weight, mu = exp_avg, v = exp_avg_sq;
-    nan = update(p, n, w, g, mu, v);
+  if constexpr (kIsFloat<First>) {
+    mu = exp_avg, v = exp_avg_sq;
   } else {
-    alignas(64) uint32_t draws[kDrawGroup];
-    source.group(p.first_row + static_cast<uint64_t>(row), unit, draws);
-    Weight::read(weight, nullptr, n, w);
     First::read(exp_avg, p.exp_avg_scale + block, n, mu);
     Second::read(exp_avg_sq, p.exp_avg_sq_scale + block, n, v);
-    nan = update(p, n, w, g, mu, v);
-    Weight::write(w, draws, n, weight, nullptr);
-    First::write(mu, draws, n, exp_avg, p.exp_avg_scale + block);
-    Second::write(v, draws, n, exp_avg_sq, p.exp_avg_sq_scale + block);
-    // rounding may have made a small negative weight -0, whose sign is +1
-    if constexpr (!std::is_same_v<Weight, Float32>) Weight::read(weight, nullptr, n, w);
+  }
+  const bool nan = update(p, n, w, g, mu, v);
+  if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) {
+    alignas(64) uint32_t draws[kDrawGroup];
+    source.group(p.first_row + static_cast<uint64_t>(row), unit, draws);
+    if constexpr (!kIsFloat<Weight>) {
+      Weight::write(w, draws, n, weight, nullptr);
+      Weight::read(weight, nullptr, n, w);  // rounding may have made a small negative weight -0, whose sign is +1
+    }
+    if constexpr (!kIsFloat<First>) {
+      First::write(mu, draws, n, exp_avg, p.exp_avg_scale + block);
+      Second::write(v, draws, n, exp_avg_sq, p.exp_avg_sq_scale + block);
+    }
   }
   if (p.sign_bits == nullptr) return nan;
   uint64_t bits = 0;
