@@ -173,18 +173,17 @@ def _float(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _rounding_noise(draws: Tensor, width: int, dropped: int) -> Tensor:
-    """What to add to bits of which ``dropped`` are cut off: the middle of one of ``2^width`` steps."""
-    return (draws << (dropped - width)) + (1 << (dropped - width - 1))
-
-
-def round_to_bfloat16(x: Tensor, draws: Tensor, width: int) -> Tensor:
+def round_to_bfloat16(x: Tensor, random16: Tensor) -> Tensor:
     """Stochastic rounding of float32 to bfloat16: up with the probability of the distance from the lower neighbour.
 
-    ``draws`` (same shape) are random integers below ``2^width``.
+    ``random16`` (same shape) are random integers in [0, 2^16).
     """
-    bits = _bits(x) + _rounding_noise(draws, width, 16) >> 16
-    return bits.to(torch.int16).view(torch.bfloat16)
+    return (_bits(x) + random16 >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _moment_noise(random16: Tensor) -> Tensor:
+    """What to add to bits of which ``_DROPPED`` are cut off: the middle of one of 2^16 steps."""
+    return (random16 << (_DROPPED - 16)) + (1 << (_DROPPED - 17))
 
 
 def _by_unit(scale: Tensor, k: int) -> Tensor:
@@ -210,11 +209,11 @@ def decode_first_moment(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.where(codes < 0, -magnitude, magnitude) * _by_unit(scale, codes.shape[1])
 
 
-def encode_first_moment(x: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a first moment, float32 (N, K), rounded by the low 10 bits of ``draws``."""
+def encode_first_moment(x: Tensor, random16: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a first moment, float32 (N, K), rounded by random integers in [0, 2^16)."""
     scale, zero = _block_scale(x), torch.tensor(_FIRST_ZERO)
     magnitude = x.abs() * _by_unit(_reciprocal(scale), x.shape[1]) + zero
-    codes = (_bits(magnitude) - _bits(zero) + _rounding_noise(draws, 10, _DROPPED) >> _DROPPED).clamp(max=127)
+    codes = (_bits(magnitude) - _bits(zero) + _moment_noise(random16) >> _DROPPED).clamp(max=127)
     return torch.where(x < 0, -codes, codes).to(torch.int8), scale
 
 
@@ -224,11 +223,11 @@ def decode_second_moment(codes: Tensor, scale: Tensor) -> Tensor:
     return (_float((codes.long() << _DROPPED) + _bits(zero)) - zero) * _by_unit(scale, codes.shape[1])
 
 
-def encode_second_moment(x: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a second moment, float32 (N, K), rounded by the low 12 bits of ``draws``; no code is 0."""
+def encode_second_moment(x: Tensor, random16: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a second moment, float32 (N, K), rounded likewise; no code is 0."""
     scale, zero = _block_scale(x), torch.tensor(_SECOND_ZERO)
     value = x * _by_unit(_reciprocal(scale), x.shape[1]) + zero
-    codes = _bits(value) - _bits(zero) + _rounding_noise(draws, 12, _DROPPED) >> _DROPPED
+    codes = _bits(value) - _bits(zero) + _moment_noise(random16) >> _DROPPED
     return codes.clamp(1, 255).to(torch.uint8), scale
 
 
@@ -261,9 +260,10 @@ def metaplastic_adam_(
     step would shrink ``|W|`` and ``mu`` otherwise. ``weight_decay`` is coupled: it is added to the gradient.
 
     ``weight`` is float32, float64 or bfloat16. The moments are like it, or bfloat16, or int8 and uint8 with
-    ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with the
-    :func:`philox` draws of ``seed`` for rows from ``first_row`` on: bits 0 to 9 of a draw round the weight, 10 to 19
-    the first moment, 20 to 31 the second.
+    ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with
+    :func:`philox` draws of ``seed`` for rows from ``first_row`` on: 16 bits for both moments of a unit, half
+    ``unit % 2`` (the low half first) of draw ``unit // 2``; with a bfloat16 weight, the low half of draw ``unit``, whose
+    high half rounds the weight.
     """
     (n, k), scaled = weight.shape, exp_avg.dtype == torch.int8
     w = _widened(weight)
@@ -275,20 +275,25 @@ def metaplastic_adam_(
     step_avg = torch.where(w.sign() * mu.sign() > 0, mu * (1 - torch.tanh(metaplasticity * w.abs()) ** 2), mu)
     step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
     w = w - step_size * (step_avg / (v.sqrt() + eps))
-    draws = None if seed is None else philox(seed, n, k, first_row).to(weight.device)
+    if exp_avg.dtype in (torch.bfloat16, torch.int8) or weight.dtype == torch.bfloat16:
+        assert seed is not None
+        own_draw = weight.dtype == torch.bfloat16
+        draws = philox(seed, n, k if own_draw else -(-k // 2), first_row).to(weight.device)
+        halves = torch.stack([draws & 0xFFFF, draws >> 16], dim=2)
+        for_moments = halves[:, :, 0] if own_draw else halves.flatten(1)[:, :k]
+        for_weight = halves[:, :, 1]
     if scaled:
-        assert draws is not None and exp_avg_scale is not None and exp_avg_sq_scale is not None
-        for encode, x, width, shift, codes, scale in (
-            (encode_first_moment, mu, 10, 10, exp_avg, exp_avg_scale),
-            (encode_second_moment, v, 12, 20, exp_avg_sq, exp_avg_sq_scale),
+        assert exp_avg_scale is not None and exp_avg_sq_scale is not None
+        for encode, x, codes, scale in (
+            (encode_first_moment, mu, exp_avg, exp_avg_scale),
+            (encode_second_moment, v, exp_avg_sq, exp_avg_sq_scale),
         ):
-            new_codes, new_scale = encode(x, draws >> shift & (1 << width) - 1)
+            new_codes, new_scale = encode(x, for_moments)
             codes.copy_(new_codes)
             scale.copy_(new_scale)
-    for kept, x, width, shift in ((exp_avg, mu, 10, 10), (exp_avg_sq, v, 12, 20), (weight, w, 10, 0)):
+    for kept, x in ((exp_avg, mu), (exp_avg_sq, v), (weight, w)):
         if kept.dtype == torch.bfloat16:
-            assert draws is not None
-            kept.copy_(round_to_bfloat16(x, draws >> shift & (1 << width) - 1, width))
+            kept.copy_(round_to_bfloat16(x, for_weight if kept is weight else for_moments))
         elif kept.is_floating_point():
             kept.copy_(x)
     if sign_bits is not None:

@@ -360,8 +360,9 @@ def test_the_fused_update_is_the_two_operators_one_after_the_other(isa, gate, st
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("moment, width, smallest_step", [("first", 10, 2**-18), ("second", 12, 2**-34)])
-def test_compact_moments_round_without_bias(moment, width, smallest_step):
+@pytest.mark.parametrize("moment, smallest_step", [("first", 2**-18), ("second", 2**-34)])
+def test_compact_moments_round_without_bias(moment, smallest_step):
+    width = 16
     encode, decode = (getattr(reference, f"{name}_{moment}_moment") for name in ("encode", "decode"))
     x = torch.randn(1, 64).exp()
     x[0, :4] = torch.tensor([1.0, 1e-3, 1e-5, 0.0])
@@ -380,9 +381,9 @@ def test_compact_moments_round_without_bias(moment, width, smallest_step):
 
 def test_stochastic_rounding_to_bfloat16_is_unbiased():
     x = torch.tensor([1.0, 1.001, -3.3, 1e-20, 0.0])
-    draws = torch.arange(1024).unsqueeze(1).expand(-1, 5)
-    rounded = reference.round_to_bfloat16(x.expand(1024, 5), draws, 10).double()
-    assert ((rounded.mean(0) - x).abs() <= x.abs() * 2.0**-17).all()
+    draws = torch.arange(2**16).unsqueeze(1).expand(-1, 5)
+    rounded = reference.round_to_bfloat16(x.expand(2**16, 5), draws).double()
+    assert ((rounded.mean(0) - x.double()).abs() <= x.abs() * 1e-9).all()
     assert (rounded[:, 0] == 1).all() and (rounded[:, 4] == 0).all()
 
 

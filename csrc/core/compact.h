@@ -10,9 +10,9 @@
 //              octave, as in an 8-bit float, and evenly spaced near 0. A second moment never rounds down to 0 in a
 //              block that has a larger one, lest the quotient of the moments explode.
 //
-// A draw rounds the hidden weight with its bits 0 to 9, the first moment with 10 to 19, the second with 20 to 31; they
-// are added, and half a step of theirs, right below the last bit that is kept. Only single IEEE operations on floats:
-// every backend computes the same bits.
+// 16 random bits round both moments of a unit: half `unit % 2` (low half first) of the draw of unit / 2, core/philox.h.
+// Where the weight is bfloat16, the unit has a draw of its own: the low half for the moments, the high half for the
+// weight. Only single IEEE operations on floats: every backend computes the same bits.
 #pragma once
 
 #include <cstdint>
@@ -27,22 +27,8 @@ constexpr int kDrop = 20;                             // bits of a float below t
 constexpr uint32_t kFirstBits = uint32_t{112} << 23;  // 2^-15
 constexpr uint32_t kSecondBits = uint32_t{96} << 23;  // 2^-31
 
-// What to add to bits of which kDropped are cut off.
-template <int kDropped>
-ENGRAM_FUNCTION uint32_t weight_noise(uint32_t draw) {
-  return ((draw & 0x3FFu) << (kDropped - 10)) + (1u << (kDropped - 11));
-}
-template <int kDropped>
-ENGRAM_FUNCTION uint32_t first_moment_noise(uint32_t draw) {
-  return (draw >> (20 - kDropped) & 0x3FFu << (kDropped - 10)) + (1u << (kDropped - 11));
-}
-template <int kDropped>
-ENGRAM_FUNCTION uint32_t second_moment_noise(uint32_t draw) {
-  return (draw >> (32 - kDropped) & 0xFFFu << (kDropped - 12)) + (1u << (kDropped - 13));
-}
-
-ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t noise) {
-  return static_cast<uint16_t>((bits_from_float(x) + noise) >> 16);
+ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t random16) {
+  return static_cast<uint16_t>((bits_from_float(x) + random16) >> 16);
 }
 ENGRAM_FUNCTION float from_bfloat16(uint16_t x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
 
@@ -57,9 +43,12 @@ ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {
   return float_from_bits(bits == 0 ? 0u : (uint32_t{254} << 23) - bits);
 }
 
-ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t draw) {
+// What to add to bits of which kDrop are cut off: the middle of one of 2^16 steps.
+ENGRAM_FUNCTION uint32_t moment_noise(uint32_t random16) { return (random16 << (kDrop - 16)) + (1u << (kDrop - 17)); }
+
+ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t random16) {
   const float magnitude = float_from_bits(bits_from_float(x) & 0x7FFFFFFFu) * reciprocal + float_from_bits(kFirstBits);
-  const uint32_t code = (bits_from_float(magnitude) - kFirstBits + first_moment_noise<kDrop>(draw)) >> kDrop;
+  const uint32_t code = (bits_from_float(magnitude) - kFirstBits + moment_noise(random16)) >> kDrop;
   const int32_t clamped = static_cast<int32_t>(code < 127u ? code : 127u);
   return static_cast<int8_t>(x < 0.0f ? -clamped : clamped);
 }
@@ -70,9 +59,9 @@ ENGRAM_FUNCTION float from_first_moment(int8_t code, float scale) {
   return (code < 0 ? -value : value) * scale;
 }
 
-ENGRAM_FUNCTION uint8_t to_second_moment(float x, float reciprocal, uint32_t draw) {
+ENGRAM_FUNCTION uint8_t to_second_moment(float x, float reciprocal, uint32_t random16) {
   const float value = x * reciprocal + float_from_bits(kSecondBits);
-  const uint32_t code = (bits_from_float(value) - kSecondBits + second_moment_noise<kDrop>(draw)) >> kDrop;
+  const uint32_t code = (bits_from_float(value) - kSecondBits + moment_noise(random16)) >> kDrop;
   return static_cast<uint8_t>(code < 1u ? 1u : code < 255u ? code : 255u);
 }
 ENGRAM_FUNCTION float from_second_moment(uint8_t code, float scale) {

@@ -8,7 +8,7 @@
 
 namespace engram::cpu::ENGRAM_ISA {
 
-constexpr int64_t kDrawGroup = 64;  // units drawn together: 16 Philox counters
+constexpr int64_t kDrawGroup = 64;  // units for which sample_engram draws together: 16 Philox counters
 
 // A counter a lane, its words in the low halves; what gathers in the high halves is never read.
 class Draws {
@@ -25,12 +25,13 @@ class Draws {
       lanes_[lane] = static_cast<uint64_t>(lane / 2 + lane % 2 * (kBitLanes / 2));
   }
 
-  // draws[i] = 32 random bits of unit first + i of a row; first is a multiple of 4.
+  // draws[i] = 32 random bits of unit first + i of a row, i < kUnits; first is a multiple of 4.
+  template <int kUnits>
   __attribute__((always_inline)) void group(uint64_t row, int64_t first, uint32_t* draws) const {
-    constexpr int kVectors = static_cast<int>(kDrawGroup / 4) / kBitLanes;
-    constexpr int kAtOnce = 2;  // vectors of counters, so that all words stay in 16 registers
+    constexpr int kVectors = kUnits / 4 / kBitLanes;
+    constexpr int kAtOnce = kVectors < 2 ? 1 : 2;  // vectors of counters, so that all words stay in 16 registers
     const Bits m0 = bits_all(kPhiloxM0), m1 = bits_all(kPhiloxM1);
-    uint64_t pairs[kDrawGroup / 2];
+    uint64_t pairs[kUnits / 2];
     for (int first_vector = 0; first_vector < kVectors; first_vector += kAtOnce) {
       Bits c0[kAtOnce], c1[kAtOnce], c2[kAtOnce], c3[kAtOnce];
 #pragma GCC unroll 2

@@ -11,6 +11,7 @@
 // draw. Range in words of 64 weights. Bound by memory (float32: 4 reads and 3 writes of 4 bytes a weight, and one bit);
 // the compact formats by their conversions and draws. Only single IEEE operations and no fused multiply-add, so that
 // every instruction set computes the same bits.
+#include <cstring>
 #include <type_traits>
 
 #include "core/compact.h"
@@ -63,27 +64,23 @@ ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict
 }
 
 // How the 64 numbers of a word are held in memory. Formats other than float32 read them into floats and write them
-// back; `draws` are those of the units, `scale` that of the block.
+// back; `random` are 16 bits a unit, `scale` that of the block.
 struct Float32 {
   using Held = float;
 };
 template <typename Format>
 constexpr bool kIsFloat = std::is_same_v<Format, Float32>;
 
-template <uint32_t (*kNoise)(uint32_t)>
 struct BFloat16 {
   using Held = uint16_t;
   ENGRAM_INLINE void read(const Held* __restrict from, const float*, int64_t n, float* __restrict to) {
     for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat16(from[i]);
   }
-  ENGRAM_INLINE void write(const float* __restrict from, const uint32_t* __restrict draws, int64_t n,
+  ENGRAM_INLINE void write(const float* __restrict from, const uint16_t* __restrict random, int64_t n,
                            Held* __restrict to, float*) {
-    for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i], kNoise(draws[i]));
+    for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i], random[i]);
   }
 };
-using WeightBFloat16 = BFloat16<weight_noise<16>>;
-using FirstBFloat16 = BFloat16<first_moment_noise<16>>;
-using SecondBFloat16 = BFloat16<second_moment_noise<16>>;
 
 template <typename Code, float (*kDecode)(Code, float), Code (*kEncode)(float, float, uint32_t)>
 struct Scaled {
@@ -92,7 +89,7 @@ struct Scaled {
     const float by = *scale;
     for (int64_t i = 0; i < n; ++i) to[i] = kDecode(from[i], by);
   }
-  ENGRAM_INLINE void write(const float* __restrict from, const uint32_t* __restrict draws, int64_t n,
+  ENGRAM_INLINE void write(const float* __restrict from, const uint16_t* __restrict random, int64_t n,
                            Held* __restrict to, float* scale) {
     uint32_t largest = 0;  // floats without their sign are ordered like their bits
     for (int64_t i = 0; i < n; ++i) {
@@ -101,7 +98,7 @@ struct Scaled {
     }
     *scale = block_scale(largest);
     const float reciprocal = reciprocal_of_scale(*scale);
-    for (int64_t i = 0; i < n; ++i) to[i] = kEncode(from[i], reciprocal, draws[i]);
+    for (int64_t i = 0; i < n; ++i) to[i] = kEncode(from[i], reciprocal, random[i]);
   }
 };
 using FirstScaled = Scaled<int8_t, from_first_moment, to_first_moment>;
@@ -137,15 +134,23 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, in
   }
   const bool nan = update(p, n, w, g, mu, v);
   if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) {
-    alignas(64) uint32_t draws[kDrawGroup];
-    source.group(p.first_row + static_cast<uint64_t>(row), unit, draws);
-    if constexpr (!kIsFloat<Weight>) {
-      Weight::write(w, draws, n, weight, nullptr);
+    const uint64_t draw_row = p.first_row + static_cast<uint64_t>(row);
+    alignas(64) uint16_t random[kWordBits];
+    if constexpr (kIsFloat<Weight>) {
+      uint32_t draws[kWordBits / 2];
+      source.group<kWordBits / 2>(draw_row, unit / 2, draws);
+      memcpy(random, draws, sizeof random);
+    } else {
+      uint32_t draws[kWordBits];
+      source.group<kWordBits>(draw_row, unit, draws);
+      for (int64_t i = 0; i < kWordBits; ++i) random[i] = static_cast<uint16_t>(draws[i] >> 16);
+      Weight::write(w, random, n, weight, nullptr);
       Weight::read(weight, nullptr, n, w);  // rounding may have made a small negative weight -0, whose sign is +1
+      for (int64_t i = 0; i < kWordBits; ++i) random[i] = static_cast<uint16_t>(draws[i]);
     }
     if constexpr (!kIsFloat<First>) {
-      First::write(mu, draws, n, exp_avg, p.exp_avg_scale + block);
-      Second::write(v, draws, n, exp_avg_sq, p.exp_avg_sq_scale + block);
+      First::write(mu, random, n, exp_avg, p.exp_avg_scale + block);
+      Second::write(v, random, n, exp_avg_sq, p.exp_avg_sq_scale + block);
     }
   }
   if (p.sign_bits == nullptr) return nan;
@@ -183,7 +188,7 @@ bool update_moments(const MetaplasticAdam& p, int64_t begin, int64_t end) {
     case Moments::kFloat32:
       return update_words<Weight, Grad, Float32, Float32>(p, begin, end);
     case Moments::kBFloat16:
-      return update_words<Weight, Grad, FirstBFloat16, SecondBFloat16>(p, begin, end);
+      return update_words<Weight, Grad, BFloat16, BFloat16>(p, begin, end);
     default:
       return update_words<Weight, Grad, FirstScaled, SecondScaled>(p, begin, end);
   }
@@ -193,8 +198,8 @@ bool update_moments(const MetaplasticAdam& p, int64_t begin, int64_t end) {
 
 bool metaplastic_adam(const MetaplasticAdam& p, int64_t begin, int64_t end) {
   if (p.weight_element == Element::kFloat32) return update_moments<Float32, Float32>(p, begin, end);
-  if (p.grad_element == Element::kFloat32) return update_moments<WeightBFloat16, Float32>(p, begin, end);
-  return update_moments<WeightBFloat16, WeightBFloat16>(p, begin, end);
+  if (p.grad_element == Element::kFloat32) return update_moments<BFloat16, Float32>(p, begin, end);
+  return update_moments<BFloat16, BFloat16>(p, begin, end);
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -20,7 +20,7 @@ void bernoulli_row(const SampleEngram& p, const Draws& source, int64_t m) {
   for (int64_t word = 0; word < p.words; ++word) {
     uint64_t bits = 0;
     if (word * kWordBits < p.K) {
-      source.group(p.first_row + static_cast<uint64_t>(m), word * kWordBits, draws);
+      source.group<kDrawGroup>(p.first_row + static_cast<uint64_t>(m), word * kWordBits, draws);
       for (int64_t i = 0; i < kDrawGroup; ++i) bits |= static_cast<uint64_t>(draws[i] < p.threshold) << i;
     }
     gate[word] = bits & valid_bits(word, p.K);
@@ -43,7 +43,7 @@ bool make_keys(const SampleEngram& p, const Draws& source, int64_t m, uint32_t* 
     }
     if (noisy) {
       uint32_t draws[kDrawGroup];
-      source.group(p.first_row + static_cast<uint64_t>(m), first, draws);
+      source.group<kDrawGroup>(p.first_row + static_cast<uint64_t>(m), first, draws);
       if (scored)
         for (int64_t i = 0; i < kDrawGroup; ++i) value[i] = value[i] * p.inverse_temperature + gumbel(draws[i]);
       else
