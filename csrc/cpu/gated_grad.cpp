@@ -3,12 +3,12 @@
 //   gated_input_grad   dx[m,k]  = mask[m,k] sum_n d[m,n] s(W[n,k])      mask = gate & window, d [M, N], dx [M, K]
 //   gated_weight_grad  dW[n,k]  = sum_m d[m,n] g[m,k] s(x[m,k])         dW [N, K]
 //
-// gated_input_grad reads W by columns (its sign bits transposed, [K, words_for(N)]): each recruited unit of a sample is
-// a dot product of d[m] with one row of bits, kUnits of them in registers at once. Bound by masked additions.
-// gated_weight_grad visits, per unit, only the samples that recruited it (listed once per call): plain vector additions
-// of rows of d into a tile of kTileUnits x kTileOutputs, transposed on its way out. Bound by additions, or at low rates
-// by writing dW once.
-// Where most units are recruited, launch.cpp takes sign_product instead.
+// gated_input_grad reads W by columns (its sign bits transposed, [K, words_for(N)]). For a sample, the sums of
+// kTableSigns consecutive signed terms d[m,n] are tabulated, a register per table; recruited units are lanes, their
+// next signs index the table: a permutation, a shift and an addition for kTableSigns terms of kLanes units. Bound by
+// those three. gated_weight_grad visits, per unit, only the samples that recruited it (listed once per call): plain
+// vector additions of rows of d into a tile of kTileUnits x kTileOutputs, transposed on its way out. Bound by
+// additions, or at low rates by writing dW once. Where most units are recruited, launch.cpp takes sign_product instead.
 #include <cstring>
 
 #include "cpu/simd.h"
@@ -18,45 +18,131 @@ namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
 
+constexpr int64_t kSigns32 = 32;  // signs of W that are read together
+
+#if defined(ENGRAM_HAS_LOOK_UP)
+
+constexpr int kBlocks = 4;
+constexpr int kUnits = kBlocks * kLanes;  // units that share a look-up table while it is in a register
+constexpr int64_t kOutputsAtOnce = 2048;  // whose tables stay in the first-level cache, 22 or 32 KiB
+constexpr int kTables = (kSigns32 + kTableSigns - 1) / kTableSigns;  // for 32 outputs; the last may be short of terms
+
+class InputGradRow {
+ public:
+  InputGradRow(const GatedInputGrad& p, int64_t m, int64_t n)
+      : p_(p), m_(m), n_(n), outputs_(smaller(kOutputsAtOnce, p.N - n)) {
+    const float* d = p.d + m * p.N + n;
+    for (int64_t i = 0; i < outputs_; i += kSigns32) {
+      float terms[kTables * kTableSigns] = {};
+      for (int64_t j = 0; j < smaller(kSigns32, outputs_ - i); ++j) terms[j] = d[i + j];
+      for (int t = 0; t < kTables; ++t) store(tables_[i / kSigns32 * kTables + t], table_of(terms + t * kTableSigns));
+    }
+  }
+
+  // Adds to dx at `units`; entries past `n_units` repeat a unit and are not written.
+  void add_at(const int64_t* units, int n_units) const {
+    constexpr int kWords =
+        kTransposeSize;  // 32-bit words of a unit's signs that are brought together with those of the others
+    const int64_t row_words = 2 * words_for(p_.N), first_word = n_ / kSigns32;
+    const auto* signs = reinterpret_cast<const char*>(p_.w_t);
+    Floats sum[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) sum[b] = zero();
+    for (int64_t word = 0; word * kSigns32 < outputs_; word += kWords) {
+      const int64_t words = smaller<int64_t>(kWords, row_words - first_word - word);
+      uint32_t rows[kUnits][kWords], indices[kWords][kUnits];
+      for (int u = 0; u < kUnits; ++u) {
+        const char* from = signs + (units[u < n_units ? u : 0] * row_words + first_word + word) * 4;
+        if (words == kWords)
+          memcpy(rows[u], from, sizeof rows[u]);
+        else
+          for (int64_t i = 0; i < kWords; ++i) rows[u][i] = 0;
+        if (words < kWords) memcpy(rows[u], from, static_cast<size_t>(words) * 4);
+      }
+      for (int u = 0; u < kUnits; u += kTransposeSize) transpose_block(rows[u], kWords, &indices[0][u], kUnits);
+      const int64_t used = smaller<int64_t>(kWords, (outputs_ + kSigns32 - 1) / kSigns32 - word);
+      for (int64_t i = 0; i < used; ++i) {
+        Bits index[kBlocks];
+        for (int b = 0; b < kBlocks; ++b) index[b] = load_indices(&indices[i][b * kLanes]);
+        const auto* tables = &tables_[(word + i) * kTables];
+#pragma GCC unroll 11
+        for (int t = 0; t < kTables; ++t) {
+          const Floats table = load(tables[t]);
+#pragma GCC unroll 4
+          for (int b = 0; b < kBlocks; ++b) {
+            sum[b] = add(sum[b], look_up(table, index[b]));
+            index[b] = next_indices(index[b]);
+          }
+        }
+      }
+    }
+    float sums[kUnits];
+    for (int b = 0; b < kBlocks; ++b) store(sums + b * kLanes, sum[b]);
+    for (int u = 0; u < n_units; ++u) p_.dx[m_ * p_.K + units[u]] += sums[u];
+  }
+
+ private:
+  // Entry e: the sum of the terms, each with sign +1 where its bit of e is 1.
+  static Floats table_of(const float* terms) {
+    constexpr uint32_t kMinus[] = {0x5555, 0x3333, 0x0F0F, 0x00FF};  // entries whose bit is 0
+    Floats table = flip_where(kMinus[0], all(terms[0]));
+    for (int i = 1; i < kTableSigns; ++i) table = add(table, flip_where(kMinus[i], all(terms[i])));
+    return table;
+  }
+
+  const GatedInputGrad& p_;
+  const int64_t m_, n_, outputs_;
+  alignas(64) float tables_[kOutputsAtOnce / kSigns32 * kTables][kLanes];
+};
+
+#else  // no register that could be a table: additions under masks
+
 constexpr int kUnits = 8;
+constexpr int64_t kOutputsAtOnce = INT64_MAX;
 
-constexpr int kGroup = 32;  // outputs whose bits are read together
-constexpr int kGroupVectors = kGroup / kLanes;
-
-ENGRAM_INLINE Bits32 bits32_at(const uint64_t* row, int64_t n) {
-  uint32_t bits;
-  memcpy(&bits, reinterpret_cast<const char*>(row) + n / 8, sizeof bits);
-  return bits32(bits);
-}
-
-ENGRAM_INLINE void add_group(const float* d, const uint64_t* const* w, int64_t n, Floats* acc) {
-  Floats value[kGroupVectors];
-  for (int v = 0; v < kGroupVectors; ++v) value[v] = load(d + v * kLanes);
-#pragma GCC unroll 8
-  for (int u = 0; u < kUnits; ++u) {
-    const Bits32 bits = bits32_at(w[u], n);
-#pragma GCC unroll 8
-    for (int v = 0; v < kGroupVectors; ++v) acc[u] = add_where(acc[u], mask_of(bits, v), value[v]);
+class InputGradRow {
+ public:
+  InputGradRow(const GatedInputGrad& p, int64_t m, int64_t) : p_(p), m_(m) {
+    const float* d = p.d + m * p.N;
+    Floats sum = zero();
+    int64_t n = 0;
+    for (; n + kLanes <= p.N; n += kLanes) sum = add(sum, load(d + n));
+    sum_ = total(sum);
+    for (; n < p.N; ++n) sum_ += d[n];
   }
-}
 
-// dx at `units` of sample m; entries past `n_units` repeat a unit and are not written.
-ENGRAM_INLINE void dots_at(const GatedInputGrad& p, int64_t m, const int64_t* units, int n_units) {
-  const int64_t words = words_for(p.N);
-  const float* d = p.d + m * p.N;
-  const uint64_t* w[kUnits];
-  for (int u = 0; u < kUnits; ++u) w[u] = p.w_t + units[u < n_units ? u : 0] * words;
-  Floats acc[kUnits];
-  for (int u = 0; u < kUnits; ++u) acc[u] = zero();
-  int64_t n = 0;
-  for (; n + kGroup <= p.N; n += kGroup) add_group(d + n, w, n, acc);
-  if (n < p.N) {
-    float tail[kGroup] = {};
-    for (int64_t i = n; i < p.N; ++i) tail[i - n] = d[i];
-    add_group(tail, w, n, acc);
+  // Adds to dx at `units`; entries past `n_units` repeat a unit and are not written.
+  void add_at(const int64_t* units, int n_units) const {
+    const int64_t words = words_for(p_.N);
+    const float* d = p_.d + m_ * p_.N;
+    const uint64_t* w[kUnits];
+    Floats acc[kUnits];
+    for (int u = 0; u < kUnits; ++u) w[u] = p_.w_t + units[u < n_units ? u : 0] * words;
+    for (int u = 0; u < kUnits; ++u) acc[u] = zero();
+    int64_t n = 0;
+    for (; n + kSigns32 <= p_.N; n += kSigns32) add_signs(d + n, w, n, acc);
+    if (n < p_.N) {
+      float tail[kSigns32] = {};
+      for (int64_t i = n; i < p_.N; ++i) tail[i - n] = d[i];
+      add_signs(tail, w, n, acc);
+    }
+    for (int u = 0; u < n_units; ++u) p_.dx[m_ * p_.K + units[u]] += 2.0f * total(acc[u]) - sum_;
   }
-  for (int u = 0; u < n_units; ++u) p.dx[m * p.K + units[u]] = 2.0f * total(acc[u]) - p.d_sum[m];
-}
+
+ private:
+  static void add_signs(const float* d, const uint64_t* const* w, int64_t n, Floats* acc) {
+    for (int u = 0; u < kUnits; ++u) {
+      const Bits32 bits = bits32(static_cast<uint32_t>(w[u][n / kWordBits] >> n % kWordBits));
+      for (int v = 0; v < static_cast<int>(kSigns32) / kLanes; ++v)
+        acc[u] = add_where(acc[u], mask_of(bits, v), load(d + v * kLanes));
+    }
+  }
+
+  const GatedInputGrad& p_;
+  const int64_t m_;
+  float sum_ = 0.0f;
+};
+
+#endif
 
 constexpr int kTileUnits = 64;
 constexpr int kTileOutputs = 64;
@@ -86,18 +172,21 @@ void gated_input_grad(const GatedInputGrad& p, int64_t m_begin, int64_t m_end) {
     float* dx = p.dx + m * p.K;
     for (int64_t k = 0; k < p.K; ++k) dx[k] = 0.0f;
     const uint64_t* mask = p.mask + m * p.mask_stride;
-    int64_t units[kUnits];
-    int n_units = 0;
-    for (int64_t word = 0; word * kWordBits < p.K; ++word) {
-      for (uint64_t left = mask[word] & valid_bits(word, p.K); left != 0; left &= left - 1) {
-        units[n_units++] = word * kWordBits + __builtin_ctzll(left);
-        if (n_units == kUnits) {
-          dots_at(p, m, units, kUnits);
-          n_units = 0;
+    for (int64_t n = 0; n < p.N; n += smaller(kOutputsAtOnce, p.N)) {
+      const InputGradRow row(p, m, n);
+      int64_t units[kUnits];
+      int n_units = 0;
+      for (int64_t word = 0; word * kWordBits < p.K; ++word) {
+        for (uint64_t left = mask[word] & valid_bits(word, p.K); left != 0; left &= left - 1) {
+          units[n_units++] = word * kWordBits + __builtin_ctzll(left);
+          if (n_units == kUnits) {
+            row.add_at(units, kUnits);
+            n_units = 0;
+          }
         }
       }
+      if (n_units > 0) row.add_at(units, n_units);
     }
-    if (n_units > 0) dots_at(p, m, units, n_units);
   }
 }
 

@@ -35,7 +35,6 @@ struct SignProduct {
 
 struct GatedInputGrad {
   const float* d;        // [M, N]
-  const float* d_sum;    // [M] sum of each row of d
   const uint64_t* w_t;   // [K, words_for(N)] transposed sign bits
   const uint64_t* mask;  // [M or 1, words_for(K)] units that take part
   int64_t mask_stride;   // in words, 0 or words_for(K)
@@ -107,8 +106,6 @@ struct Kernels {
   void (*popcount_rows)(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end);
   // Transposes rows of k bits into k rows of words_for(rows) words; range in blocks of 64 units.
   void (*transpose_bits)(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
-  // out[row] = sum of a row of k floats.
-  void (*sum_rows)(const float* a, int64_t k, float* out, int64_t begin, int64_t end);
   // y *= mask, rows [begin, end).
   void (*zero_unrecruited)(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
 

@@ -133,12 +133,6 @@ void binary_matmul(const Runtime& rt, BinaryMatmul p) {
 // Densities of a gate above which the dense kernel is the faster one, as 1 / density.
 constexpr int64_t kDenseInputGrad = 4, kDenseWeightGrad = 2;
 
-static const float* row_sums(const Runtime& rt, const Kernels& kernels, const float* a, int64_t rows, int64_t k) {
-  float* sums = workspace<float>(rt, rows);
-  share(rt, rows, k, [&](int64_t begin, int64_t end) { kernels.sum_rows(a, k, sums, begin, end); });
-  return sums;
-}
-
 // A product with signs, shared out over v where that leaves enough tiles for all threads, else over rows.
 static void sign_product(const Runtime& rt, const Kernels& kernels, const SignProduct& p) {
   constexpr int64_t kColumns = 32, kRows = 64;  // multiples of the kernel's tile
@@ -189,7 +183,7 @@ void masked_input_grad(const Runtime& rt, const float* d, const uint64_t* w, con
           [&](int64_t begin, int64_t end) { kernels.zero_unrecruited(dx, K, mask, mask_stride, begin, end); });
     return;
   }
-  const GatedInputGrad p{d, row_sums(rt, kernels, d, M, N), w_t, mask, mask_stride, dx, M, N, K};
+  const GatedInputGrad p{d, w_t, mask, mask_stride, dx, M, N, K};
   share(rt, M, K + taking_part / (mask_rows < 1 ? 1 : mask_rows) * ceil_div(N, 16),
         [&](int64_t begin, int64_t end) { kernels.gated_input_grad(p, begin, end); });
 }

@@ -4,6 +4,8 @@
 //   bits[row] = 1{|x[row]| <= width} & gate[row]
 //
 // Bound by memory: one read of x. 64 values become one word; a tail is copied into a padded block first.
+#include <cstring>
+
 #include "cpu/simd.h"
 #include "cpu/tables.h"
 
@@ -95,28 +97,27 @@ void popcount_rows(const uint64_t* bits, int64_t words, int32_t* out, int64_t be
 
 void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end) {
   const int64_t words = words_for(k), out_words = words_for(rows);
-  uint64_t block[kWordBits];
-  for (int64_t unit_word = begin; unit_word < end; ++unit_word) {
-    const int64_t units = smaller(kWordBits, k - unit_word * kWordBits);
+  Words block[kWordBits];
+  for (int64_t unit_word = begin; unit_word < end; unit_word += kWordLanes) {
+    const int64_t lanes = smaller<int64_t>(kWordLanes, end - unit_word);
     for (int64_t row_word = 0; row_word < out_words; ++row_word) {
       const int64_t first = row_word * kWordBits;
-      for (int64_t i = 0; i < kWordBits; ++i) block[i] = first + i < rows ? bits[(first + i) * words + unit_word] : 0;
+      for (int64_t i = 0; i < kWordBits; ++i) {
+        block[i] = Words{};
+        if (first + i >= rows) continue;
+        const uint64_t* from = bits + (first + i) * words + unit_word;
+        if (lanes == kWordLanes)
+          memcpy(&block[i], from, sizeof block[i]);
+        else
+          memcpy(&block[i], from, static_cast<size_t>(lanes) * sizeof(uint64_t));
+      }
       transpose_64x64(block);
-      for (int64_t j = 0; j < units; ++j) out[(unit_word * kWordBits + j) * out_words + row_word] = block[j];
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t unit = (unit_word + lane) * kWordBits;
+        for (int64_t j = 0; j < smaller(kWordBits, k - unit); ++j)
+          out[(unit + j) * out_words + row_word] = block[j][lane];
+      }
     }
-  }
-}
-
-void sum_rows(const float* a, int64_t k, float* out, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const float* in = a + row * k;
-    Floats sum[4] = {zero(), zero(), zero(), zero()};
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= k; i += 4 * kLanes)
-      for (int j = 0; j < 4; ++j) sum[j] = add(sum[j], load(in + i + j * kLanes));
-    float rest = 0.0f;
-    for (; i < k; ++i) rest += in[i];
-    out[row] = total(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) + rest;
   }
 }
 

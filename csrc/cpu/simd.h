@@ -11,6 +11,9 @@
 //   the
 //           group-th vector of 32 floats by the 32 bits b; `add_where` adds only in selected lanes,
 //           which is how a sign costs no multiplication: sum_k s_k a_k = 2 * sum_{k: bit 1} a_k - sum_k a_k.
+//           Where a register holds a table of the 2^kTableSigns sums of kTableSigns signed terms (ENGRAM_HAS_LOOK_UP),
+//           `look_up` takes for each lane the entry that the low bits of its index name, and `next_indices` moves the
+//           bits above those down; `flip_where` changes the sign of the lanes whose bit is 1.
 //           `add_product` may or may not round the product: use it only where that is exact.
 #pragma once
 
@@ -85,6 +88,17 @@ ENGRAM_INLINE Mask mask_of(Bits32 bits, int group) { return static_cast<Mask>(bi
 ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return _mm512_mask_add_ps(acc, m, acc, v); }
 ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm512_maskz_mov_ps(m, v); }
 ENGRAM_INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
+
+#define ENGRAM_HAS_LOOK_UP
+constexpr int kTableSigns = 4;
+ENGRAM_INLINE Floats flip_where(uint32_t lanes, Floats v) {
+  const __m512i flipped = _mm512_mask_xor_epi32(_mm512_castps_si512(v), static_cast<__mmask16>(lanes),
+                                                _mm512_castps_si512(v), _mm512_set1_epi32(INT32_MIN));
+  return _mm512_castsi512_ps(flipped);
+}
+ENGRAM_INLINE Bits load_indices(const uint32_t* p) { return _mm512_loadu_si512(p); }
+ENGRAM_INLINE Floats look_up(Floats table, Bits indices) { return _mm512_permutexvar_ps(indices, table); }
+ENGRAM_INLINE Bits next_indices(Bits indices) { return _mm512_srli_epi32(indices, kTableSigns); }
 
 ENGRAM_INLINE uint64_t signs_of_64(const float* x, bool& nan) {
   uint64_t word = 0;
@@ -178,6 +192,17 @@ ENGRAM_INLINE float total(Floats v) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+
+#define ENGRAM_HAS_LOOK_UP
+constexpr int kTableSigns = 3;
+ENGRAM_INLINE Floats flip_where(uint32_t lanes, Floats v) {
+  const __m256i bits = _mm256_set1_epi32(static_cast<int>(lanes));
+  const __m256i to_sign = _mm256_sllv_epi32(bits, _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
+  return _mm256_xor_ps(v, _mm256_and_ps(_mm256_castsi256_ps(to_sign), _mm256_set1_ps(-0.0f)));
+}
+ENGRAM_INLINE Bits load_indices(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+ENGRAM_INLINE Floats look_up(Floats table, Bits indices) { return _mm256_permutevar8x32_ps(table, indices); }
+ENGRAM_INLINE Bits next_indices(Bits indices) { return _mm256_srli_epi32(indices, kTableSigns); }
 
 ENGRAM_INLINE uint64_t signs_of_64(const float* x, bool& nan) {
   uint64_t word = 0;
@@ -436,12 +461,16 @@ ENGRAM_INLINE void write_transposed(const T* in, int64_t in_stride, int64_t rows
     for (int64_t i = 0; i < rows; ++i) out[j * out_stride + i] = in[i * in_stride + j];
 }
 
-// Transposes a 64 x 64 block of bits in place: bit j of a[i] becomes bit i of a[j] (Hacker's Delight, 7-3).
-ENGRAM_INLINE void transpose_64x64(uint64_t* a) {
+// Transposes 64 x 64 blocks of bits in place, a block in each lane: bit j of a[i] becomes bit i of a[j] (Hacker's
+// Delight, 7-3).
+using Words = uint64_t __attribute__((vector_size(kVectorBytes), aligned(kVectorBytes)));
+constexpr int kWordLanes = kVectorBytes / 8;
+ENGRAM_INLINE void transpose_64x64(Words* a) {
   uint64_t mask = 0x00000000FFFFFFFFu;
+#pragma GCC unroll 6
   for (int j = 32; j != 0; j >>= 1, mask ^= mask << j) {
     for (int i = 0; i < 64; i = ((i | j) + 1) & ~j) {
-      const uint64_t t = ((a[i] >> j) ^ a[i | j]) & mask;
+      const Words t = ((a[i] >> j) ^ a[i | j]) & mask;
       a[i] ^= t << j;
       a[i | j] ^= t;
     }

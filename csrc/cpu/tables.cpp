@@ -10,22 +10,9 @@ namespace engram::cpu::ENGRAM_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ENGRAM_TEXT(ENGRAM_ISA),
-    2 * kBitLanes,
-    pack_signs,
-    pack_window,
-    unpack_signs,
-    popcount_rows,
-    transpose_bits,
-    sum_rows,
-    zero_unrecruited,
-    binary_matmul,
-    sign_product,
-    gated_input_grad,
-    list_samples,
-    gated_weight_grad,
-    sample_engram,
-    metaplastic_adam,
+    ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes,  pack_signs,        pack_window,   unpack_signs,
+    popcount_rows,           transpose_bits, zero_unrecruited,  binary_matmul, sign_product,
+    gated_input_grad,        list_samples,   gated_weight_grad, sample_engram, metaplastic_adam,
 };
 
 }  // namespace engram::cpu::ENGRAM_ISA
