@@ -110,6 +110,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="train the hidden layers, or keep them as initialised",
     )  # fmt: skip
 
+    group = train.add_argument_group("memory (default: float32 throughout)")
+    group.add_argument(
+        "--state-dtype", choices=methods.STATE_DTYPES, default=argparse.SUPPRESS, help="of the optimizer's moments"
+    )
+    group.add_argument(
+        "--weight-dtype", choices=methods.WEIGHT_DTYPES, default=argparse.SUPPRESS, help="of the hidden weights"
+    )
+    group.add_argument(
+        "--fuse-backward", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="update hidden weights within the backward pass, so that no whole gradient exists",
+    )  # fmt: skip
+
     group = train.add_argument_group("how")
     group.add_argument(
         "--output", metavar="DIR", default=argparse.SUPPRESS,

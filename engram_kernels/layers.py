@@ -62,14 +62,19 @@ class _BinaryLinear(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
-def _update_by_blocks(d, x, weight, exp_avg, exp_avg_sq, sign_bits, **settings):
+def _real_gradient(d: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``d.T @ x`` in the dtype of ``d``, its factors rounded to ``dtype``."""
+    return d.T @ x if dtype is None else (d.T.to(dtype) @ x).to(d.dtype)
+
+
+def _update_by_blocks(d, x, dtype, weight, exp_avg, exp_avg_sq, sign_bits, **settings):
     """``ops.metaplastic_adam_`` with the gradient ``d.T @ x``, of which only a block of rows exists at a time."""
     scales = {name: settings.pop(name) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
     rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
     for first in range(0, weight.shape[0], rows):
         block = slice(first, first + rows)
         own: dict[str, Any] = {name: scale if scale is None else scale[block] for name, scale in scales.items()}
-        grad = d[:, block].T @ x
+        grad = _real_gradient(d[:, block], x, dtype)
         ops.metaplastic_adam_(
             weight[block], grad, exp_avg[block], exp_avg_sq[block], sign_bits[block], first_row=first, **own, **settings
         )
@@ -79,8 +84,9 @@ class _SignLinear(torch.autograd.Function):
     """Product of a real-valued input with signs; keeps the input, which the weight's gradient needs."""
 
     @staticmethod
-    def forward(ctx, x, weight, w_bits, consumed):
+    def forward(ctx, x, weight, w_bits, consumed, backward_dtype):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
+        ctx.backward_dtype = backward_dtype
         ctx.k, ctx.weight_dtype, ctx.weight = weight.shape[1], weight.dtype, weight if consumed else None
         y = ops.sign_matmul_t(x, w_bits, ctx.k)
         return y.float() if x.dtype == torch.uint8 else y
@@ -91,10 +97,11 @@ class _SignLinear(torch.autograd.Function):
         dw = None
         dx = ops.sign_matmul(d, w_bits, ctx.k) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            x = x.to(d.dtype)
-            if not _consume(ctx, functools.partial(_update_by_blocks, d, x)):
-                dw = (d.T @ x).to(ctx.weight_dtype)
-        return dx, dw, None, None
+            dtype = ctx.backward_dtype
+            x = x.to(d.dtype if dtype is None else dtype)
+            if not _consume(ctx, functools.partial(_update_by_blocks, d, x, dtype)):
+                dw = _real_gradient(d, x, dtype).to(ctx.weight_dtype)
+        return dx, dw, None, None, None
 
 
 class BinaryEngramLinear(nn.Module):
@@ -116,10 +123,14 @@ class BinaryEngramLinear(nn.Module):
         binary_input: False takes the input as it is, real-valued, as a first layer does; excludes ``engram``. Such a
             layer takes uint8 as well, as images come, and gives float32: exact, and faster.
         ste_window: half-width of the straight-through window, above 0.
+        backward_dtype: bfloat16 rounds both factors of the weight gradient of a real-valued input, the one product of
+            the backward pass that multiplies, and so uses the processor's bfloat16 units (slow where it has none).
+            Excludes ``binary_input``, whose products are sums.
         device: of the parameters.
         dtype: of the parameters: float32, bfloat16 or float16.
 
-    Raises: ValueError for sizes below 1, a window of 0 or less, or an engram on a real-valued input; RuntimeError if
+    Raises: ValueError for sizes below 1, a window of 0 or less, an engram on a real-valued input, or a
+    ``backward_dtype`` that is not supported; RuntimeError if
     the input's last dimension is not ``in_features``, its dtype is not one of the three, or it contains NaN.
     """
 
@@ -134,6 +145,7 @@ class BinaryEngramLinear(nn.Module):
         engram: Engram | None = None,
         binary_input: bool = True,
         ste_window: float = 1.0,
+        backward_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -144,6 +156,11 @@ class BinaryEngramLinear(nn.Module):
             raise ValueError(f"ste_window: expected above 0, got {ste_window!r}")
         if engram is not None and not binary_input:
             raise ValueError("engram: expected None with binary_input=False, since a gate recruits binary units")
+        if backward_dtype not in (None, torch.bfloat16) or (backward_dtype is not None and binary_input):
+            raise ValueError(
+                f"backward_dtype: expected None, or torch.bfloat16 with binary_input=False, got {backward_dtype}"
+            )
+        self.backward_dtype = backward_dtype
         self.in_features, self.out_features = in_features, out_features
         self.binary_input, self.ste_window = binary_input, float(ste_window)
         self.engram = engram
@@ -186,7 +203,7 @@ class BinaryEngramLinear(nn.Module):
             if scale != 1.0:
                 y = y * scale
         else:
-            y = _SignLinear.apply(rows, weight, w_bits, consumed)
+            y = _SignLinear.apply(rows, weight, w_bits, consumed, self.backward_dtype)
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -212,6 +229,7 @@ class EngramMLP(nn.Module):
         ste_window: see :class:`BinaryEngramLinear`. The units that a sparse engram recruits by excitability lie far
             outside ``|z| <= 1``: use ``inf`` there.
         logit_scale: softness of the softmax that follows, above 0; 1 gives untrained logits unit variance.
+        backward_dtype: of the first layer, see :class:`BinaryEngramLinear`.
 
     Shapes: floats (M, sizes[0]) -> logits (M, sizes[-1]).
     Raises: ValueError for fewer than two sizes, a size below 1 or a scale of 0 or less.
@@ -225,6 +243,7 @@ class EngramMLP(nn.Module):
         train_hidden: bool = True,
         ste_window: float = 1.0,
         logit_scale: float = 1.0,
+        backward_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not logit_scale > 0:
@@ -239,6 +258,7 @@ class EngramMLP(nn.Module):
                 binary_input=i > 0,
                 engram=engram if i > 0 else None,
                 ste_window=ste_window,
+                backward_dtype=backward_dtype if i == 0 else None,
             )
             for i, (k, n) in enumerate(pairwise(sizes))
         )

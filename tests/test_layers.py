@@ -320,3 +320,26 @@ def test_a_first_layer_takes_images_as_they_come(isa):
     torch.testing.assert_close(layer.weight.grad, d.T @ images.float(), rtol=1e-5, atol=1e-3)
     with pytest.raises(RuntimeError, match="x: expected float32"):
         ek.BinaryEngramLinear(65, 33)(images)
+
+
+def test_bfloat16_backward_rounds_the_factors_of_the_first_gradient():
+    x, d = torch.randn(20, 65), torch.randn(20, 33)
+    layer = ek.BinaryEngramLinear(65, 33, binary_input=False, backward_dtype=torch.bfloat16)
+    layer(x).backward(d)
+    expected = d.bfloat16().double().T @ x.bfloat16().double()
+    torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=2**-7, atol=2**-7)
+    assert not torch.equal(layer.weight.grad, d.T @ x)
+    fused = ek.BinaryEngramLinear(65, 33, binary_input=False, backward_dtype=torch.bfloat16)
+    fused.load_state_dict(layer.state_dict())
+    ek.MetaplasticAdam(layer.parameters()).step()
+    optimizer = ek.MetaplasticAdam(fused.parameters(), fuse_backward=True)
+    fused(x).backward(d)
+    optimizer.step()
+    torch.testing.assert_close(fused.weight, layer.weight, rtol=1e-3, atol=1e-4)
+    assert ek.EngramMLP((5, 4, 3), backward_dtype=torch.bfloat16).layers[0].backward_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(binary_input=False, backward_dtype=torch.float16)])
+def test_unsupported_backward_dtypes_are_named(settings):
+    with pytest.raises(ValueError, match="backward_dtype: expected None, or torch.bfloat16"):
+        ek.BinaryEngramLinear(3, 3, **{"backward_dtype": torch.bfloat16} | settings)

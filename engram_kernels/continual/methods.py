@@ -22,6 +22,8 @@ from torch import Tensor, nn
 import engram_kernels as ek
 
 LOSSES = ("all", "batch")
+STATE_DTYPES = ("float32", "bfloat16", "int8")
+WEIGHT_DTYPES = ("float32", "bfloat16")
 PerLayer = float | tuple[float, ...]
 
 
@@ -51,6 +53,9 @@ class MethodConfig:
             in magnitude; inf to all.
         logit_scale: factor on the logits before the softmax, > 0.
         train_hidden: False keeps the hidden layers as initialised (a fixed random expansion).
+        state_dtype: of the optimizer's moments, one of STATE_DTYPES.
+        weight_dtype: of the hidden weights, one of WEIGHT_DTYPES.
+        fuse_backward: hidden weights are updated within the backward pass; no whole gradient exists.
     """
 
     lr: PerLayer
@@ -64,6 +69,9 @@ class MethodConfig:
     ste_window: float = 1.0
     logit_scale: float = 1.0
     train_hidden: bool = True
+    state_dtype: str = "float32"
+    weight_dtype: str = "float32"
+    fuse_backward: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the hyper-parameter, what it got and what it needs."""
@@ -75,6 +83,9 @@ class MethodConfig:
                 raise ValueError(f"metaplasticity: expected a finite number >= 0, got {value}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        for name, known in (("state_dtype", STATE_DTYPES), ("weight_dtype", WEIGHT_DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
@@ -187,7 +198,7 @@ def build(config: MethodConfig, features: int, hidden: Sequence[int], num_classe
         train_hidden=config.train_hidden,
         ste_window=config.ste_window,
         logit_scale=config.logit_scale,
-    )
+    ).to(getattr(torch, config.weight_dtype))
     return Method(config, model, build_optimizer(config, model))
 
 
@@ -215,6 +226,8 @@ def build_optimizer(config: MethodConfig, model: nn.Module) -> torch.optim.Optim
         lr=lr[0],
         metaplasticity=metaplasticity[0],
         weight_decay=config.weight_decay,
+        state_dtype=getattr(torch, config.state_dtype),
+        fuse_backward=config.fuse_backward,
     )
 
 

@@ -69,6 +69,8 @@ def test_overrides_win_and_none_keeps_the_default():
         ("engram", {"weight_decay": -1.0}, "weight_decay: expected a finite number >= 0, got -1.0"),
         ("engram", {"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
         ("engram", {"epochs": 0}, "epochs: expected an integer >= 1, got 0"),
+        ("engram", {"state_dtype": "int4"}, "state_dtype: expected one of float32, bfloat16, int8, got 'int4'"),
+        ("engram", {"weight_dtype": "int8"}, "weight_dtype: expected one of float32, bfloat16, got 'int8'"),
         ("engram", {"loss": "hinge"}, "loss: expected one of all, batch, got 'hinge'"),
         ("mbnn", {"rate": 0.1}, "rate: expected only with a method that has engram gates, .* method mbnn"),
         ("bnn", {"temperature": 1.0}, "temperature: expected only with a method that has engram gates"),
@@ -82,6 +84,28 @@ def test_overrides_win_and_none_keeps_the_default():
 def test_bad_options(method, options, wanted):
     with pytest.raises(ValueError, match=wanted):
         build(method_config(method, "class", "mnist", **options), 8, [16, 16], 4)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fuse_backward", [False, True])
+def test_compact_methods_learn(state_dtype, weight_dtype, fuse_backward):
+    torch.manual_seed(0)
+    config = method_config(
+        "mbnn", "class", "mnist", state_dtype=state_dtype, weight_dtype=weight_dtype, fuse_backward=fuse_backward
+    )
+    method = build(config, 9, [70, 24], 4)
+    assert {p.dtype for p in method.model.parameters()} == {getattr(torch, weight_dtype)}
+    x, y = torch.randn(12, 9), torch.arange(12) % 4
+    losses = []
+    for _ in range(60):
+        method.optimizer.zero_grad()
+        loss = method.loss(method.model(x), y)
+        loss.backward()
+        method.optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert {s["exp_avg"].dtype for s in method.optimizer.state.values()} == {getattr(torch, state_dtype)}
 
 
 @pytest.mark.parametrize("hidden", [[], [0], [16, -1]])

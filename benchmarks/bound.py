@@ -1,0 +1,91 @@
+"""What no implementation can pass; for products ``bound.cpp``, compiled when it is asked for."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import functools
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+
+ROOT = Path(__file__).parents[1]
+MACS = 2_000_000_000  # of a measurement and thread: some milliseconds
+
+
+def setup_constant(name: str):
+    """A literal that setup.py assigns. Importing it would start a build."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise LookupError(f"setup.py: expected an assignment to {name}")
+
+
+@functools.cache
+def library(isa: str) -> ctypes.CDLL:
+    """``bound.cpp`` with the flags of the kernels themselves, for an instruction set with vectors.
+
+    Raises: RuntimeError with the compiler's first error; OSError where there is no compiler.
+    """
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    flags = setup_constant("KERNEL_FLAGS") + setup_constant("ISA_FLAGS").get(machine, {"scalar": []})[isa]
+    flags += [f"-DENGRAM_ISA={isa}", f"-DENGRAM_ISA_{isa.upper()}", f"-I{ROOT / 'csrc'}", "-shared"]
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "bound.so"
+        command = [os.environ.get("CXX", "c++"), *flags, str(Path(__file__).with_name("bound.cpp")), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
+        loaded = ctypes.CDLL(str(target))
+    loaded.bits_per_step.restype = loaded.distance_of.restype = ctypes.c_int64
+    loaded.distance_of.argtypes = [ctypes.c_uint64] * 3 + [ctypes.c_int64, ctypes.c_int]
+    # more steps than a byte counts, and not a multiple of them
+    for gated in (False, True):
+        x, w, gate, steps = 0x0123456789ABCDEF, 0xFEDCBA9876543211, 0xF0F0F0F00F0F0F1F, 101
+        differing = ((x ^ w) & (gate if gated else ~0) & (2**64 - 1)).bit_count()
+        expected, got = differing * steps * loaded.bits_per_step() // 64, loaded.distance_of(x, w, gate, steps, gated)
+        if got != expected:
+            raise RuntimeError(f"bound.cpp for {isa}: expected a distance of {expected}, got {got}")
+    return loaded
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call, and how much of the work that ours does it stands for."""
+
+    name: str
+    call: Callable[[], Any]
+    work: float = 1.0
+
+
+def register_loop(isa: str, gated: bool = False) -> Bound | None:
+    """The kernels' primitives on registers, on as many threads as torch has, in multiply-accumulates.
+
+    None where the compiler chooses the vectors, on a GPU, and, with a note in the report, where it does not compile.
+    """
+    if isa not in ("avx512", "avx2", "neon"):
+        return None
+    try:
+        loaded = library(isa)
+    except (OSError, RuntimeError, LookupError) as error:
+        note = f"no bound for {isa}: {error}"
+        if note not in report.NOTES:
+            report.NOTES.append(note)
+        return None
+    threads, steps = torch.get_num_threads(), MACS // loaded.bits_per_step()
+    pool = ThreadPoolExecutor(threads)  # ctypes lets go of the interpreter's lock
+
+    def one(seed: int) -> None:
+        loaded.distance_of(seed, ~seed & (2**64 - 1), 2**64 - 1, steps, gated)
+
+    call = (lambda: one(1)) if threads == 1 else (lambda: list(pool.map(one, range(threads))))
+    return Bound("register loop", call, threads * steps * loaded.bits_per_step())
