@@ -262,8 +262,8 @@ def metaplastic_adam_(
     ``weight`` is float32, float64 or bfloat16. The moments are like it, or bfloat16, or int8 and uint8 with
     ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with
     :func:`philox` draws of ``seed`` for rows from ``first_row`` on: 16 bits for both moments of a unit, half
-    ``unit % 2`` (the low half first) of draw ``unit // 2``; with a bfloat16 weight, the low half of draw ``unit``, whose
-    high half rounds the weight.
+    ``unit % 2`` (the low half first) of draw ``unit // 2``; with a bfloat16 weight, the low half of draw ``unit``,
+    whose high half rounds the weight.
     """
     (n, k), scaled = weight.shape, exp_avg.dtype == torch.int8
     w = _widened(weight)

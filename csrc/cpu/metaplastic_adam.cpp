@@ -36,13 +36,14 @@ ENGRAM_INLINE float power_of_two(float x) {
   return float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
 }
 
-// The update of n <= 64 weights, written to be vectorised; true if one became NaN.
-ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict w, const float* __restrict grad,
+// The update of n <= 64 weights, written to be vectorised. In stages over all of them: operations that wait for each
+// other, root and quotient above all, would otherwise fill the processor's window.
+ENGRAM_INLINE void update(const MetaplasticAdam& p, int64_t n, float* __restrict w, const float* __restrict grad,
                           float* __restrict exp_avg, float* __restrict exp_avg_sq) {
   constexpr float kLog2E = 1.44269504f;
   const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
   const float slope = -2.0f * kLog2E * p.metaplasticity;
-  uint32_t nan = 0;
+  alignas(64) float t[kWordBits], root[kWordBits];
   for (int64_t i = 0; i < n; ++i) {
     const float weight = w[i];
     const float g = grad[i] + p.weight_decay * weight;
@@ -50,17 +51,17 @@ ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict
     const float v = keep2 * exp_avg_sq[i] + take2 * (g * g);
     exp_avg[i] = mu;
     exp_avg_sq[i] = v;
-    const float t = power_of_two(slope * __builtin_fabsf(weight));
-    const float root = __builtin_sqrtf(v) + p.eps;
-    // Same signs: the step would shrink |W|. Where one of them is 0 both quotients are the same.
+    root[i] = __builtin_sqrtf(v) + p.eps;
+    // Same signs: the step would shrink |W|. Otherwise t = 1, and the factor 4 t / (1 + t)^2 is exactly 1, as it is
+    // where the weight is 0.
     const bool opposed = static_cast<int32_t>(bits_from_float(weight) ^ bits_from_float(mu)) >= 0;
-    const float numerator = opposed ? mu * (4.0f * t) : mu;
-    const float denominator = opposed ? root * ((1.0f + t) * (1.0f + t)) : root;
-    const float next = weight - p.step_size * (numerator / denominator);
-    w[i] = next;
-    nan |= next != next;
+    t[i] = opposed ? slope * __builtin_fabsf(weight) : 0.0f;
   }
-  return nan != 0;
+  for (int64_t i = 0; i < n; ++i) t[i] = power_of_two(t[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const float quotient = (exp_avg[i] * (4.0f * t[i])) / (root[i] * ((1.0f + t[i]) * (1.0f + t[i])));
+    w[i] -= p.step_size * quotient;
+  }
 }
 
 // How the 64 numbers of a word are held in memory. Formats other than float32 read them into floats and write them
@@ -132,7 +133,7 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, in
     First::read(exp_avg, p.exp_avg_scale + block, n, mu);
     Second::read(exp_avg_sq, p.exp_avg_sq_scale + block, n, v);
   }
-  const bool nan = update(p, n, w, g, mu, v);
+  update(p, n, w, g, mu, v);
   if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) {
     const uint64_t draw_row = p.first_row + static_cast<uint64_t>(row);
     alignas(64) uint16_t random[kWordBits];
@@ -153,13 +154,17 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, in
       Second::write(v, random, n, exp_avg_sq, p.exp_avg_sq_scale + block);
     }
   }
-  if (p.sign_bits == nullptr) return nan;
   uint64_t bits = 0;
-  bool ignored = false;
-  if (n == kWordBits)
-    bits = signs_of_64(w, ignored);
-  else
-    for (int64_t i = 0; i < n; ++i) bits |= static_cast<uint64_t>(w[i] >= 0.0f) << i;
+  bool nan = false;
+  if (n == kWordBits) {
+    bits = signs_of_64(w, nan);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      bits |= static_cast<uint64_t>(w[i] >= 0.0f) << i;
+      nan |= w[i] != w[i];
+    }
+  }
+  if (p.sign_bits == nullptr) return nan;
   uint64_t* word = p.sign_bits + row * p.words + unit / kWordBits;
   *word = bits;
   if (unit + n == p.K)
