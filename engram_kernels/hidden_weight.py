@@ -83,7 +83,7 @@ class HiddenWeight(nn.Parameter):
             raise RuntimeError(
                 "grad: the gradient of this hidden weight was consumed in backward(), as fuse_backward=True asks, and "
                 "is not kept; clipping or scaling gradients, accumulating them and zero_grad() before step() need "
-                "fuse_backward=False"
+                "fuse_backward=False; after a backward() that failed, MetaplasticAdam.abandon_step() begins anew"
             )
         if func not in _READ_ONLY:
             _hand_out((args, kwargs))
@@ -143,16 +143,21 @@ class HiddenWeight(nn.Parameter):
             raise RuntimeError("fuse_backward: expected False under torch.compile, got True")
         return self._consumer()
 
+    def refuse_second_gradient(self) -> None:
+        """Raises: RuntimeError if a gradient has been consumed since the last step."""
+        if self._consumed:
+            raise RuntimeError(
+                "backward: a second gradient of a hidden weight before step(): fuse_backward=True consumes each at "
+                "once and cannot accumulate them, nor serve a weight that two layers share; use fuse_backward=False "
+                "(after a backward() that failed: MetaplasticAdam.abandon_step())"
+            )
+
     def begin_consuming(self) -> None:
         """Notes that a gradient goes to the consumer now.
 
         Raises: RuntimeError if that cannot do what the same gradient in ``grad`` would.
         """
-        if self._consumed:
-            raise RuntimeError(
-                "backward: a second gradient of a hidden weight before step(): fuse_backward=True consumes each at "
-                "once and cannot accumulate them, nor serve a weight that two layers share; use fuse_backward=False"
-            )
+        self.refuse_second_gradient()
         if self.grad is not None:
             raise RuntimeError("grad: expected None with fuse_backward=True, got a gradient from before: zero_grad()")
         if self._backward_hooks or getattr(self, "_post_accumulate_grad_hooks", None):
@@ -163,9 +168,10 @@ class HiddenWeight(nn.Parameter):
             raise RuntimeError("fuse_backward: expected False where processes average their gradients, got True")
         self._consumed = True
 
-    def end_consuming(self) -> None:
-        """Notes that the step is over."""
-        self._consumed = False
+    def end_consuming(self) -> bool:
+        """Notes that the step is over. True if a gradient was consumed in it."""
+        consumed, self._consumed = self._consumed, False
+        return consumed
 
     def _vouch(self, version: int) -> None:
         self._bits_version = version

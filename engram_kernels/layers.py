@@ -25,14 +25,15 @@ def _consume(ctx: Any, update: Callable[..., None]) -> bool:
 
     False if there is none, or if the gradient would not have gone to ``weight.grad`` either, as in torch.autograd.grad.
     """
-    if ctx.weight is None:
+    consumer = None if ctx.weight is None else ctx.weight.gradient_consumer()
+    if consumer is None or not ctx.weight.requires_grad:
         return False
     try:
         accumulates = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
     except RuntimeError:  # the weight is among the inputs of torch.autograd.grad
         return False
     if accumulates:
-        ctx.weight.gradient_consumer()(ctx.weight, update)
+        consumer(ctx.weight, update)
     return accumulates
 
 
@@ -50,6 +51,8 @@ class _BinaryLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
+        if ctx.weight is not None:
+            ctx.weight.refuse_second_gradient()  # before torch finds that the first one has changed w_bits
         x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
@@ -74,7 +77,7 @@ def _update_by_blocks(d, x, dtype, weight, exp_avg, exp_avg_sq, sign_bits, **set
     for first in range(0, weight.shape[0], rows):
         block = slice(first, first + rows)
         own: dict[str, Any] = {name: scale if scale is None else scale[block] for name, scale in scales.items()}
-        grad = _real_gradient(d[:, block], x, dtype)
+        grad = _real_gradient(d[:, block], x, dtype).float()
         ops.metaplastic_adam_(
             weight[block], grad, exp_avg[block], exp_avg_sq[block], sign_bits[block], first_row=first, **own, **settings
         )
@@ -93,6 +96,8 @@ class _SignLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d):
+        if ctx.weight is not None:
+            ctx.weight.refuse_second_gradient()
         x, w_bits = ctx.saved_tensors
         dw = None
         dx = ops.sign_matmul(d, w_bits, ctx.k) if ctx.needs_input_grad[0] else None

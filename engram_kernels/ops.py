@@ -216,8 +216,8 @@ def gated_metaplastic_adam_(
     """:func:`metaplastic_adam_` with the gradient of :func:`gated_weight_grad`, made and consumed block by block.
 
     No (N, K) gradient ever exists. Shapes: ``d`` (M, N), ``x_bits`` (M, words), gate as in :func:`binary_matmul`;
-    ``settings`` are the keyword arguments of :func:`metaplastic_adam_`. The result is that of the two operators one
-    after the other, bit for bit.
+    ``settings`` are the keyword arguments of :func:`metaplastic_adam_`. For float32 ``d`` the result is that of the two
+    operators one after the other, bit for bit.
     """
     _ops.gated_metaplastic_adam_(d, x_bits, gate_bits, weight, exp_avg, exp_avg_sq, sign_bits, **settings)
     scales = settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")

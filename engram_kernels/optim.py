@@ -44,10 +44,13 @@ class MetaplasticAdam(Optimizer):
             each moment in 8 bits, rounded stochastically, with a scale for every 64 units of a row.
         fuse_backward: consumes the gradient of a hidden weight within ``backward()``, block by block as it is made, so
             that no (N, K) gradient ever exists: ``backward()`` updates the hidden weights, ``step()`` everything else.
-            The numbers are the same as without, for float32 weights to the last bit. Excludes whatever needs gradients
-            as a whole or twice: clipping by norm, loss scaling, accumulation, a weight shared by two layers, hooks on
-            weights, averaging over processes and torch.compile; each raises an error. Learning rates must be set before
-            ``backward()``. Gradients asked for by ``torch.autograd.grad`` are returned as ever and update nothing.
+            The numbers are the same as without, for float32 weights of binary layers to the last bit. Excludes whatever
+            needs gradients as a whole or twice: clipping by norm, loss scaling, accumulation, a penalty on the weights,
+            a weight shared by two layers, hooks on weights, averaging over processes and whole-graph torch.compile;
+            each raises an error. Learning rates must be set before ``backward()``. Gradients asked for by
+            ``torch.autograd.grad`` are returned as ever and update nothing. A weight belongs to this optimizer until
+            another MetaplasticAdam takes it or this one is deleted. After a ``backward()`` that failed half-way,
+            :meth:`abandon_step`.
 
     Hidden weights are float32 or, rounded stochastically, bfloat16. Random bits come from torch's default CPU
     generator, one number per compact parameter when the optimizer is made.
@@ -84,9 +87,7 @@ class MetaplasticAdam(Optimizer):
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             if isinstance(parameter, HiddenWeight):
-                parameter.send_gradient_to(self.consume if self.fuse_backward else None)
-                if self.state_dtype != torch.float32 or parameter.dtype != torch.float32:
-                    self.state[parameter]["seed"] = ops.draw_seed()  # here: gradients may come in another order
+                self._take(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -98,8 +99,11 @@ class MetaplasticAdam(Optimizer):
         for group in self.param_groups:
             others = []
             for parameter in group["params"]:
-                if isinstance(parameter, HiddenWeight):
-                    parameter.end_consuming()
+                if self._ends_consuming(parameter) and parameter.grad is not None:
+                    raise RuntimeError(
+                        "grad: a hidden weight got a gradient besides the one that its layer consumed, from a penalty "
+                        "on it perhaps, which needs fuse_backward=False"
+                    )
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
@@ -117,9 +121,43 @@ class MetaplasticAdam(Optimizer):
 
         ``update`` takes the arguments of :func:`engram_kernels.ops.metaplastic_adam_` less ``grad``.
         """
+        group = next((group for group in self.param_groups if any(weight is p for p in group["params"])), None)
+        if group is None:
+            raise RuntimeError("fuse_backward: expected a hidden weight that is still in param_groups")
         weight.begin_consuming()
-        group = next(group for group in self.param_groups if any(weight is p for p in group["params"]))
         self._update_hidden(weight, group, update)
+
+    def abandon_step(self) -> None:
+        """Begins anew after a ``backward()`` that failed with ``fuse_backward=True``; updates already made stay."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._ends_consuming(parameter)
+
+    def _ends_consuming(self, parameter: Tensor) -> bool:
+        if not isinstance(parameter, HiddenWeight):
+            return False
+        consumer = parameter.gradient_consumer()
+        return consumer is not None and getattr(consumer, "__self__", None) is self and parameter.end_consuming()
+
+    def _take(self, weight: HiddenWeight) -> None:
+        """Readies a hidden weight. Its random bits are drawn here, since gradients may come in any order."""
+        weight.send_gradient_to(self.consume if self.fuse_backward else None)
+        rounds = self.state_dtype != torch.float32 or weight.dtype != torch.float32
+        if rounds and "seed" not in self.state[weight]:
+            self.state[weight]["seed"] = ops.draw_seed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy take; torch's own knows of nothing beyond its three attributes."""
+        return super().__getstate__() | {"state_dtype": self.state_dtype, "fuse_backward": self.fuse_backward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores, or takes from the state of another Adam, and readies the hidden weights."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("metaplasticity", self.defaults["metaplasticity"])
+            for parameter in group["params"]:
+                if isinstance(parameter, HiddenWeight):
+                    self._take(parameter)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every state keeps its dtype, which torch would make the parameter's."""
@@ -135,7 +173,7 @@ class MetaplasticAdam(Optimizer):
         for parameter, state in zip(parameters, states, strict=True):
             if isinstance(parameter, HiddenWeight):
                 self.state[parameter].update(
-                    {name: value.clone() for name, value in state.items() if value.device == parameter.device}
+                    {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
                 )
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -160,6 +198,8 @@ class MetaplasticAdam(Optimizer):
         state, (beta1, beta2) = self._state_of(weight), group["betas"]
         state["step"] += 1
         step, seed = int(state["step"]), state.get("seed")
+        if seed is None and weight.dtype != torch.float32:  # converted since it was taken
+            seed = state["seed"] = ops.draw_seed()
         if seed is not None:
             seed[1] = step % 2**32
         weight.updated_in_place(

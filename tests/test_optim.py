@@ -261,3 +261,121 @@ def test_bad_gradients_are_named():
     layer.weight.grad = torch.ones_like(layer.weight)
     with pytest.raises(RuntimeError, match="weight: expected contiguous float32 or bfloat16"):
         ek.MetaplasticAdam(layer.parameters()).step()
+
+
+def test_a_penalty_on_a_consumed_weight_is_refused():
+    model, optimizer = network(True)
+    (loss_of(model) + model[0].weight.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="besides the one that its layer consumed.*fuse_backward=False"):
+        optimizer.step()
+
+
+def test_a_layer_used_twice_is_refused_by_name():
+    layer = ek.BinaryEngramLinear(9, 9)
+    optimizer = ek.MetaplasticAdam(layer.parameters(), fuse_backward=True)
+    with pytest.raises(RuntimeError, match="second gradient.*two layers share"):
+        layer(layer(torch.randn(4, 9))).sum().backward()
+    optimizer.abandon_step()
+    layer(torch.randn(4, 9)).sum().backward()
+    optimizer.step()
+
+
+def test_training_goes_on_after_a_backward_pass_that_failed():
+    model, optimizer = network(True)
+
+    def fail(grad):
+        raise MemoryError
+
+    hidden = model[1](model[0](torch.randn(8, 40)))
+    hidden.register_hook(fail)
+    with pytest.raises(MemoryError):
+        model[4](model[3](model[2](hidden))).sum().backward()
+    with pytest.raises(RuntimeError, match="abandon_step"):
+        optimizer.zero_grad()
+    optimizer.abandon_step()
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_copies_of_model_and_optimizer_go_on_alike(steps, state_dtype, fuse_backward):
+    model, optimizer = network(fuse_backward, state_dtype)
+    if steps:
+        train(model, optimizer, steps)
+    buffer = io.BytesIO()
+    torch.save((model, optimizer), buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy((model, optimizer)), torch.load(buffer, weights_only=False)]
+    train(model, optimizer, 3)
+    for other, its_optimizer in copies:
+        train(other, its_optimizer, 3)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+        assert (other[0].weight.grad is None) == fuse_backward
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+def test_the_state_of_a_plain_adam_loads(fuse_backward):
+    model, optimizer = network(fuse_backward)
+    adam = torch.optim.Adam(model.parameters())
+    optimizer.fuse_backward = False
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adam.step()
+    adam.zero_grad()
+    optimizer.fuse_backward = fuse_backward
+    optimizer.load_state_dict(adam.state_dict())
+    loss_of(model).backward()
+    optimizer.step()
+    assert int(optimizer.state[model[0].weight]["step"]) == 2
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+def test_a_checkpoint_from_before_the_first_step_loads_into_compact_state(fuse_backward):
+    saved = network(False)[1].state_dict()
+    model, optimizer = network(fuse_backward, torch.int8)
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+def test_weights_converted_after_the_optimizer_was_made_learn_on(fuse_backward):
+    model, optimizer = network(fuse_backward)
+    model.to(torch.bfloat16)
+    torch.manual_seed(4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 40, dtype=torch.bfloat16)).square().sum().backward()
+        optimizer.step()
+    assert model[2].weight.dtype == torch.bfloat16
+
+
+def test_fused_backward_takes_half_precision_inputs():
+    layer = ek.BinaryEngramLinear(9, 4, binary_input=False)
+    optimizer = ek.MetaplasticAdam(layer.parameters(), fuse_backward=True)
+    for dtype in (torch.float16, torch.bfloat16):
+        before = layer.weight.detach().clone()
+        layer(torch.randn(2, 9).to(dtype)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(before, layer.weight)
+
+
+def test_freezing_or_deleting_between_forward_and_backward():
+    model, optimizer = network(True)
+    loss = loss_of(model)
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    loss.backward()
+    optimizer.step()
+    assert torch.equal(before, model[0].weight)
+    model, optimizer = network(True)
+    loss = loss_of(model)
+    del optimizer
+    loss.backward()
+    assert model[2].weight.grad is not None
+    model, optimizer = network(True)
+    optimizer.param_groups.clear()
+    with pytest.raises(RuntimeError, match="still in param_groups"):
+        loss_of(model).backward()

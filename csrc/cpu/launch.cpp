@@ -316,7 +316,7 @@ bool gated_metaplastic_adam(const Runtime& rt, const WeightGradOperands& operand
           nan.store(true);
     }
   };
-  share(rt, shares, shares == 0 ? 1 : p.N * p.K / shares, [&](int64_t begin, int64_t end) {
+  share(rt, shares, shares == 0 ? 1 : p.N * p.K / shares * (operands.M + 8), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t b = blocks * i / shares; b < blocks * (i + 1) / shares; ++b) {
         const int64_t n_end = (b + 1) * kOutputs;

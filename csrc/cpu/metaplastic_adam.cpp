@@ -23,6 +23,8 @@ namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
 
+static_assert(kScaleBlock == kWordBits, "a word has one scale");
+
 // 2^x for x <= 0, relative error below 3e-7; below -125 the result is 2^-125. Estrin's scheme, since the length of the
 // chain of operations, not their number, would bound the update.
 ENGRAM_INLINE float power_of_two(float x) {

@@ -30,7 +30,6 @@ constexpr int kGroups = static_cast<int>(kWordBits) / kSigns;  // in a word
 constexpr int kVectors = kEntryBytes / kVectorBytes;           // in an entry
 constexpr int kIndexShift = 6;                                 // log2 kEntryBytes
 constexpr uint64_t kIndexMask = uint64_t{kEntries - 1} << kIndexShift;
-constexpr int64_t kRowBlock = 1024;  // rows that share a table
 #if defined(ENGRAM_ISA_AVX512)
 constexpr int kRows = 8;  // accumulators enough to hide the latency of an addition
 #else
@@ -55,6 +54,10 @@ struct Term<uint8_t> {
 
 template <typename T>
 constexpr int kTile = kEntryBytes / sizeof(typename Term<T>::Entry);  // columns v of a tile
+
+// Rows that share a table: 64 KiB of sums, on the stack.
+template <typename T>
+constexpr int64_t kRowBlock = 65536 / (kTile<T> * sizeof(typename Term<T>::Sum));
 
 template <typename T>
 ENGRAM_INLINE Vector<T> load_vector(const void* p) {
@@ -157,10 +160,10 @@ template <typename T, bool Subset>
 void product(const SignProduct& p, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end) {
   alignas(64) typename Term<T>::Entry terms[kWordBits][kTile<T>];
   alignas(64) char table[kGroups * kEntries * kEntryBytes];
-  alignas(64) typename Term<T>::Sum sums[kRowBlock][kTile<T>];
+  alignas(64) typename Term<T>::Sum sums[kRowBlock<T>][kTile<T>];
   for (int64_t v = v_begin; v < v_end; v += kTile<T>) {
-    for (int64_t r0 = r_begin; r0 < r_end; r0 += kRowBlock) {
-      const int64_t rows = smaller(kRowBlock, r_end - r0);
+    for (int64_t r0 = r_begin; r0 < r_end; r0 += kRowBlock<T>) {
+      const int64_t rows = smaller(kRowBlock<T>, r_end - r0);
       if (p.I == 0) memset(sums, 0, static_cast<size_t>(rows) * sizeof *sums);
       for (int64_t first = 0; first < p.I; first += kWordBits) {
         gather<T>(p, first, v, terms);
