@@ -19,7 +19,14 @@ namespace {
 
 constexpr int kPanel = 2 * kBitLanes;
 constexpr int64_t kBlockWords = 128;  // words of a panel worked on together: 16 KiB of w with AVX-512
-constexpr int64_t kDotSamples = 3;    // up to here re-laying w costs more than it saves
+// Samples up to which re-laying w costs more than it saves: more where counting is slow, as with AVX2, and few where
+// rows are so short that summing lanes at their end is most of the dot form's work.
+#if defined(ENGRAM_ISA_AVX2)
+constexpr int64_t kDotSamples = 8;
+#else
+constexpr int64_t kDotSamples = 3;
+#endif
+constexpr int64_t kShortRow = 32;  // words
 
 ENGRAM_INLINE int32_t recruited(const BinaryMatmul& p, int64_t m) {
   return p.recruited == nullptr ? static_cast<int32_t>(p.K) : p.recruited[p.gate_stride == 0 ? 0 : m];
@@ -117,37 +124,52 @@ void panel_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n
   }
 }
 
-// Up to kBitLanes words from p, the rest zero.
+// n < kBitLanes words from p, the rest zero.
 ENGRAM_INLINE Bits load_words(const uint64_t* p, int64_t n) {
-  if (n >= kBitLanes) return bits_load(p);
   uint64_t block[kBitLanes] = {};
   for (int64_t i = 0; i < n; ++i) block[i] = p[i];
   return bits_load(block);
 }
 
+constexpr int kDotColumns = 4;
+
+// Adds to partial[j] the counts of `block` vectors of words, from word i.
+template <bool Gated>
+ENGRAM_INLINE void count_block(const uint64_t* x, const uint64_t* g, const uint64_t* const* w, int64_t i, int64_t block,
+                               Bits* partial) {
+  for (const int64_t end = i + block * kBitLanes; i < end; i += kBitLanes) {
+    const Bits xi = bits_load(x + i);
+    const Bits gi = Gated ? bits_load(g + i) : xi;
+#pragma GCC unroll 4
+    for (int j = 0; j < kDotColumns; ++j) {
+      const Bits wj = bits_load(w[j] + i);
+      partial[j] = add_count(partial[j], count(Gated ? differ_within(xi, wj, gi) : differ(xi, wj)));
+    }
+  }
+}
+
+template <bool Gated>
 void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
-  constexpr int kColumns = 4;
-  for (int64_t n = n_begin; n < n_end; n += kColumns) {
-    const int columns = static_cast<int>(smaller<int64_t>(kColumns, n_end - n));
+  const int64_t vectors = p.words / kBitLanes, tail = p.words % kBitLanes;
+  for (int64_t n = n_begin; n < n_end; n += kDotColumns) {
+    const int columns = static_cast<int>(smaller<int64_t>(kDotColumns, n_end - n));
+    const uint64_t* w[kDotColumns];
+    for (int j = 0; j < kDotColumns; ++j) w[j] = p.w + (n + (j < columns ? j : 0)) * p.words;
     for (int64_t m = m_begin; m < m_end; ++m) {
       const uint64_t* x = p.x + m * p.words;
-      const uint64_t* g = p.gate == nullptr ? nullptr : p.gate + m * p.gate_stride;
-      const uint64_t* w[kColumns];
-      for (int j = 0; j < kColumns; ++j) w[j] = p.w + (n + (j < columns ? j : 0)) * p.words;
-      Bits wide[kColumns];
-      for (int j = 0; j < kColumns; ++j) wide[j] = bits_zero();
-      for (int64_t first = 0; first < p.words;) {
-        const int64_t last = first + smaller((p.words - first + kBitLanes - 1) / kBitLanes, kCountSteps) * kBitLanes;
-        Bits partial[kColumns];
-        for (int j = 0; j < kColumns; ++j) partial[j] = bits_zero();
-        for (int64_t i = first; i < smaller(last, p.words); i += kBitLanes) {
-          const Bits xi = load_words(x + i, p.words - i);
-          const Bits gi = g == nullptr ? bits_all(~uint64_t{0}) : load_words(g + i, p.words - i);
-          for (int j = 0; j < kColumns; ++j)
-            partial[j] = add_count(partial[j], count(differ_within(xi, load_words(w[j] + i, p.words - i), gi)));
-        }
-        for (int j = 0; j < kColumns; ++j) wide[j] = add_wide(wide[j], widen(partial[j]));
-        first = last;
+      const uint64_t* g = Gated ? p.gate + m * p.gate_stride : nullptr;
+      Bits wide[kDotColumns], partial[kDotColumns];
+      for (int j = 0; j < kDotColumns; ++j) wide[j] = bits_zero();
+      for (int64_t first = 0; first < vectors; first += kCountSteps) {
+        for (int j = 0; j < kDotColumns; ++j) partial[j] = bits_zero();
+        count_block<Gated>(x, g, w, first * kBitLanes, smaller(kCountSteps, vectors - first), partial);
+        for (int j = 0; j < kDotColumns; ++j) wide[j] = add_wide(wide[j], widen(partial[j]));
+      }
+      if (tail > 0) {
+        const int64_t i = vectors * kBitLanes;
+        const Bits xi = load_words(x + i, tail), gi = Gated ? load_words(g + i, tail) : bits_all(~uint64_t{0});
+        for (int j = 0; j < kDotColumns; ++j)
+          wide[j] = add_wide(wide[j], widen(count(differ_within(xi, load_words(w[j] + i, tail), gi))));
       }
       const int32_t base = recruited(p, m);
       for (int j = 0; j < columns; ++j)
@@ -159,8 +181,9 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
 }  // namespace
 
 void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
-  if (m_end - m_begin <= kDotSamples)
-    dot_form(p, m_begin, m_end, n_begin, n_end);
+  if (m_end - m_begin <= (p.words < kShortRow ? 0 : kDotSamples))
+    p.gate == nullptr ? dot_form<false>(p, m_begin, m_end, n_begin, n_end)
+                      : dot_form<true>(p, m_begin, m_end, n_begin, n_end);
   else
     panel_form(p, m_begin, m_end, n_begin, n_end);
 }

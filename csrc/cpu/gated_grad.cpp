@@ -6,9 +6,13 @@
 // gated_input_grad reads W by columns (its sign bits transposed, [K, words_for(N)]). For a sample, the sums of
 // kTableSigns consecutive signed terms d[m,n] are tabulated, a register per table; recruited units are lanes, their
 // next signs index the table: a permutation, a shift and an addition for kTableSigns terms of kLanes units. Bound by
-// those three. gated_weight_grad visits, per unit, only the samples that recruited it (listed once per call): plain
-// vector additions of rows of d into a tile of kTileUnits x kTileOutputs, transposed on its way out. Bound by
-// additions, or at low rates by writing dW once. Where most units are recruited, launch.cpp takes sign_product instead.
+// those three. Without a register that can be a table (NEON, plain C++): one masked addition a term.
+//
+// gated_weight_grad visits, per unit, only the samples that recruited it (listed once per call): vector additions of
+// rows of d into a tile of kTileUnits x kTileOutputs, transposed on its way out. Bound by additions, or at low rates by
+// writing dW once.
+//
+// Where many units are recruited, launch.cpp takes sign_product instead.
 #include <cstring>
 
 #include "cpu/simd.h"
@@ -41,8 +45,7 @@ class InputGradRow {
 
   // Adds to dx at `units`; entries past `n_units` repeat a unit and are not written.
   void add_at(const int64_t* units, int n_units) const {
-    constexpr int kWords =
-        kTransposeSize;  // 32-bit words of a unit's signs that are brought together with those of the others
+    constexpr int kWords = kTransposeSize;  // 32-bit words of every unit's signs that are fetched together
     const int64_t row_words = 2 * words_for(p_.N), first_word = n_ / kSigns32;
     const auto* signs = reinterpret_cast<const char*>(p_.w_t);
     Floats sum[kBlocks];
@@ -52,11 +55,12 @@ class InputGradRow {
       uint32_t rows[kUnits][kWords], indices[kWords][kUnits];
       for (int u = 0; u < kUnits; ++u) {
         const char* from = signs + (units[u < n_units ? u : 0] * row_words + first_word + word) * 4;
-        if (words == kWords)
+        if (words == kWords) {
           memcpy(rows[u], from, sizeof rows[u]);
-        else
-          for (int64_t i = 0; i < kWords; ++i) rows[u][i] = 0;
-        if (words < kWords) memcpy(rows[u], from, static_cast<size_t>(words) * 4);
+        } else {
+          memset(rows[u], 0, sizeof rows[u]);
+          memcpy(rows[u], from, static_cast<size_t>(words) * 4);
+        }
       }
       for (int u = 0; u < kUnits; u += kTransposeSize) transpose_block(rows[u], kWords, &indices[0][u], kUnits);
       const int64_t used = smaller<int64_t>(kWords, (outputs_ + kSigns32 - 1) / kSigns32 - word);

@@ -7,10 +7,10 @@
 //
 // (Laborieux et al. 2021, eq. 2 and their published optimizer, which tests the sign of the momentum.)
 // 1 - tanh^2(z) = 4 t / (1 + t)^2 with t = e^{-2z}. All tensors [N, K]: the weight float32 or bfloat16, the moments
-// float32 or one of the compact formats of core/compact.h, in which case each is rounded with its bits of the unit's
-// draw. Range in words of 64 weights. Bound by memory (float32: 4 reads and 3 writes of 4 bytes a weight, and one bit);
-// the compact formats by their conversions and draws. Only single IEEE operations and no fused multiply-add, so that
-// every instruction set computes the same bits.
+// float32 or in one of the compact formats of core/compact.h, rounded with random bits. Range in words of 64 weights.
+// Bound by memory (float32: 4 reads and 3 writes of 4 bytes a weight, and one bit); the compact formats by their
+// conversions and random numbers. Only single IEEE operations and no fused multiply-add, so that every instruction set
+// computes the same bits.
 #include <cstring>
 #include <type_traits>
 
