@@ -140,7 +140,7 @@ def sign_matmul_t_cases() -> Iterator[Case]:
 
 
 def masked_input_grad_cases() -> Iterator[Case]:
-    # a quarter of the units is where launch.cpp changes the kernel
+    # a third of the units is where launch.cpp changes the kernel
     for (m, n, k), kind, rate in itertools.product(EVERY_OTHER, GATES[1:], (0.1, 0.6)):
         d, w_bits, mask = torch.randn(m, n), bits_of(n, k), gate_of(kind, m, k, rate)
         expected = reference.masked_input_grad(d, w_bits, k, mask)

@@ -28,7 +28,7 @@ constexpr int64_t kSigns32 = 32;  // signs of W that are read together
 
 constexpr int kBlocks = 4;
 constexpr int kUnits = kBlocks * kLanes;  // units that share a look-up table while it is in a register
-constexpr int64_t kOutputsAtOnce = 2048;  // whose tables stay in the first-level cache, 22 or 32 KiB
+constexpr int64_t kOutputsAtOnce = 1024;  // whose tables, 11 or 16 KiB, stay in the first-level cache
 constexpr int kTables = (kSigns32 + kTableSigns - 1) / kTableSigns;  // for 32 outputs; the last may be short of terms
 
 class InputGradRow {

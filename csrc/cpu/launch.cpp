@@ -131,7 +131,7 @@ void binary_matmul(const Runtime& rt, BinaryMatmul p) {
 }
 
 // Densities of a gate above which the dense kernel is the faster one, as 1 / density.
-constexpr int64_t kDenseInputGrad = 4, kDenseWeightGrad = 2;
+constexpr int64_t kDenseInputGrad = 3, kDenseWeightGrad = 2;
 
 // A product with signs, shared out over v where that leaves enough tiles for all threads, else over rows.
 static void sign_product(const Runtime& rt, const Kernels& kernels, const SignProduct& p) {
