@@ -18,7 +18,8 @@ namespace engram::cpu::ENGRAM_ISA {
 namespace {
 
 constexpr int kPanel = 2 * kBitLanes;
-constexpr int64_t kBlockWords = 128;  // words of a panel worked on together: 16 KiB of w with AVX-512
+constexpr int64_t kBlockWords = 128;    // words of a panel worked on together: 16 KiB of w with AVX-512
+constexpr int64_t kBlockSamples = 256;  // samples whose words and gates stay in the second-level cache
 // Samples up to which re-laying w costs more than it saves: more where counting is slow, as with AVX2, and few where
 // rows are so short that summing lanes at their end is most of the dot form's work.
 #if defined(ENGRAM_ISA_AVX2)
@@ -54,7 +55,7 @@ ENGRAM_INLINE void tile(const BinaryMatmul& p, int64_t m, int64_t word, int64_t 
   Bits wide[Rows][2];
   for (int r = 0; r < Rows; ++r) wide[r][0] = wide[r][1] = bits_zero();
   const uint64_t* x = p.x + m * p.words + word;
-  const uint64_t* g = Gated ? p.gate + m * p.gate_stride + word : nullptr;
+  const uint64_t* g = Gated ? p.gate_parts + (m * p.gate_stride + word) * kGateParts : nullptr;
   for (int64_t first = 0; first < block;) {
     const int64_t last = smaller(block, first + kCountSteps);
     Bits partial[Rows][2];
@@ -65,9 +66,9 @@ ENGRAM_INLINE void tile(const BinaryMatmul& p, int64_t m, int64_t word, int64_t 
       for (int r = 0; r < Rows; ++r) {
         const Bits xr = bits_all(x[r * p.words + i]);
         if constexpr (Gated) {
-          const Bits gr = bits_all(g[r * p.gate_stride + i]);
-          partial[r][0] = add_count(partial[r][0], count(differ_within(xr, w0, gr)));
-          partial[r][1] = add_count(partial[r][1], count(differ_within(xr, w1, gr)));
+          const uint64_t* gr = g + (r * p.gate_stride + i) * kGateParts;
+          partial[r][0] = add_count(partial[r][0], count_where(xr, w0, gr));
+          partial[r][1] = add_count(partial[r][1], count_where(xr, w1, gr));
         } else {
           partial[r][0] = add_count(partial[r][0], count(differ(xr, w0)));
           partial[r][1] = add_count(partial[r][1], count(differ(xr, w1)));
@@ -180,12 +181,17 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
 
 }  // namespace
 
+void split_gates(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) split_gate(gate[i], parts + i * kGateParts);
+}
+
 void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
   if (m_end - m_begin <= (p.words < kShortRow ? 0 : kDotSamples))
     p.gate == nullptr ? dot_form<false>(p, m_begin, m_end, n_begin, n_end)
                       : dot_form<true>(p, m_begin, m_end, n_begin, n_end);
   else
-    panel_form(p, m_begin, m_end, n_begin, n_end);
+    for (int64_t m = m_begin; m < m_end; m += kBlockSamples)
+      panel_form(p, m, smaller(m_end, m + kBlockSamples), n_begin, n_end);
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -18,6 +18,7 @@ struct BinaryMatmul {
   const int32_t* recruited;  // [M or 1] popcount of each gate row; null without a gate
   int32_t* y;                // [M, N]
   int64_t M, N, K, words;
+  const uint64_t* gate_parts;  // what split_gates makes of the gate; the gate itself where Kernels::gate_parts is 1
 };
 
 // y[v,r] = sum_i s(plus[r,i]) D[i,v], or with minus sum_i (plus[r,i] - minus[r,i]) D[i,v].
@@ -92,7 +93,8 @@ struct MetaplasticAdam {
 
 struct Kernels {
   const char* isa;
-  int64_t panel;  // rows of w that binary_matmul works on together
+  int64_t panel;       // rows of w that binary_matmul works on together
+  int64_t gate_parts;  // words into which it wants each word of a gate split
 
   // Packs rows [begin, end) of x [.., k]; true if a NaN was seen.
   bool (*pack_signs)(const void* x, Element element, int64_t k, uint64_t* bits, int64_t begin, int64_t end);
@@ -109,6 +111,7 @@ struct Kernels {
   // y *= mask, rows [begin, end).
   void (*zero_unrecruited)(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
 
+  void (*split_gates)(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t end);
   void (*binary_matmul)(const BinaryMatmul&, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
   void (*sign_product)(const SignProduct&, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end);
   void (*gated_input_grad)(const GatedInputGrad&, int64_t m_begin, int64_t m_end);

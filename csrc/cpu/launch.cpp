@@ -118,6 +118,12 @@ void binary_matmul(const Runtime& rt, BinaryMatmul p) {
     share(rt, rows, p.words,
           [&](int64_t begin, int64_t end) { kernels.popcount_rows(p.gate, p.words, recruited, begin, end); });
     p.recruited = recruited;
+    p.gate_parts = p.gate;
+    if (kernels.gate_parts > 1) {
+      uint64_t* parts = workspace<uint64_t>(rt, rows * p.words * kernels.gate_parts);
+      share(rt, rows * p.words, 1, [&](int64_t begin, int64_t end) { kernels.split_gates(p.gate, parts, begin, end); });
+      p.gate_parts = parts;
+    }
   }
   const int64_t panels = ceil_div(p.N, kernels.panel);
   if (enough_blocks(rt, panels) || panels >= p.M) {

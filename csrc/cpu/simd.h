@@ -4,6 +4,7 @@
 //   Bits    a vector of kBitLanes 64-bit words. Population counts go through two stages, since AVX2 and NEON count
 //           within bytes: `count` gives partial counts, `add_count` accumulates them at most kCountSteps times before
 //           `widen` folds them into 64-bit lanes.
+//           `count_where` counts within a gate, a word of which `split_gate` has split into kGateParts words.
 //           For random numbers: `multiply_low` multiplies the low halves of lanes, `shift_down` halves move down,
 //           `join_low` makes lanes of two low halves, `interleave_first/second` take even and odd lanes of a, b in
 //           turn.
@@ -60,6 +61,11 @@ ENGRAM_INLINE Bits bits_all(uint64_t v) { return _mm512_set1_epi64(static_cast<i
 ENGRAM_INLINE Bits differ(Bits a, Bits b) { return _mm512_xor_si512(a, b); }
 ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return _mm512_ternarylogic_epi64(a, b, g, 0x28); }
 ENGRAM_INLINE Bits count(Bits v) { return _mm512_popcnt_epi64(v); }
+constexpr int kGateParts = 1;
+ENGRAM_INLINE void split_gate(uint64_t g, uint64_t* parts) { *parts = g; }
+ENGRAM_INLINE Bits count_where(Bits a, Bits b, const uint64_t* parts) {
+  return count(differ_within(a, b, bits_all(*parts)));
+}
 ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
 ENGRAM_INLINE Bits widen(Bits v) { return v; }
 ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
@@ -148,12 +154,25 @@ ENGRAM_INLINE void bits_store(uint64_t* p, Bits v) { _mm256_storeu_si256(reinter
 ENGRAM_INLINE Bits bits_all(uint64_t v) { return _mm256_set1_epi64x(static_cast<int64_t>(v)); }
 ENGRAM_INLINE Bits differ(Bits a, Bits b) { return _mm256_xor_si256(a, b); }
 ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return _mm256_and_si256(_mm256_xor_si256(a, b), g); }
+ENGRAM_INLINE Bits nibble_counts() {
+  return _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                          0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+}
 ENGRAM_INLINE Bits count(Bits v) {  // nibble look-up (Mula, Kurz, Lemire 2018)
-  const Bits table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
-                                      0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
   const Bits low = _mm256_set1_epi8(0x0F);
-  return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
-                         _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
+  return _mm256_add_epi8(_mm256_shuffle_epi8(nibble_counts(), _mm256_and_si256(v, low)),
+                         _mm256_shuffle_epi8(nibble_counts(), _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
+}
+constexpr int kGateParts = 2;
+ENGRAM_INLINE void split_gate(uint64_t g, uint64_t* parts) {
+  parts[0] = g & 0x0F0F0F0F0F0F0F0Fu;
+  parts[1] = g >> 4 & 0x0F0F0F0F0F0F0F0Fu;
+}
+ENGRAM_INLINE Bits count_where(Bits a, Bits b, const uint64_t* parts) {  // the gate takes the place of count's masks
+  const Bits v = _mm256_xor_si256(a, b);
+  return _mm256_add_epi8(
+      _mm256_shuffle_epi8(nibble_counts(), _mm256_and_si256(v, bits_all(parts[0]))),
+      _mm256_shuffle_epi8(nibble_counts(), _mm256_and_si256(_mm256_srli_epi16(v, 4), bits_all(parts[1]))));
 }
 ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return _mm256_add_epi8(a, b); }
 ENGRAM_INLINE Bits widen(Bits v) { return _mm256_sad_epu8(v, _mm256_setzero_si256()); }
@@ -262,6 +281,11 @@ ENGRAM_INLINE Bits bits_all(uint64_t v) { return vdupq_n_u64(v); }
 ENGRAM_INLINE Bits differ(Bits a, Bits b) { return veorq_u64(a, b); }
 ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return vandq_u64(veorq_u64(a, b), g); }
 ENGRAM_INLINE Bits count(Bits v) { return vreinterpretq_u64_u8(vcntq_u8(vreinterpretq_u8_u64(v))); }
+constexpr int kGateParts = 1;
+ENGRAM_INLINE void split_gate(uint64_t g, uint64_t* parts) { *parts = g; }
+ENGRAM_INLINE Bits count_where(Bits a, Bits b, const uint64_t* parts) {
+  return count(differ_within(a, b, bits_all(*parts)));
+}
 ENGRAM_INLINE Bits add_count(Bits a, Bits b) {
   return vreinterpretq_u64_u8(vaddq_u8(vreinterpretq_u8_u64(a), vreinterpretq_u8_u64(b)));
 }
@@ -347,6 +371,11 @@ ENGRAM_INLINE Bits bits_all(uint64_t v) { return v; }
 ENGRAM_INLINE Bits differ(Bits a, Bits b) { return a ^ b; }
 ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return (a ^ b) & g; }
 ENGRAM_INLINE Bits count(Bits v) { return static_cast<uint64_t>(scalar_popcount(v)); }
+constexpr int kGateParts = 1;
+ENGRAM_INLINE void split_gate(uint64_t g, uint64_t* parts) { *parts = g; }
+ENGRAM_INLINE Bits count_where(Bits a, Bits b, const uint64_t* parts) {
+  return count(differ_within(a, b, bits_all(*parts)));
+}
 ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return a + b; }
 ENGRAM_INLINE Bits widen(Bits v) { return v; }
 ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return a + b; }

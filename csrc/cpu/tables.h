@@ -13,6 +13,7 @@ void unpack_signs(const uint64_t* bits, int64_t k, int size, uint64_t plus, uint
 void popcount_rows(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end);
 void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
 void zero_unrecruited(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
+void split_gates(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t end);
 void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
 void sign_product(const SignProduct& p, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end);
 void gated_input_grad(const GatedInputGrad& p, int64_t m_begin, int64_t m_end);
