@@ -10,11 +10,11 @@
 //           turn.
 //   Floats  a vector of kLanes floats. A Mask selects lanes by packed bits, `mask_of(bits32(b), group)` the lanes of
 //   the
-//           group-th vector of 32 floats by the 32 bits b; `add_where` adds only in selected lanes,
-//           which is how a sign costs no multiplication: sum_k s_k a_k = 2 * sum_{k: bit 1} a_k - sum_k a_k.
+//           group-th vector of 32 floats by the 32 bits b.
 //           Where a register holds a table of the 2^kTableSigns sums of kTableSigns signed terms (ENGRAM_HAS_LOOK_UP),
 //           `look_up` takes for each lane the entry that the low bits of its index name, and `next_indices` moves the
-//           bits above those down; `flip_where` changes the sign of the lanes whose bit is 1.
+//           bits above those down; `flip_where` changes the sign of the lanes whose bit is 1. Elsewhere `add_where`
+//           adds in selected lanes only: sum_k s_k a_k = 2 * sum_{k: bit 1} a_k - sum_k a_k.
 //           `add_product` may or may not round the product: use it only where that is exact.
 #pragma once
 
@@ -91,9 +91,7 @@ ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return _mm512
 using Bits32 = uint32_t;
 ENGRAM_INLINE Bits32 bits32(uint32_t bits) { return bits; }
 ENGRAM_INLINE Mask mask_of(Bits32 bits, int group) { return static_cast<Mask>(bits >> (16 * group)); }
-ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return _mm512_mask_add_ps(acc, m, acc, v); }
 ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm512_maskz_mov_ps(m, v); }
-ENGRAM_INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
 
 #define ENGRAM_HAS_LOOK_UP
 constexpr int kTableSigns = 4;
@@ -205,12 +203,6 @@ ENGRAM_INLINE Mask mask_of(Bits32 bits, int group) {  // the lane's bit, moved t
   return _mm256_castsi256_ps(_mm256_sllv_epi32(bits, shift));
 }
 ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm256_blendv_ps(_mm256_setzero_ps(), v, m); }
-ENGRAM_INLINE Floats add_where(Floats acc, Mask m, Floats v) { return _mm256_add_ps(acc, keep_where(m, v)); }
-ENGRAM_INLINE float total(Floats v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 
 #define ENGRAM_HAS_LOOK_UP
 constexpr int kTableSigns = 3;
