@@ -8,8 +8,7 @@
 //           For random numbers: `multiply_low` multiplies the low halves of lanes, `shift_down` halves move down,
 //           `join_low` makes lanes of two low halves, `interleave_first/second` take even and odd lanes of a, b in
 //           turn.
-//   Floats  a vector of kLanes floats. A Mask selects lanes by packed bits, `mask_of(bits32(b), group)` the lanes of
-//   the
+//   Floats  a vector of kLanes floats. A Mask selects lanes by packed bits: `mask_of(bits32(b), group)` those of the
 //           group-th vector of 32 floats by the 32 bits b.
 //           Where a register holds a table of the 2^kTableSigns sums of kTableSigns signed terms (ENGRAM_HAS_LOOK_UP),
 //           `look_up` takes for each lane the entry that the low bits of its index name, and `next_indices` moves the
