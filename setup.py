@@ -65,12 +65,12 @@ class BuildKernels(BuildExtension):
 
 extension = CppExtension(
     "engram_kernels._C",
-    [str(CSRC / "bindings.cpp"), str(CSRC / "cpu" / "launch.cpp")],
+    [str(CSRC / "bindings.cpp"), str(CSRC / "cpu" / "launch.cpp"), str(CSRC / "cuda" / "no_cuda.cpp")],
     include_dirs=[str(CSRC)],
     depends=sorted(str(path) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h")),  # for sdist and rebuilds
     py_limited_api=True,
     define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
-    extra_compile_args={"cxx": ["-O2", "-std=c++17", "-fvisibility=hidden"]},
+    extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden"]},
 )
 extension.libraries = ["c10", "torch_cpu"]  # what the Stable ABI needs, and nothing that only some builds of torch have
 

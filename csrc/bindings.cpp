@@ -1,5 +1,6 @@
 // Every operator of engram_kernels: its schema, its checks, its way to the backend. LibTorch Stable ABI only, so that
 // one library serves every Python >= 3.10 and torch >= 2.13. Errors name the argument, what it needs and what it got.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,6 +21,7 @@
 #include "core/bits.h"
 #include "core/compact.h"
 #include "cpu/launch.h"
+#include "cuda/kernels.h"
 
 // No operator that runs often takes a string: torch 2.13 leaks each one on its way through the Stable ABI.
 STABLE_TORCH_LIBRARY(engram_kernels, m) {
@@ -43,7 +45,13 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       "gated_metaplastic_adam_(Tensor d, Tensor x_bits, Tensor? gate_bits, Tensor(a!) "
       "weight, " ENGRAM_UPDATE_ARGUMENTS);
+  m.def(
+      "binary_threshold(Tensor x_bits, Tensor w_bits, int k, Tensor threshold, Tensor flip, Tensor? gate_bits=None) "
+      "-> Tensor");
   m.def("_has_cuda() -> bool");
+  m.def("_cuda_error(int device) -> str");
+  m.def("_check_nan_flags() -> ()");
+  m.def("_update_nan_flag() -> int");
   m.def("_isa() -> str");
   m.def("_available_isas() -> str");
   m.def("_set_isa(str name) -> ()");
@@ -104,19 +112,32 @@ std::ostream& operator<<(std::ostream& text, const Description& description) {
   return text << (t.dim() == 1 ? ",)" : ")");
 }
 
-void check_cpu(const char* name, const Tensor& t) {
-  require(t.is_cpu(), name, ": expected a CPU tensor like the other arguments, got one on another device");
+// Where the first tensor argument lies, and all others have to.
+struct Place {
+  bool cuda;
+  int32_t index;
+};
+Place place_of(const Tensor& t) { return {t.is_cuda(), t.is_cuda() ? t.get_device_index() : 0}; }
+std::ostream& operator<<(std::ostream& text, const Place& place) {
+  if (place.cuda) return text << "cuda:" << place.index;
+  return text << "cpu";
 }
 
-void check_floats(const char* name, const Tensor& t) {
-  check_cpu(name, t);
+void check_place(const char* name, const Tensor& t, const Place& place) {
+  const Place own = place_of(t);
+  require(own.cuda == place.cuda && own.index == place.index, name, ": expected a tensor on ", place,
+          " like the other arguments, got one on ", own);
+}
+
+void check_floats(const char* name, const Tensor& t, const Place& place) {
+  check_place(name, t, place);
   const ScalarType dtype = t.scalar_type();
   require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
           ": expected float32, bfloat16 or float16, got ", describe(t));
 }
 
-void check_matrix(const char* name, const Tensor& t) {
-  check_floats(name, t);
+void check_matrix(const char* name, const Tensor& t, const Place& place) {
+  check_floats(name, t, place);
   require(t.dim() == 2, name, ": expected 2 dimensions, got ", describe(t));
 }
 
@@ -124,15 +145,15 @@ void check_matrix(const char* name, const Tensor& t) {
 void check_k(int64_t k) { require(k >= 1 && k <= INT32_MAX, "k: expected 1 to 2^31 - 1, got ", k); }
 
 // Packed rows of k units, two-dimensional.
-void check_packed(const char* name, const Tensor& t, int64_t k) {
-  check_cpu(name, t);
+void check_packed(const char* name, const Tensor& t, int64_t k, const Place& place) {
+  check_place(name, t, place);
   require(t.scalar_type() == ScalarType::Long && t.dim() == 2 && t.size(1) == words_for(k), name,
           ": expected int64 of shape (rows, ", words_for(k), ") for k = ", k, ", got ", describe(t));
 }
 
 // Returns the stride of the gate in words: 0 where one gate serves all samples.
-int64_t check_gate(const char* name, const Tensor& t, int64_t samples, int64_t k) {
-  check_cpu(name, t);
+int64_t check_gate(const char* name, const Tensor& t, int64_t samples, int64_t k, const Place& place) {
+  check_place(name, t, place);
   const int64_t words = words_for(k);
   const bool shared = t.dim() == 1 && t.size(0) == words;
   const bool per_sample = t.dim() == 2 && t.size(0) == samples && t.size(1) == words;
@@ -147,7 +168,7 @@ struct Seed {
 };
 
 Seed check_seed(const Tensor& seed) {
-  check_cpu("seed", seed);
+  require(seed.is_cpu(), "seed: expected a CPU tensor, got one on ", place_of(seed));
   require(seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 2,
           "seed: expected int64 (2,), the Philox key and offset, got ", describe(seed));
   const Tensor contiguous = seed.is_contiguous() ? seed : torch::stable::contiguous(seed);
@@ -158,6 +179,10 @@ Seed check_seed(const Tensor& seed) {
 
 // ---- services
 
+template <typename T>
+T* data(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
 const uint64_t* packed_data(const Tensor& t) { return static_cast<const uint64_t*>(t.const_data_ptr()); }
 const float* float_data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
@@ -167,7 +192,24 @@ engram::cpu::Element element_of(ScalarType dtype) {
                                          : engram::cpu::Element::kFloat16;
 }
 
+engram::cuda::Element cuda_element(ScalarType dtype) {
+  return dtype == ScalarType::Float      ? engram::cuda::Element::kFloat32
+         : dtype == ScalarType::BFloat16 ? engram::cuda::Element::kBFloat16
+         : dtype == ScalarType::Half     ? engram::cuda::Element::kFloat16
+                                         : engram::cuda::Element::kUint8;
+}
+
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Contiguous, and on CUDA 16-byte aligned, which a view into other words need not be.
+Tensor as_packed(const Tensor& t) {
+  const Tensor packed = as_contiguous(t);
+  const bool aligned = reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
+  return aligned || !t.is_cuda() ? packed : torch::stable::clone(packed);
+}
+std::optional<Tensor> as_packed(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(as_packed(*t)) : std::nullopt;
+}
 
 Tensor as_float32(const Tensor& t) {
   return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
@@ -189,8 +231,8 @@ void advise_huge_pages(Tensor& t) {
 #endif
 }
 
-// Uninitialised, on the CPU. By the C shim, since torch::stable::new_empty takes microseconds.
-Tensor new_tensor(const int64_t* shape, int64_t dims, ScalarType dtype) {
+// Uninitialised. By the C shim, since torch::stable::new_empty takes microseconds.
+Tensor new_tensor(const int64_t* shape, int64_t dims, ScalarType dtype, const Place& place) {
   constexpr int64_t kDims = 8;
   int64_t few_strides[kDims];
   std::vector<int64_t> many_strides;
@@ -206,17 +248,18 @@ Tensor new_tensor(const int64_t* shape, int64_t dims, ScalarType dtype) {
   }
   AtenTensorHandle handle;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t device_type = place.cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, shape, strides, shim_dtype, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(dims, shape, strides, shim_dtype, device_type, place.index, &handle));
   Tensor t(handle);
-  advise_huge_pages(t);
+  if (!place.cuda) advise_huge_pages(t);
   return t;
 }
-Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return new_tensor(shape.begin(), static_cast<int64_t>(shape.size()), dtype);
+Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype, const Place& place) {
+  return new_tensor(shape.begin(), static_cast<int64_t>(shape.size()), dtype, place);
 }
-Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
-  return new_tensor(shape.data(), static_cast<int64_t>(shape.size()), dtype);
+Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype, const Place& place) {
+  return new_tensor(shape.data(), static_cast<int64_t>(shape.size()), dtype, place);
 }
 
 // Threads and memory of torch, for the kernels.
@@ -229,7 +272,7 @@ class TorchRuntime {
             },
             [](void* owner, size_t bytes) -> void* {
               auto* self = static_cast<TorchRuntime*>(owner);
-              self->workspace_.push_back(new_tensor({static_cast<int64_t>(bytes)}, ScalarType::Byte));
+              self->workspace_.push_back(new_tensor({static_cast<int64_t>(bytes)}, ScalarType::Byte, {}));
               return self->workspace_.back().mutable_data_ptr();
             },
             this, static_cast<int>(torch::stable::get_num_threads())};
@@ -237,6 +280,49 @@ class TorchRuntime {
 
  private:
   std::vector<Tensor> workspace_;
+};
+
+// CUDA kernels run later than the call that queues them, so that a NaN shows in a later one, as CUDA's own errors do.
+void check_nan_flags(volatile int32_t* flags) {
+  static const char* const kMessages[] = {
+      "x: expected numbers, got NaN, which has no sign (in an earlier pack_signs on CUDA)",
+      "score: expected numbers, got NaN (in an earlier sample_engram on CUDA)",
+      "grad: expected finite numbers, got values that made a weight NaN (in an earlier metaplastic_adam_ on CUDA)"};
+  for (int source = 0; source < engram::cuda::kNaNSources; ++source) {
+    if (flags[source] == 0) continue;
+    flags[source] = 0;
+    require(false, kMessages[source]);
+  }
+}
+
+// A call of CUDA kernels: makes the device current while it lives, and names the stream.
+class CudaCall {
+ public:
+  explicit CudaCall(const Place& place) {
+    require_success(engram::cuda::use_device(place.index, &previous_));
+    entered_ = true;
+    stream_ = torch::stable::accelerator::getCurrentStream(place.index).nativeHandle();
+    require_success(engram::cuda::nan_flags(&flags_));
+    check_nan_flags(flags_);
+  }
+  ~CudaCall() {
+    if (entered_) engram::cuda::leave_device(previous_);
+  }
+  CudaCall(const CudaCall&) = delete;
+  CudaCall& operator=(const CudaCall&) = delete;
+
+  template <typename Arguments>
+  void launch(int (*launcher)(const Arguments&, void*), const Arguments& arguments) {
+    require_success(launcher(arguments, stream_));
+  }
+  int32_t* nan_flag(engram::cuda::NaNSource source) { return flags_ + source; }
+  static void require_success(int error) { require(error == 0, "CUDA: ", engram::cuda::error_text(error)); }
+
+ private:
+  int previous_ = 0;
+  bool entered_ = false;
+  void* stream_ = nullptr;
+  int32_t* flags_ = nullptr;
 };
 
 int64_t rows_of(const Tensor& t) { return t.size(t.dim() - 1) == 0 ? 0 : t.numel() / t.size(t.dim() - 1); }
@@ -247,15 +333,23 @@ std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
   return shape;
 }
 
-// ---- operators on the CPU
+// ---- operators
 
 Tensor pack_signs(const Tensor& x) {
-  check_floats("x", x);
+  const Place place = place_of(x);
+  check_floats("x", x, place);
   require(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected at least 1 unit in the last dimension, got ",
           describe(x));
   const Tensor in = as_contiguous(x);
   const int64_t k = in.size(in.dim() - 1);
-  Tensor bits = new_tensor(with_last(in, words_for(k)), ScalarType::Long);
+  Tensor bits = new_tensor(with_last(in, words_for(k)), ScalarType::Long, place);
+  if (place.cuda) {
+    CudaCall call(place);
+    call.launch(engram::cuda::launch_pack_signs,
+                {in.const_data_ptr(), cuda_element(in.scalar_type()), rows_of(in), k, words_for(k),
+                 data<uint64_t>(bits), call.nan_flag(engram::cuda::kPackSigns)});
+    return bits;
+  }
   TorchRuntime rt;
   const bool nan = engram::cpu::pack_signs(rt.get(), in.const_data_ptr(), element_of(in.scalar_type()), rows_of(in), k,
                                            static_cast<uint64_t*>(bits.mutable_data_ptr()));
@@ -264,14 +358,22 @@ Tensor pack_signs(const Tensor& x) {
 }
 
 Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bits) {
-  check_matrix("x", x);
+  const Place place = place_of(x);
+  check_matrix("x", x, place);
   const int64_t rows = x.size(0), k = x.size(1);
   check_k(k);
   require(width > 0, "width: expected above 0, got ", width);
-  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, rows, k) : 0;
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, rows, k, place) : 0;
   const Tensor in = as_float32(x);
-  const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
-  Tensor bits = new_tensor({rows, words_for(k)}, ScalarType::Long);
+  const std::optional<Tensor> gate = as_packed(gate_bits);
+  Tensor bits = new_tensor({rows, words_for(k)}, ScalarType::Long, place);
+  if (place.cuda) {
+    CudaCall call(place);
+    call.launch(engram::cuda::launch_pack_window,
+                {float_data(in), static_cast<float>(width), gate ? packed_data(*gate) : nullptr, stride, rows, k,
+                 words_for(k), data<uint64_t>(bits)});
+    return bits;
+  }
   TorchRuntime rt;
   engram::cpu::pack_window(rt.get(), float_data(in), static_cast<float>(width), rows, k,
                            gate ? packed_data(*gate) : nullptr, stride,
@@ -281,7 +383,7 @@ Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bit
 
 Tensor unpack_signs(const Tensor& bits, int64_t k, ScalarType dtype) {
   check_k(k);
-  check_cpu("bits", bits);
+  const Place place = place_of(bits);
   require(bits.scalar_type() == ScalarType::Long && bits.dim() >= 1 && bits.size(bits.dim() - 1) == words_for(k),
           "bits: expected int64 of shape (..., ", words_for(k), ") for k = ", k, ", got ", describe(bits));
   struct Pattern {
@@ -310,54 +412,122 @@ Tensor unpack_signs(const Tensor& bits, int64_t k, ScalarType dtype) {
     default:
       require(false, "dtype: expected float32, bfloat16, float16, float64, int8 or int32, got ", dtype_name(dtype));
   }
-  const Tensor in = as_contiguous(bits);
-  Tensor out = new_tensor(with_last(in, k), dtype);
+  const Tensor in = as_packed(bits);
+  Tensor out = new_tensor(with_last(in, k), dtype, place);
+  if (place.cuda) {
+    CudaCall call(place);
+    call.launch(engram::cuda::launch_unpack_signs, {packed_data(in), rows_of(in), k, words_for(k), pattern.size,
+                                                    pattern.plus, pattern.minus, out.mutable_data_ptr()});
+    return out;
+  }
   TorchRuntime rt;
   engram::cpu::unpack_signs(rt.get(), packed_data(in), rows_of(in), k, pattern.size, pattern.plus, pattern.minus,
                             out.mutable_data_ptr());
   return out;
 }
 
+// A product with signs on CUDA: numbers as they are, float16 as float32; y in their dtype, int32 for uint8.
+Tensor cuda_product(const Place& place, const Tensor& numbers, std::initializer_list<int64_t> shape,
+                    engram::cuda::SignProduct p) {
+  const ScalarType dtype = numbers.scalar_type();
+  const Tensor in = dtype == ScalarType::Half ? as_float32(numbers) : as_contiguous(numbers);
+  Tensor y = new_tensor(shape, dtype == ScalarType::Byte ? ScalarType::Int : in.scalar_type(), place);
+  p.a = in.const_data_ptr(), p.element = cuda_element(in.scalar_type()), p.y = y.mutable_data_ptr();
+  CudaCall call(place);
+  call.launch(engram::cuda::launch_sign_product, p);
+  return dtype == ScalarType::Half ? as_dtype(y, dtype) : y;
+}
+
 Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std::optional<Tensor> gate_bits) {
   check_k(k);
-  check_packed("x_bits", x_bits, k);
-  check_packed("w_bits", w_bits, k);
+  const Place place = place_of(x_bits);
+  check_packed("x_bits", x_bits, k, place);
+  check_packed("w_bits", w_bits, k, place);
   const int64_t M = x_bits.size(0), N = w_bits.size(0);
-  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k) : 0;
-  const Tensor x = as_contiguous(x_bits), w = as_contiguous(w_bits);
-  const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
-  Tensor y = new_tensor({M, N}, ScalarType::Int);
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k, place) : 0;
+  const Tensor x = as_packed(x_bits), w = as_packed(w_bits);
+  const std::optional<Tensor> gate = as_packed(gate_bits);
+  Tensor y = new_tensor({M, N}, ScalarType::Int, place);
+  if (place.cuda) {
+    CudaCall call(place);
+    call.launch(engram::cuda::launch_binary_matmul,
+                {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride, M, N, k, words_for(k),
+                 data<int32_t>(y), nullptr, nullptr, nullptr});
+    return y;
+  }
   TorchRuntime rt;
   engram::cpu::binary_matmul(rt.get(), {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride,
-                                        nullptr, static_cast<int32_t*>(y.mutable_data_ptr()), M, N, k, words_for(k)});
+                                        nullptr, data<int32_t>(y), M, N, k, words_for(k)});
   return y;
+}
+
+Tensor binary_threshold(const Tensor& x_bits, const Tensor& w_bits, int64_t k, const Tensor& threshold,
+                        const Tensor& flip, std::optional<Tensor> gate_bits) {
+  check_k(k);
+  const Place place = place_of(x_bits);
+  check_packed("x_bits", x_bits, k, place);
+  check_packed("w_bits", w_bits, k, place);
+  const int64_t M = x_bits.size(0), N = w_bits.size(0);
+  check_k(N);
+  const auto check_units = [&](const char* name, const Tensor& t, ScalarType dtype) {
+    check_place(name, t, place);
+    require(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == N, name, ": expected ", dtype_name(dtype), " (", N,
+            ",), one for each row of w_bits, got ", describe(t));
+  };
+  check_units("threshold", threshold, ScalarType::Int);
+  check_units("flip", flip, ScalarType::Bool);
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k, place) : 0;
+  const Tensor x = as_packed(x_bits), w = as_packed(w_bits);
+  const Tensor thresholds = as_contiguous(threshold), flips = as_contiguous(flip);
+  const auto* threshold_data = static_cast<const int32_t*>(thresholds.const_data_ptr());
+  const auto* flip_data = static_cast<const uint8_t*>(flips.const_data_ptr());
+  const std::optional<Tensor> gate = as_packed(gate_bits);
+  Tensor bits = new_tensor({M, words_for(N)}, ScalarType::Long, place);
+  if (place.cuda) {
+    CudaCall call(place);
+    call.launch(engram::cuda::launch_binary_matmul,
+                {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride, M, N, k, words_for(k),
+                 nullptr, threshold_data, flip_data, data<uint64_t>(bits)});
+    return bits;
+  }
+  TorchRuntime rt;
+  engram::cpu::binary_threshold(rt.get(),
+                                {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride, nullptr,
+                                 nullptr, M, N, k, words_for(k)},
+                                threshold_data, flip_data, data<uint64_t>(bits));
+  return bits;
 }
 
 Tensor sign_matmul(const Tensor& a, const Tensor& w_bits, int64_t k) {
   check_k(k);
-  check_matrix("a", a);
-  check_packed("w_bits", w_bits, k);
+  const Place place = place_of(a);
+  check_matrix("a", a, place);
+  check_packed("w_bits", w_bits, k, place);
   const int64_t M = a.size(0), N = w_bits.size(0);
   require(a.size(1) == N, "a: expected shape (M, ", N, ") to meet the ", N, " rows of w_bits, got ", describe(a));
-  const Tensor in = as_float32(a), w = as_contiguous(w_bits);
-  Tensor y = new_tensor({M, k}, ScalarType::Float);
+  const Tensor w = as_packed(w_bits);
+  if (place.cuda)
+    return cuda_product(place, a, {M, k}, {.signs = packed_data(w), .signs_by_row = true, .R = M, .I = N, .V = k});
+  const Tensor in = as_float32(a);
+  Tensor y = new_tensor({M, k}, ScalarType::Float, place);
   TorchRuntime rt;
-  engram::cpu::sign_matmul(rt.get(), float_data(in), packed_data(w), static_cast<float*>(y.mutable_data_ptr()), M, N,
-                           k);
+  engram::cpu::sign_matmul(rt.get(), float_data(in), packed_data(w), data<float>(y), M, N, k);
   return as_dtype(y, a.scalar_type());
 }
 
 Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
   check_k(k);
-  check_cpu("x", x);
+  const Place place = place_of(x);
   const bool exact = x.scalar_type() == ScalarType::Byte;
-  if (!exact) check_matrix("x", x);
-  check_packed("w_bits", w_bits, k);
+  if (!exact) check_matrix("x", x, place);
+  check_packed("w_bits", w_bits, k, place);
   require(x.dim() == 2 && x.size(1) == k, "x: expected shape (M, ", k, ") for k = ", k, ", got ", describe(x));
   require(!exact || k <= INT32_MAX / 255, "k: expected at most ", INT32_MAX / 255, " for uint8, got ", k);
   const int64_t M = x.size(0), N = w_bits.size(0);
-  const Tensor in = exact ? as_contiguous(x) : as_float32(x), w = as_contiguous(w_bits);
-  Tensor y = new_tensor({M, N}, exact ? ScalarType::Int : ScalarType::Float);
+  const Tensor w = as_packed(w_bits);
+  if (place.cuda) return cuda_product(place, x, {M, N}, {.signs = packed_data(w), .R = M, .I = k, .V = N});
+  const Tensor in = exact ? as_contiguous(x) : as_float32(x);
+  Tensor y = new_tensor({M, N}, exact ? ScalarType::Int : ScalarType::Float, place);
   TorchRuntime rt;
   engram::cpu::sign_matmul_t(rt.get(), in.const_data_ptr(), exact, packed_data(w), y.mutable_data_ptr(), M, N, k);
   return exact ? y : as_dtype(y, x.scalar_type());
@@ -365,46 +535,71 @@ Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
 
 Tensor masked_input_grad(const Tensor& d, const Tensor& w_bits, int64_t k, const Tensor& mask_bits) {
   check_k(k);
-  check_matrix("d", d);
-  check_packed("w_bits", w_bits, k);
+  const Place place = place_of(d);
+  check_matrix("d", d, place);
+  check_packed("w_bits", w_bits, k, place);
   const int64_t M = d.size(0), N = w_bits.size(0);
   require(d.size(1) == N, "d: expected shape (M, ", N, ") to meet the ", N, " rows of w_bits, got ", describe(d));
-  const int64_t stride = check_gate("mask_bits", mask_bits, M, k);
-  const Tensor in = as_float32(d), w = as_contiguous(w_bits), mask = as_contiguous(mask_bits);
-  Tensor dx = new_tensor({M, k}, ScalarType::Float);
+  const int64_t stride = check_gate("mask_bits", mask_bits, M, k, place);
+  const Tensor w = as_packed(w_bits), mask = as_packed(mask_bits);
+  if (place.cuda)
+    return cuda_product(place, d, {M, k},
+                        {.signs = packed_data(w),
+                         .signs_by_row = true,
+                         .mask = packed_data(mask),
+                         .mask_stride = stride,
+                         .R = M,
+                         .I = N,
+                         .V = k});
+  const Tensor in = as_float32(d);
+  Tensor dx = new_tensor({M, k}, ScalarType::Float, place);
   TorchRuntime rt;
-  engram::cpu::masked_input_grad(rt.get(), float_data(in), packed_data(w), packed_data(mask), stride,
-                                 static_cast<float*>(dx.mutable_data_ptr()), M, N, k);
+  engram::cpu::masked_input_grad(rt.get(), float_data(in), packed_data(w), packed_data(mask), stride, data<float>(dx),
+                                 M, N, k);
   return as_dtype(dx, d.scalar_type());
 }
 
 Tensor gated_input_grad(const Tensor& d, const Tensor& w_bits, const Tensor& x, std::optional<Tensor> gate_bits) {
-  check_matrix("d", d);
-  check_matrix("x", x);
+  const Place place = place_of(d);
+  check_matrix("d", d, place);
+  check_matrix("x", x, place);
   require(x.size(0) == d.size(0), "x: expected ", d.size(0), " samples like d, got ", describe(x));
   return masked_input_grad(d, w_bits, x.size(1), pack_window(x, 1.0, gate_bits));
 }
 
 Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::optional<Tensor> gate_bits) {
   check_k(k);
-  check_matrix("d", d);
-  check_packed("x_bits", x_bits, k);
+  const Place place = place_of(d);
+  check_matrix("d", d, place);
+  check_packed("x_bits", x_bits, k, place);
   const int64_t M = d.size(0), N = d.size(1);
   require(x_bits.size(0) == M, "x_bits: expected ", M, " samples like d, got ", describe(x_bits));
-  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k) : 0;
-  const Tensor in = as_float32(d), x = as_contiguous(x_bits);
-  const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
-  Tensor dw = new_tensor({N, k}, ScalarType::Float);
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k, place) : 0;
+  const Tensor x = as_packed(x_bits);
+  const std::optional<Tensor> gate = as_packed(gate_bits);
+  if (place.cuda)
+    return cuda_product(place, d, {N, k},
+                        {.a_transposed = true,
+                         .signs = packed_data(x),
+                         .signs_by_row = true,
+                         .gate = gate ? packed_data(*gate) : nullptr,
+                         .gate_stride = stride,
+                         .R = N,
+                         .I = M,
+                         .V = k});
+  const Tensor in = as_float32(d);
+  Tensor dw = new_tensor({N, k}, ScalarType::Float, place);
   TorchRuntime rt;
   engram::cpu::gated_weight_grad(rt.get(),
                                  {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, M, N, k},
-                                 static_cast<float*>(dw.mutable_data_ptr()));
+                                 data<float>(dw));
   return as_dtype(dw, d.scalar_type());
 }
 
 Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool bernoulli, double temperature,
                      int64_t first_row) {
-  check_matrix("score", score);
+  const Place place = place_of(score);
+  check_matrix("score", score, place);
   const int64_t M = score.size(0), K = score.size(1);
   check_k(K);
   const Seed key = check_seed(seed);
@@ -412,21 +607,36 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   require(temperature == 0 || temperature >= 1e-6, "temperature: expected 0 or at least 1e-6, got ", temperature);
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
   const Tensor in = as_float32(score);
-  Tensor gate = new_tensor({M, words_for(K)}, ScalarType::Long);
+  Tensor gate = new_tensor({M, words_for(K)}, ScalarType::Long, place);
+  const auto fill = [&](auto& p) {  // what the arguments of both backends have in common
+    p.score = float_data(in);
+    p.gate = data<uint64_t>(gate);
+    p.M = M;
+    p.K = K;
+    p.words = words_for(K);
+    p.bernoulli = bernoulli;
+    const auto count = static_cast<int64_t>(std::nearbyint(rate * static_cast<double>(K)));
+    p.count = count < 1 ? 1 : count;
+    p.threshold = static_cast<uint64_t>(std::nearbyint(rate * 4294967296.0));
+    p.inverse_temperature = temperature == 0 ? -1.0f : 1.0f / static_cast<float>(temperature);
+    p.seed = key.key;
+    p.offset = key.offset;
+    p.first_row = static_cast<uint64_t>(first_row);
+  };
+  if (place.cuda) {
+    CudaCall call(place);
+    engram::cuda::SampleEngram p{};
+    fill(p);
+    p.key_stride = engram::ceil_div(K, 4) * 4;
+    std::optional<Tensor> keys;
+    if (!bernoulli) keys = new_tensor({M, p.key_stride}, ScalarType::Int, place);
+    p.keys = keys ? data<uint32_t>(*keys) : nullptr;
+    p.nan = call.nan_flag(engram::cuda::kSampleEngram);
+    call.launch(engram::cuda::launch_sample_engram, p);
+    return gate;
+  }
   engram::cpu::SampleEngram p{};
-  p.score = float_data(in);
-  p.gate = static_cast<uint64_t*>(gate.mutable_data_ptr());
-  p.M = M;
-  p.K = K;
-  p.words = words_for(K);
-  p.bernoulli = bernoulli;
-  const auto count = static_cast<int64_t>(std::nearbyint(rate * static_cast<double>(K)));
-  p.count = count < 1 ? 1 : count;
-  p.threshold = static_cast<uint64_t>(std::nearbyint(rate * 4294967296.0));
-  p.inverse_temperature = temperature == 0 ? -1.0f : 1.0f / static_cast<float>(temperature);
-  p.seed = key.key;
-  p.offset = key.offset;
-  p.first_row = static_cast<uint64_t>(first_row);
+  fill(p);
   TorchRuntime rt;
   require(!engram::cpu::sample_engram(rt.get(), p), "score: expected numbers, got NaN");
   return gate;
@@ -438,15 +648,15 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
                                           double eps, double weight_decay, double metaplasticity, int64_t step,
                                           std::optional<Tensor>& exp_avg_scale, std::optional<Tensor>& exp_avg_sq_scale,
                                           const std::optional<Tensor>& seed, int64_t first_row) {
-  check_cpu("weight", weight);
+  const Place place = place_of(weight);
   const ScalarType weight_dtype = weight.scalar_type(), state_dtype = exp_avg.scalar_type();
   require((weight_dtype == ScalarType::Float || weight_dtype == ScalarType::BFloat16) && weight.dim() == 2 &&
               weight.is_contiguous(),
           "weight: expected contiguous float32 or bfloat16 of 2 dimensions, got ", describe(weight));
   const int64_t N = weight.size(0), K = weight.size(1);
   check_k(K);
-  const auto check = [](const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns) {
-    check_cpu(name, t);
+  const auto check = [&](const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns) {
+    check_place(name, t, place);
     require(t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(),
             name, ": expected contiguous ", dtype_name(dtype), " (", rows, ", ", columns, "), got ", describe(t));
   };
@@ -469,7 +679,7 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
   const Seed key = seed ? check_seed(*seed) : Seed{};
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
   if (sign_bits) {
-    check_packed("sign_bits", *sign_bits, K);
+    check_packed("sign_bits", *sign_bits, K, place);
     require(sign_bits->size(0) == N && sign_bits->is_contiguous(), "sign_bits: expected ", N, " contiguous rows, got ",
             describe(*sign_bits));
   }
@@ -511,7 +721,7 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
   engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
                    exp_avg_scale, exp_avg_sq_scale, seed, first_row);
-  check_cpu("grad", grad);
+  check_place("grad", grad, place_of(weight));
   require((grad.scalar_type() == ScalarType::Float || grad.scalar_type() == weight.scalar_type()) && grad.dim() == 2 &&
               grad.size(0) == p.N && grad.size(1) == p.K,
           "grad: expected float32 or the weight's dtype, in the weight's shape ", describe(weight), ", got ",
@@ -532,14 +742,15 @@ void gated_metaplastic_adam_(const Tensor& d, const Tensor& x_bits, std::optiona
   const engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
                    exp_avg_scale, exp_avg_sq_scale, seed, first_row);
-  check_matrix("d", d);
-  check_packed("x_bits", x_bits, p.K);
+  const Place place = place_of(weight);
+  check_matrix("d", d, place);
+  check_packed("x_bits", x_bits, p.K, place);
   const int64_t M = d.size(0);
   require(d.size(1) == p.N, "d: expected shape (M, ", p.N, ") to meet the rows of the weight, got ", describe(d));
   require(x_bits.size(0) == M, "x_bits: expected ", M, " samples like d, got ", describe(x_bits));
-  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, p.K) : 0;
-  const Tensor in = as_float32(d), x = as_contiguous(x_bits);
-  const std::optional<Tensor> gate = gate_bits ? std::optional<Tensor>(as_contiguous(*gate_bits)) : std::nullopt;
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, p.K, place) : 0;
+  const Tensor in = as_float32(d), x = as_packed(x_bits);
+  const std::optional<Tensor> gate = as_packed(gate_bits);
   TorchRuntime rt;
   const bool nan = engram::cpu::gated_metaplastic_adam(
       rt.get(), {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, M, p.N, p.K}, p);
@@ -548,7 +759,27 @@ void gated_metaplastic_adam_(const Tensor& d, const Tensor& x_bits, std::optiona
 
 // ---- what was built and what runs
 
-bool has_cuda() { return false; }
+bool has_cuda() { return engram::cuda::built(); }
+
+// Why CUDA kernels cannot run on a device, or nothing.
+std::string cuda_error(int64_t device) {
+  int previous = 0;
+  const int error = engram::cuda::use_device(static_cast<int>(device), &previous);
+  if (error != 0) return engram::cuda::error_text(error);
+  engram::cuda::leave_device(previous);
+  return "";
+}
+
+int32_t* nan_flags() {
+  int32_t* flags = nullptr;
+  CudaCall::require_success(engram::cuda::nan_flags(&flags));
+  return flags;
+}
+
+void check_all_nan_flags() { check_nan_flags(nan_flags()); }
+
+// Address that the update on CUDA, which is not in this library, writes 1 to if a weight became NaN.
+int64_t update_nan_flag() { return reinterpret_cast<int64_t>(nan_flags() + engram::cuda::kMetaplasticAdam); }
 
 std::string isa() { return engram::cpu::isa(); }
 
@@ -562,36 +793,35 @@ void set_isa(std::string name) {
   require(engram::cpu::set_isa(name), "ISA: expected one of ", available_isas(), " on this machine, got '", name, "'");
 }
 
-void no_cuda(StableIValue*, uint64_t, uint64_t) {
-  throw std::runtime_error("expected CPU tensors: this build of engram_kernels has no CUDA kernels");
-}
-
 }  // namespace
 
+// The same functions for both devices; metaplastic updates on CUDA are engram_kernels/triton_kernels.
+#define ENGRAM_OPERATORS(m)                                   \
+  m.impl("pack_signs", TORCH_BOX(&pack_signs));               \
+  m.impl("pack_window", TORCH_BOX(&pack_window));             \
+  m.impl("unpack_signs", TORCH_BOX(&unpack_signs));           \
+  m.impl("binary_matmul", TORCH_BOX(&binary_matmul));         \
+  m.impl("binary_threshold", TORCH_BOX(&binary_threshold));   \
+  m.impl("sign_matmul", TORCH_BOX(&sign_matmul));             \
+  m.impl("sign_matmul_t", TORCH_BOX(&sign_matmul_t));         \
+  m.impl("gated_input_grad", TORCH_BOX(&gated_input_grad));   \
+  m.impl("masked_input_grad", TORCH_BOX(&masked_input_grad)); \
+  m.impl("gated_weight_grad", TORCH_BOX(&gated_weight_grad)); \
+  m.impl("sample_engram", TORCH_BOX(&sample_engram))
+
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
-  m.impl("pack_signs", TORCH_BOX(&pack_signs));
-  m.impl("pack_window", TORCH_BOX(&pack_window));
-  m.impl("unpack_signs", TORCH_BOX(&unpack_signs));
-  m.impl("binary_matmul", TORCH_BOX(&binary_matmul));
-  m.impl("sign_matmul", TORCH_BOX(&sign_matmul));
-  m.impl("sign_matmul_t", TORCH_BOX(&sign_matmul_t));
-  m.impl("gated_input_grad", TORCH_BOX(&gated_input_grad));
-  m.impl("masked_input_grad", TORCH_BOX(&masked_input_grad));
-  m.impl("gated_weight_grad", TORCH_BOX(&gated_weight_grad));
-  m.impl("sample_engram", TORCH_BOX(&sample_engram));
+  ENGRAM_OPERATORS(m);
   m.impl("metaplastic_adam_", TORCH_BOX(&metaplastic_adam_));
   m.impl("gated_metaplastic_adam_", TORCH_BOX(&gated_metaplastic_adam_));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CUDA, m) {
-  for (const char* name : {"pack_signs", "pack_window", "unpack_signs", "binary_matmul", "sign_matmul", "sign_matmul_t",
-                           "gated_input_grad", "masked_input_grad", "gated_weight_grad", "sample_engram",
-                           "metaplastic_adam_", "gated_metaplastic_adam_"})
-    m.impl(name, &no_cuda);
-}
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CUDA, m) { ENGRAM_OPERATORS(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CompositeExplicitAutograd, m) {
   m.impl("_has_cuda", TORCH_BOX(&has_cuda));
+  m.impl("_cuda_error", TORCH_BOX(&cuda_error));
+  m.impl("_check_nan_flags", TORCH_BOX(&check_all_nan_flags));
+  m.impl("_update_nan_flag", TORCH_BOX(&update_nan_flag));
   m.impl("_isa", TORCH_BOX(&isa));
   m.impl("_available_isas", TORCH_BOX(&available_isas));
   m.impl("_set_isa", TORCH_BOX(&set_isa));

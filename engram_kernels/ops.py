@@ -88,6 +88,18 @@ def binary_matmul(x_bits: Tensor, w_bits: Tensor, k: int, gate_bits: Tensor | No
     return _ops.binary_matmul(x_bits, w_bits, k, gate_bits)
 
 
+def binary_threshold(
+    x_bits: Tensor, w_bits: Tensor, k: int, threshold: Tensor, flip: Tensor, gate_bits: Tensor | None = None
+) -> Tensor:
+    """Sign bits of the next layer: ``1{(y[m,n] >= threshold[n]) != flip[n]}``, y as in :func:`binary_matmul`.
+
+    Shapes: as :func:`binary_matmul`, ``threshold`` int32 (N,), ``flip`` bool (N,) -> bits (M, words of N). For
+    inference: BatchNorm and the sign after it are one such threshold per unit, flipped where BatchNorm's factor is
+    negative.
+    """
+    return _ops.binary_threshold(x_bits, w_bits, k, threshold, flip, gate_bits)
+
+
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K). Differentiable in ``a``."""
     return _ops.sign_matmul(a, w_bits, k)
@@ -269,6 +281,14 @@ def _(x_bits, w_bits, k, gate_bits=None):
     _check_packed("x_bits", x_bits, k)
     _check_packed("w_bits", w_bits, k)
     return x_bits.new_empty((x_bits.shape[0], w_bits.shape[0]), dtype=torch.int32)
+
+
+@torch.library.register_fake("engram_kernels::binary_threshold")
+def _(x_bits, w_bits, k, threshold, flip, gate_bits=None):
+    _check_same_device(x_bits=x_bits, w_bits=w_bits, threshold=threshold, flip=flip, gate_bits=gate_bits)
+    _check_packed("x_bits", x_bits, k)
+    _check_packed("w_bits", w_bits, k)
+    return x_bits.new_empty((x_bits.shape[0], words_for(w_bits.shape[0])), dtype=torch.int64)
 
 
 @torch.library.register_fake("engram_kernels::sign_matmul")

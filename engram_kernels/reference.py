@@ -65,6 +65,17 @@ def binary_matmul(x_bits: Tensor, w_bits: Tensor, k: int, gate_bits: Tensor | No
     return ((x * _gate(gate_bits, k)) @ w.T).to(torch.int32)
 
 
+def binary_threshold(
+    x_bits: Tensor, w_bits: Tensor, k: int, threshold: Tensor, flip: Tensor, gate_bits: Tensor | None = None
+) -> Tensor:
+    """Sign bits of the next layer: ``1{(y[m,n] >= threshold[n]) != flip[n]}``, y as in :func:`binary_matmul`.
+
+    ``threshold`` int32 (N,), ``flip`` bool (N,) -> bits (M, words of N). BatchNorm and the sign after it are one such
+    threshold per unit, flipped where BatchNorm's factor is negative (Umuroglu et al. 2017, FINN).
+    """
+    return _pack((binary_matmul(x_bits, w_bits, k, gate_bits) >= threshold) != flip)
+
+
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K) in the dtype of ``a``."""
     return (a.double() @ unpack_signs(w_bits, k, torch.float64)).to(a.dtype)

@@ -14,18 +14,27 @@
 #error "engram_kernels addresses packed bits by byte and needs a little-endian machine"
 #endif
 
+// What CPU and CUDA kernels share.
+#if defined(__CUDACC__)
+#define ENGRAM_FUNCTION static __host__ __device__ __forceinline__
+#else
+#define ENGRAM_FUNCTION static inline
+#endif
+
 namespace engram {
 
 constexpr int64_t kWordBits = 64;
 constexpr int64_t kRowBits = 128;
 
 // Number of 64-bit words in a packed row of k units.
-static inline constexpr int64_t words_for(int64_t k) { return (k + kRowBits - 1) / kRowBits * (kRowBits / kWordBits); }
+ENGRAM_FUNCTION constexpr int64_t words_for(int64_t k) {
+  return (k + kRowBits - 1) / kRowBits * (kRowBits / kWordBits);
+}
 
-static inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+ENGRAM_FUNCTION constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Mask of the bits of word `word` that belong to a row of k units.
-static inline constexpr uint64_t valid_bits(int64_t word, int64_t k) {
+ENGRAM_FUNCTION constexpr uint64_t valid_bits(int64_t word, int64_t k) {
   const int64_t left = k - word * kWordBits;
   return left >= kWordBits ? ~uint64_t{0} : left <= 0 ? 0 : (uint64_t{1} << left) - 1;
 }

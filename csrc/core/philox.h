@@ -11,17 +11,31 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define ENGRAM_FUNCTION static __host__ __device__ __forceinline__
-#else
-#define ENGRAM_FUNCTION static inline
-#endif
+#include "core/bits.h"
 
 namespace engram {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
+
+struct PhiloxDraws {
+  uint32_t word[4];
+};
+
+// The draws of units 4 group .. 4 group + 3 of a row; cpu/draws.h computes the same numbers in vectors.
+ENGRAM_FUNCTION PhiloxDraws philox(uint64_t seed, uint64_t group, uint64_t row, uint32_t offset) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(row);
+  uint32_t c2 = static_cast<uint32_t>(row >> 32), c3 = offset;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * kPhiloxM0, p1 = static_cast<uint64_t>(c2) * kPhiloxM1;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key0, c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key1, c3 = static_cast<uint32_t>(p0);
+    key0 += kPhiloxW0, key1 += kPhiloxW1;
+  }
+  return {{c0, c1, c2, c3}};
+}
 
 ENGRAM_FUNCTION float float_from_bits(uint32_t bits) {
   float f;

@@ -106,6 +106,9 @@ struct Kernels {
                        int64_t begin, int64_t end);
   // out[row] = popcount of the row.
   void (*popcount_rows)(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end);
+  // Packs 1{(y >= threshold) != flip} of rows [begin, end) of y [.., n]; thresholds and flips are of columns.
+  void (*pack_reached)(const int32_t* y, const int32_t* threshold, const uint8_t* flip, int64_t n, uint64_t* bits,
+                       int64_t begin, int64_t end);
   // Transposes rows of k bits into k rows of words_for(rows) words; range in blocks of 64 units.
   void (*transpose_bits)(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
   // y *= mask, rows [begin, end).

@@ -136,6 +136,23 @@ void binary_matmul(const Runtime& rt, BinaryMatmul p) {
   }
 }
 
+void binary_threshold(const Runtime& rt, const BinaryMatmul& p, const int32_t* threshold, const uint8_t* flip,
+                      uint64_t* bits) {
+  constexpr int64_t kSamples = 256;  // whose products are held at a time
+  const Kernels& kernels = *active().load();
+  BinaryMatmul part = p;
+  part.y = workspace<int32_t>(rt, (p.M < kSamples ? p.M : kSamples) * p.N);
+  for (int64_t m = 0; m < p.M; m += kSamples) {
+    part.M = p.M - m < kSamples ? p.M - m : kSamples;
+    part.x = p.x + m * p.words;
+    part.gate = p.gate == nullptr ? nullptr : p.gate + m * p.gate_stride;
+    binary_matmul(rt, part);
+    share(rt, part.M, p.N, [&](int64_t begin, int64_t end) {
+      kernels.pack_reached(part.y, threshold, flip, p.N, bits + m * words_for(p.N), begin, end);
+    });
+  }
+}
+
 // Densities of a gate above which the dense kernel is the faster one, as 1 / density.
 constexpr int64_t kDenseInputGrad = 3, kDenseWeightGrad = 2;
 

@@ -42,6 +42,9 @@ void pack_window(const Runtime&, const float* x, float width, int64_t rows, int6
 void unpack_signs(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, int size, uint64_t plus,
                   uint64_t minus, void* out);
 void binary_matmul(const Runtime&, BinaryMatmul p);  // fills p.recruited itself
+// bits [M, words_for(N)] of 1{(y >= threshold[n]) != flip[n]}; p.y is not used.
+void binary_threshold(const Runtime&, const BinaryMatmul& p, const int32_t* threshold, const uint8_t* flip,
+                      uint64_t* bits);
 // a [M, N], w [N, words], y [M, K].
 void sign_matmul(const Runtime&, const float* a, const uint64_t* w, float* y, int64_t M, int64_t N, int64_t K);
 // x [M, K], w [N, words], y [M, N]; x and y float, or uint8 and int32 where `exact`.

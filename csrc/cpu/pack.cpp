@@ -95,6 +95,26 @@ void popcount_rows(const uint64_t* bits, int64_t words, int32_t* out, int64_t be
   }
 }
 
+void pack_reached(const int32_t* y, const int32_t* threshold, const uint8_t* flip, int64_t n, uint64_t* bits,
+                  int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int32_t* from = y + row * n;
+    for (int64_t word = 0; word < words_for(n); ++word) {
+      const int64_t first = word * kWordBits, units = smaller(kWordBits, n - first);
+      alignas(8) uint8_t bytes[kWordBits] = {};
+      for (int64_t i = 0; i < units; ++i)
+        bytes[i] = (from[first + i] >= threshold[first + i]) != (flip[first + i] != 0);
+      uint64_t gathered = 0;
+      for (int64_t group = 0; group < kWordBits / 8; ++group) {
+        uint64_t eight;  // each byte 0 or 1: the product's highest byte holds them as bits
+        memcpy(&eight, bytes + 8 * group, sizeof eight);
+        gathered |= (eight * 0x0102040810204080u >> 56) << (8 * group);
+      }
+      bits[row * words_for(n) + word] = gathered;
+    }
+  }
+}
+
 void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end) {
   const int64_t words = words_for(k), out_words = words_for(rows);
   Words block[kWordBits];

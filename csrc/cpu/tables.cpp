@@ -10,9 +10,24 @@ namespace engram::cpu::ENGRAM_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes,  kGateParts,        pack_signs,    pack_window,      unpack_signs,
-    popcount_rows,           transpose_bits, zero_unrecruited,  split_gates,   binary_matmul,    sign_product,
-    gated_input_grad,        list_samples,   gated_weight_grad, sample_engram, metaplastic_adam,
+    ENGRAM_TEXT(ENGRAM_ISA),
+    2 * kBitLanes,
+    kGateParts,
+    pack_signs,
+    pack_window,
+    unpack_signs,
+    popcount_rows,
+    pack_reached,
+    transpose_bits,
+    zero_unrecruited,
+    split_gates,
+    binary_matmul,
+    sign_product,
+    gated_input_grad,
+    list_samples,
+    gated_weight_grad,
+    sample_engram,
+    metaplastic_adam,
 };
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -11,6 +11,8 @@ void pack_window(const float* x, float width, int64_t k, const uint64_t* gate, i
 void unpack_signs(const uint64_t* bits, int64_t k, int size, uint64_t plus, uint64_t minus, void* out, int64_t begin,
                   int64_t end);
 void popcount_rows(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end);
+void pack_reached(const int32_t* y, const int32_t* threshold, const uint8_t* flip, int64_t n, uint64_t* bits,
+                  int64_t begin, int64_t end);
 void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
 void zero_unrecruited(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
 void split_gates(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t end);

@@ -1,0 +1,62 @@
+// Launchers of all kernels, the only file that nvcc compiles.
+#include <cstring>
+
+#include "cuda/binary_dot.cuh"
+#include "cuda/binary_matmul.cuh"
+#include "cuda/pack.cuh"
+#include "cuda/sample_engram.cuh"
+#include "cuda/sign_product.cuh"
+#include "cuda/unpack.cuh"
+
+namespace engram::cuda {
+
+namespace {
+
+cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+__global__ void probe_kernel() {}
+
+}  // namespace
+
+int launch_pack_signs(const PackSigns& p, void* stream) { return pack_signs(p, as_stream(stream)); }
+int launch_pack_window(const PackWindow& p, void* stream) { return pack_window(p, as_stream(stream)); }
+int launch_unpack_signs(const UnpackSigns& p, void* stream) { return unpack_signs(p, as_stream(stream)); }
+int launch_sign_product(const SignProduct& p, void* stream) { return sign_product(p, as_stream(stream)); }
+int launch_sample_engram(const SampleEngram& p, void* stream) { return sample_engram(p, as_stream(stream)); }
+
+int launch_binary_matmul(const BinaryMatmul& p, void* stream) {
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return error == cudaSuccess ? binary_matmul(p, multiprocessors, as_stream(stream)) : error;
+}
+
+bool built() { return true; }
+
+int use_device(int device, int* previous) {
+  cudaError_t error = cudaGetDevice(previous);
+  if (error == cudaSuccess && *previous != device) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes attributes;  // tells whether this device has code for it
+  error = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (error != cudaSuccess) leave_device(*previous);
+  return error;
+}
+
+int leave_device(int previous) { return cudaSetDevice(previous); }
+
+int nan_flags(int32_t** flags) {
+  static int32_t* allocated = nullptr;
+  static const cudaError_t error = [] {
+    const size_t bytes = kNaNSources * sizeof(int32_t);
+    const cudaError_t failed = cudaHostAlloc(&allocated, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
+    if (failed == cudaSuccess) memset(allocated, 0, bytes);
+    return failed;
+  }();
+  *flags = allocated;
+  return error;
+}
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace engram::cuda
