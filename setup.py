@@ -1,10 +1,21 @@
-"""Builds engram_kernels/_C.abi3.so: each CPU kernel file once per instruction set, then the bindings.
+"""Builds engram_kernels/_C.abi3.so: each CPU kernel file once per instruction set, the CUDA kernels, the bindings.
 
-Environment: ENGRAM_BUILD_JOBS compilers at once (default: the number of cores).
+Environment:
+    ENGRAM_BUILD_JOBS   compilers at once (default: the number of cores)
+    ENGRAM_CUDA         auto: CUDA kernels where nvcc is found (default); 1: insist on them; 0: leave them out
+    ENGRAM_CUDA_ARCHS   architectures, as in "80;90a;120+PTX" (default: all that this nvcc knows of ours)
+    CUDA_HOME           the CUDA toolkit, if nvcc is neither on PATH nor in an installed nvidia-cuda-nvcc wheel
+
+CUDA needs nvcc 12 or 13, no GPU, no driver and no CUDA build of torch: kernels know no torch, and the CUDA runtime is
+linked in.
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +45,73 @@ KERNEL_FLAGS = [
 ]  # fmt: skip
 
 
+CUDA_ARCHITECTURES = ["75", "80", "86", "89", "90a", "100", "120+PTX"]
+# No contraction, as above: sampling draws the same numbers as on the CPU.
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "--fmad=false",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+    "-Xfatbin",
+    "-compress-all",
+]
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME, of PATH, or of an nvidia-cuda-nvcc wheel in this environment."""
+    if home := os.environ.get("CUDA_HOME"):
+        nvcc = Path(home) / "bin" / "nvcc"
+        if not nvcc.exists():
+            raise SystemExit(f"CUDA_HOME: expected a CUDA toolkit with bin/nvcc, got {home}")
+        return nvcc
+    if on_path := shutil.which("nvcc"):
+        return Path(on_path).resolve()
+    site_packages = Path(sysconfig.get_paths()["purelib"])
+    return next(iter(sorted(site_packages.glob("nvidia/*/bin/nvcc"))), None)
+
+
+def cuda_compiler() -> Path | None:
+    """The nvcc to build CUDA kernels with, or None where they are left out."""
+    choice = os.environ.get("ENGRAM_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"ENGRAM_CUDA: expected auto, 0 or 1, got {choice!r}")
+    nvcc = None if choice == "0" else find_nvcc()
+    if choice == "1" and nvcc is None:
+        raise SystemExit("ENGRAM_CUDA=1: found no nvcc in CUDA_HOME, on PATH or in an nvidia-cuda-nvcc wheel")
+    return nvcc
+
+
+def architecture_flags(nvcc: Path) -> list[str]:
+    """One -gencode for each architecture, and one for the PTX that newer ones take."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    wanted = os.environ.get("ENGRAM_CUDA_ARCHS")
+    flags = []
+    for name in wanted.split(";") if wanted else CUDA_ARCHITECTURES:
+        number, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
+        if not re.fullmatch(r"\d{2,3}[af]?", number):
+            raise SystemExit(f"ENGRAM_CUDA_ARCHS: expected numbers like 80;90a;120+PTX, got {wanted!r}")
+        if not wanted and f"compute_{number.rstrip('a')}\n" not in known:
+            continue  # a toolkit older than the architecture
+        flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code=compute_{number}"] if ptx else []
+    return flags
+
+
+def cuda_libraries(nvcc: Path) -> Path:
+    """The folder of libcudart_static.a. nvcc may be a wrapper or a link elsewhere: it says itself where it lives."""
+    dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    here = re.search(r"_HERE_=(.+)", dry_run)
+    toolkit = Path(here[1].strip() if here else nvcc.parent).resolve().parent
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (toolkit / folder / "libcudart_static.a").exists():
+            return toolkit / folder
+    found = next(iter(toolkit.parent.glob("*/lib/libcudart_static.a")), None)  # of a wheel of its own
+    if found is None:
+        raise SystemExit(f"expected libcudart_static.a beside {nvcc}; in wheels it is part of nvidia-cuda-runtime")
+    return found.parent
+
+
 def isa_flags() -> dict[str, list[str]]:
     """Instruction sets built on this machine, with their compiler flags."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
@@ -46,7 +124,19 @@ class BuildKernels(BuildExtension):
     def build_extension(self, ext):
         """Compile the kernels, then let torch compile and link the rest."""
         compiler = os.environ.get("CXX", "c++")
+        jobs = int(os.environ.get("ENGRAM_BUILD_JOBS", os.cpu_count() or 1))
         commands = []
+        if NVCC is not None:
+            target = Path(self.build_temp) / "launch.cu.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            ext.extra_objects.append(str(target))
+            ext.extra_link_args += [f"-L{cuda_libraries(NVCC)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            ext.extra_link_args += ["-Wl,--exclude-libs,ALL"]
+            source = CSRC / "cuda" / "launch.cu"
+            self.spawn([
+                str(NVCC), "-c", str(source), "-o", str(target), f"-I{CSRC}", "-ccbin", compiler,
+                "--threads", str(jobs), *NVCC_FLAGS, *architecture_flags(NVCC),
+            ])  # fmt: skip
         for isa, flags in isa_flags().items():
             folder = Path(self.build_temp) / isa
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,17 +147,24 @@ class BuildKernels(BuildExtension):
                     [compiler, "-c", str(source), "-o", str(target), f"-I{CSRC}", *KERNEL_FLAGS, *macros, *flags]
                 )
                 ext.extra_objects.append(str(target))
-        jobs = int(os.environ.get("ENGRAM_BUILD_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(self.spawn, commands))
+        ext.depends += ext.extra_objects  # so that it is linked anew
         super().build_extension(ext)
 
 
+NVCC = cuda_compiler()
 extension = CppExtension(
     "engram_kernels._C",
-    [str(CSRC / "bindings.cpp"), str(CSRC / "cpu" / "launch.cpp"), str(CSRC / "cuda" / "no_cuda.cpp")],
+    [
+        str(CSRC / "bindings.cpp"),
+        str(CSRC / "cpu" / "launch.cpp"),
+        *([str(CSRC / "cuda" / "no_cuda.cpp")] if NVCC is None else []),
+    ],
     include_dirs=[str(CSRC)],
-    depends=sorted(str(path) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h")),  # for sdist and rebuilds
+    depends=sorted(
+        str(path) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")
+    ),  # for sdist and rebuilds
     py_limited_api=True,
     define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
     extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden"]},

@@ -95,7 +95,8 @@ class HiddenWeight(nn.Parameter):
         if _references(self) != _SOLE_OWNER:
             return True
         storage = self.untyped_storage()
-        return storage.is_shared() or not storage.resizable()
+        shared = storage.is_shared() and not self.is_cuda  # of memory on CUDA, torch always says so
+        return shared or not storage.resizable()
 
     def _is_fresh(self) -> bool:
         unchanged = self._bits is not None and not self._handed_out and self._bits_version == self._version

@@ -18,6 +18,11 @@ from .reference import SCALE_BLOCK
 _SECOND_MOMENT = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.uint8}
 
 
+def _place(name: str, parameter: Tensor) -> torch.device:
+    """Where an entry of the state lies: seeds and counts on the CPU."""
+    return torch.device("cpu") if name in ("seed", "step") else parameter.device
+
+
 def _apply_gradient(grad: Tensor, weight: Tensor, *state: Tensor, **settings: Any) -> None:
     ops.metaplastic_adam_(weight, grad, *state, **settings)
 
@@ -173,7 +178,11 @@ class MetaplasticAdam(Optimizer):
         for parameter, state in zip(parameters, states, strict=True):
             if isinstance(parameter, HiddenWeight):
                 self.state[parameter].update(
-                    {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+                    {
+                        name: value.to(_place(name, parameter), copy=True)
+                        for name, value in state.items()
+                        if isinstance(value, Tensor)
+                    }
                 )
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
