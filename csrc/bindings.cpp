@@ -48,6 +48,10 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       "binary_threshold(Tensor x_bits, Tensor w_bits, int k, Tensor threshold, Tensor flip, Tensor? gate_bits=None) "
       "-> Tensor");
+  m.def(
+      "_check_update(Tensor weight, Tensor? grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor? sign_bits, *, float lr, "
+      "float beta1, float beta2, float eps, float weight_decay, float metaplasticity, int step, "
+      "Tensor? exp_avg_scale=None, Tensor? exp_avg_sq_scale=None, Tensor? seed=None, int first_row=0) -> float");
   m.def("_has_cuda() -> bool");
   m.def("_cuda_error(int device) -> str");
   m.def("_check_nan_flags() -> ()");
@@ -642,7 +646,7 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   return gate;
 }
 
-// The arguments that both updates share, checked, all but the gradient.
+// The arguments that both updates share, checked, all but the gradient; tensors on any device, if it is the weight's.
 engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tensor& exp_avg_sq,
                                           std::optional<Tensor>& sign_bits, double lr, double beta1, double beta2,
                                           double eps, double weight_decay, double metaplasticity, int64_t step,
@@ -678,11 +682,7 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
   require(!rounds || seed.has_value(), "seed: expected int64 (2,) to round compact numbers with, got None");
   const Seed key = seed ? check_seed(*seed) : Seed{};
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
-  if (sign_bits) {
-    check_packed("sign_bits", *sign_bits, K, place);
-    require(sign_bits->size(0) == N && sign_bits->is_contiguous(), "sign_bits: expected ", N, " contiguous rows, got ",
-            describe(*sign_bits));
-  }
+  if (sign_bits) check("sign_bits", *sign_bits, ScalarType::Long, N, words_for(K));
   require(lr >= 0, "lr: expected at least 0, got ", lr);
   require(beta1 >= 0 && beta1 < 1, "beta1: expected in [0, 1), got ", beta1);
   require(beta2 >= 0 && beta2 < 1, "beta2: expected in [0, 1), got ", beta2);
@@ -712,6 +712,26 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
   return p;
 }
 
+void check_grad(const Tensor& grad, const Tensor& weight) {
+  check_place("grad", grad, place_of(weight));
+  require((grad.scalar_type() == ScalarType::Float || grad.scalar_type() == weight.scalar_type()) && grad.dim() == 2 &&
+              grad.size(0) == weight.size(0) && grad.size(1) == weight.size(1),
+          "grad: expected float32 or the weight's dtype, in the weight's shape ", describe(weight), ", got ",
+          describe(grad));
+}
+
+// For updates outside this library: checks as metaplastic_adam_ does. Returns the step size of this step.
+double check_update_of(Tensor weight, std::optional<Tensor> grad, Tensor exp_avg, Tensor exp_avg_sq,
+                       std::optional<Tensor> sign_bits, double lr, double beta1, double beta2, double eps,
+                       double weight_decay, double metaplasticity, int64_t step, std::optional<Tensor> exp_avg_scale,
+                       std::optional<Tensor> exp_avg_sq_scale, std::optional<Tensor> seed, int64_t first_row) {
+  const engram::cpu::MetaplasticAdam p =
+      check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
+                   exp_avg_scale, exp_avg_sq_scale, seed, first_row);
+  if (grad) check_grad(*grad, weight);
+  return p.step_size;
+}
+
 constexpr const char* kNaNWeight = "grad: expected finite numbers, got values that made a weight NaN";
 
 void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
@@ -721,11 +741,7 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
   engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
                    exp_avg_scale, exp_avg_sq_scale, seed, first_row);
-  check_place("grad", grad, place_of(weight));
-  require((grad.scalar_type() == ScalarType::Float || grad.scalar_type() == weight.scalar_type()) && grad.dim() == 2 &&
-              grad.size(0) == p.N && grad.size(1) == p.K,
-          "grad: expected float32 or the weight's dtype, in the weight's shape ", describe(weight), ", got ",
-          describe(grad));
+  check_grad(grad, weight);
   const Tensor g = as_contiguous(grad);
   p.grad = g.const_data_ptr();
   p.grad_element = element_of(g.scalar_type());
@@ -818,6 +834,7 @@ STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CUDA, m) { ENGRAM_OPERATORS(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CompositeExplicitAutograd, m) {
+  m.impl("_check_update", TORCH_BOX(&check_update_of));
   m.impl("_has_cuda", TORCH_BOX(&has_cuda));
   m.impl("_cuda_error", TORCH_BOX(&cuda_error));
   m.impl("_check_nan_flags", TORCH_BOX(&check_all_nan_flags));
