@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import triton_kernels
 from .reference import words_for
 
 _library = Path(__file__).parent / "_C.abi3.so"
@@ -234,6 +235,10 @@ def gated_metaplastic_adam_(
     _ops.gated_metaplastic_adam_(d, x_bits, gate_bits, weight, exp_avg, exp_avg_sq, sign_bits, **settings)
     scales = settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")
     _note_changes(weight, exp_avg, exp_avg_sq, sign_bits, *scales)
+
+
+torch.library.impl("engram_kernels::metaplastic_adam_", "cuda", triton_kernels.metaplastic_adam_)
+torch.library.impl("engram_kernels::gated_metaplastic_adam_", "cuda", triton_kernels.gated_metaplastic_adam_)
 
 
 # ---- fakes: shapes and dtypes without data, for torch.compile and meta tensors

@@ -1,0 +1,92 @@
+"""The updates of hidden weights on CUDA, in Triton, which is imported when one first runs: that takes a while."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.engram_kernels
+_GRADIENT_BLOCK_BYTES = 4 << 20  # stays in the second-level cache, and is enough work for every device
+_GRADIENT_BLOCK_ROWS = 64  # so many rows begin at a multiple of 16 bytes in every format
+
+
+@functools.cache
+def _launch() -> Callable[..., None]:
+    try:
+        from .metaplastic_adam import launch
+    except ImportError as error:
+        raise RuntimeError(
+            "metaplastic_adam_: expected Triton, which updates CUDA tensors, and could not import it "
+            f"({error}); install it with pip install 'engram-kernels[triton]'"
+        ) from error
+    return launch
+
+
+def _nan_flag(weight: Tensor) -> int:
+    """Address of the int32 of the weight's device in which later operators find that a weight became NaN."""
+    return _ops._nan_flag(weight.get_device())
+
+
+def metaplastic_adam_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sign_bits: Tensor | None,
+    *,
+    lr: float,
+    step: int,
+    **settings: Any,
+) -> None:
+    """:func:`engram_kernels.ops.metaplastic_adam_` on CUDA; a NaN is an error of a later operator."""
+    launch, state = _launch(), (exp_avg, exp_avg_sq, sign_bits)
+    step_size = _ops._check_update(weight, grad, *state, lr=lr, step=step, **settings)
+    with torch.cuda.device(weight.device):
+        launch(weight, grad.contiguous(), *state, step_size=step_size, nan_flag=_nan_flag(weight), **settings)
+
+
+def gated_metaplastic_adam_(
+    d: Tensor,
+    x_bits: Tensor,
+    gate_bits: Tensor | None,
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sign_bits: Tensor | None,
+    *,
+    lr: float,
+    step: int,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    first_row: int = 0,
+    **settings: Any,
+) -> None:
+    """:func:`engram_kernels.ops.gated_metaplastic_adam_` on CUDA; the gradient exists for a block of rows at a time."""
+    launch, scales = _launch(), {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
+    step_size = _ops._check_update(
+        weight, None, exp_avg, exp_avg_sq, sign_bits, lr=lr, step=step, first_row=first_row, **scales, **settings
+    )
+    n, k = weight.shape
+    if d.dim() != 2 or d.shape[1] != n:
+        raise RuntimeError(f"d: expected shape (M, {n}) to meet the rows of the weight, got {tuple(d.shape)}")
+    d = d.float()
+    rows = max(1, _GRADIENT_BLOCK_BYTES // (4 * k * _GRADIENT_BLOCK_ROWS)) * _GRADIENT_BLOCK_ROWS
+    with torch.cuda.device(weight.device):
+        nan_flag = _nan_flag(weight)
+        for begin in range(0, n, rows):
+            block = slice(begin, begin + rows)
+            grad = _ops.gated_weight_grad(d[:, block].contiguous(), x_bits, k, gate_bits)
+            launch(
+                weight[block],
+                grad,
+                *(None if t is None else t[block] for t in (exp_avg, exp_avg_sq, sign_bits)),
+                step_size=step_size,
+                first_row=first_row + begin,
+                nan_flag=nan_flag,
+                **{name: None if t is None else t[block] for name, t in scales.items()},
+                **settings,
+            )
