@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from emulator.triton_memory import MemoryCheck
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_ops import ADAM, GATES, bits_of, gate_of
 
@@ -21,6 +21,8 @@ from engram_kernels.reference import words_for
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton_kernels.py"
 
+# NumPy, which computes, warns of what IEEE 754 defines
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 SECOND_MOMENT = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.uint8}
 WEIGHTS_AND_GRADS = [
     (torch.float32, torch.float32),
@@ -28,7 +30,7 @@ WEIGHTS_AND_GRADS = [
     (torch.bfloat16, torch.bfloat16),
 ]
 FORMATS = [(weight, grad, state) for weight, grad in WEIGHTS_AND_GRADS for state in SECOND_MOMENT]
-SHAPES = [(1, 1), (3, 5), (7, 64), (5, 65), (9, 63), (2, 130), (4, 200), (33, 127), (17, 128), (8, 784)]
+SHAPES = [(1, 1), (3, 5), (7, 64), (5, 65), (9, 63), (2, 130), (4, 200), (17, 127), (9, 128), (3, 784)]
 SEED = torch.tensor([-5, 2**32 - 1])
 
 
@@ -91,7 +93,7 @@ def test_every_bit_is_that_of_the_cpu_operator(shape, formats, nan_flag):
     assert nan_flag.item() == 0
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     formats=st.sampled_from(FORMATS),
     shape=st.tuples(st.integers(1, 9), st.sampled_from([1, 4, 7, 64, 65, 132, 200])),
@@ -182,7 +184,7 @@ def test_rows_updated_apart_are_those_updated_together(formats, nan_flag):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("formats", FORMATS[::3], ids=str)
+@pytest.mark.parametrize("formats", FORMATS[::4], ids=str)
 def test_the_fused_update_is_the_two_operators_one_after_the_other(formats, gate, nan_flag, monkeypatch):
     weight_dtype, _, state_dtype = formats
     monkeypatch.setattr(triton_kernels, "_GRADIENT_BLOCK_BYTES", 64 * 130 * 4)  # several blocks
@@ -208,7 +210,7 @@ def test_a_gradient_of_any_strides_is_taken(nan_flag):
 
 
 @pytest.mark.parametrize("formats", FORMATS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (5, 65), (9, 63), (17, 128), (10, 260)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 65), (9, 260)], ids=str)
 @pytest.mark.parametrize("sign_bits", [True, False])
 def test_the_update_stays_within_its_tensors_and_races_with_nobody(shape, formats, sign_bits, nan_flag):
     weight_dtype, grad_dtype, state_dtype = formats
