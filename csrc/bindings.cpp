@@ -794,8 +794,13 @@ int32_t* nan_flags() {
 
 void check_all_nan_flags() { check_nan_flags(nan_flags()); }
 
-// Address that the update on CUDA, which is not in this library, writes 1 to if a weight became NaN.
-int64_t update_nan_flag() { return reinterpret_cast<int64_t>(nan_flags() + engram::cuda::kMetaplasticAdam); }
+// Address that the update on CUDA, which is not in this library, writes 1 to if a weight becomes NaN. Raises what has
+// been reported so far.
+int64_t update_nan_flag() {
+  int32_t* flags = nan_flags();
+  check_nan_flags(flags);
+  return reinterpret_cast<int64_t>(flags + engram::cuda::kMetaplasticAdam);
+}
 
 std::string isa() { return engram::cpu::isa(); }
 

@@ -4,7 +4,8 @@ Names and arguments are those of :mod:`engram_kernels.reference`, which defines 
 words, 64 units each, rows padded to a multiple of 128 units (``csrc/core/bits.h``). Float arguments may be float32,
 bfloat16 or float16; results come in the dtype of the float argument. Products of real numbers with signs are summed in
 float32: an infinite argument gives infinity or NaN, never a finite number.
-Every function raises RuntimeError that names the argument, what it needs and what it got.
+Every function raises RuntimeError that names the argument, what it needs and what it got. On CUDA, whose calls return
+before they have run, a NaN is reported by a later call, or by :func:`check_numbers`.
 """
 
 from __future__ import annotations
@@ -161,6 +162,18 @@ def draw_seed() -> Tensor:
     """A seed for :func:`sample_engram` from torch's default CPU generator, so that ``torch.manual_seed`` governs it."""
     key = torch.randint(2**63 - 1, (1,), device="cpu")
     return torch.cat([key, torch.zeros_like(key)])
+
+
+def check_numbers() -> None:
+    """Waits for all CUDA devices and reports a NaN that an operator met there.
+
+    On CUDA a call returns before it has run, so that NaNs are reported by a later operator, like CUDA's own errors.
+    Raises: RuntimeError naming the operator and its argument.
+    """
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+        _ops._check_nan_flags()
 
 
 def _note_changes(*tensors: Tensor | None) -> None:

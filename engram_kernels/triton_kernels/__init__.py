@@ -26,9 +26,9 @@ def _launch() -> Callable[..., None]:
     return launch
 
 
-def _nan_flag(weight: Tensor) -> int:
-    """Address of the int32 of the weight's device in which later operators find that a weight became NaN."""
-    return _ops._nan_flag(weight.get_device())
+def _nan_flag() -> int:
+    """Address of the int32 in which later operators find that a weight became NaN; raises what was found before."""
+    return _ops._update_nan_flag()
 
 
 def metaplastic_adam_(
@@ -46,7 +46,7 @@ def metaplastic_adam_(
     launch, state = _launch(), (exp_avg, exp_avg_sq, sign_bits)
     step_size = _ops._check_update(weight, grad, *state, lr=lr, step=step, **settings)
     with torch.cuda.device(weight.device):
-        launch(weight, grad.contiguous(), *state, step_size=step_size, nan_flag=_nan_flag(weight), **settings)
+        launch(weight, grad.contiguous(), *state, step_size=step_size, nan_flag=_nan_flag(), **settings)
 
 
 def gated_metaplastic_adam_(
@@ -76,7 +76,7 @@ def gated_metaplastic_adam_(
     d = d.float()
     rows = max(1, _GRADIENT_BLOCK_BYTES // (4 * k * _GRADIENT_BLOCK_ROWS)) * _GRADIENT_BLOCK_ROWS
     with torch.cuda.device(weight.device):
-        nan_flag = _nan_flag(weight)
+        nan_flag = _nan_flag()
         for begin in range(0, n, rows):
             block = slice(begin, begin + rows)
             grad = _ops.gated_weight_grad(d[:, block].contiguous(), x_bits, k, gate_bits)
