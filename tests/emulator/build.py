@@ -10,6 +10,8 @@ their launchers. Their parameters are ``int64_t``, ``float`` and pointers.
 import ctypes
 import functools
 import hashlib
+import itertools
+import json
 import os
 import re
 import subprocess
@@ -175,11 +177,58 @@ def build(host: str | Path, architecture: int = 800, mode: str = "fast") -> Path
     if not library.exists():
         kernels = folder / "kernels.o"
         _compile(host, kernels, flags)
+        if mode == "checked":  # calls of these functions are not instrumented
+            renamed = (f"--redefine-sym={name}=checked_{name}" for name in ("memcpy", "memmove", "memset"))
+            _run("objcopy", *renamed, kernels)
         unfinished = folder / f"{os.getpid()}.so"
         coverage = ["--coverage"] if mode == "coverage" else []
         _run(COMPILER, "-shared", "-o", unfinished, kernels, *_emulator_objects(mode), *coverage)
         unfinished.rename(library)
     return library
+
+
+# ---- coverage
+
+
+@dataclass
+class LineCoverage:
+    """Numbers of the lines of a file that have code, and of those that ran."""
+
+    executable: set[int] = field(default_factory=set)
+    executed: set[int] = field(default_factory=set)
+
+    @property
+    def missed(self) -> list[int]:
+        return sorted(self.executable - self.executed)
+
+    @property
+    def ratio(self) -> float:
+        return len(self.executed) / len(self.executable) if self.executable else 1.0
+
+
+def _line_coverage(folder: Path, sources: Path) -> dict[str, LineCoverage]:
+    coverage: dict[str, LineCoverage] = {}
+    for data in folder.glob("*.gcda"):
+        for file in json.loads(_run("gcov", "--json-format", "--stdout", data))["files"]:
+            path = Path(file["file"])
+            if sources not in path.parents:
+                continue
+            of_file = coverage.setdefault(str(path.relative_to(sources)), LineCoverage())
+            for line in file["lines"]:  # of every instance of a template
+                of_file.executable.add(line["line_number"])
+                if line["count"] > 0:
+                    of_file.executed.add(line["line_number"])
+    return coverage
+
+
+def merged(*coverages: dict[str, LineCoverage]) -> dict[str, LineCoverage]:
+    """What any of several libraries has run, as of several architectures."""
+    total: dict[str, LineCoverage] = {}
+    for name, part in itertools.chain.from_iterable(coverage.items() for coverage in coverages):
+        of_file = total.setdefault(name, LineCoverage())
+        of_file.executable |= part.executable
+        of_file.executed |= part.executed
+    return total
 
 
 # ---- call
@@ -190,6 +239,8 @@ class Library:
 
     def __init__(self, path: Path, mode: str):
         self.path, self.mode = path, mode
+        for earlier in path.parent.glob("*.gcda"):
+            earlier.unlink()
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_error.restype = ctypes.c_char_p
         if mode == "checked":
@@ -217,6 +268,11 @@ class Library:
         memory.write_back()
         if result != 0:
             raise EmulatorError(f"{function} returned {result}")
+
+    def coverage(self, sources: Path = ROOT / "csrc" / "cuda") -> dict[str, LineCoverage]:
+        """Coverage of every file in a folder by all calls of a coverage build so far, by name."""
+        self._library.emulator_write_coverage()
+        return _line_coverage(self.path.parent, sources)
 
 
 def _as_c(memory: GuardedMemory, name: str, value):
@@ -278,22 +334,3 @@ def _shared_arrays(library: Path) -> list[tuple[int, int, str]]:
             if not name.startswith("engram_guard_"):
                 arrays.append((int(fields[1], 16), int(fields[2], 0), name))
     return arrays
-
-
-# ---- coverage
-
-
-@dataclass
-class LineCoverage:
-    """Numbers of the lines of a file that have code, and of those that ran."""
-
-    executable: set[int] = field(default_factory=set)
-    executed: set[int] = field(default_factory=set)
-
-    @property
-    def missed(self) -> list[int]:
-        return sorted(self.executable - self.executed)
-
-    @property
-    def ratio(self) -> float:
-        return len(self.executed) / len(self.executable) if self.executable else 1.0

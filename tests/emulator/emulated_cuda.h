@@ -34,8 +34,11 @@
 #define __shared__                                                                                  \
   ENGRAM_IN_SHARED __attribute__((aligned(256))) char ENGRAM_JOIN(engram_guard_, __COUNTER__)[256]; \
   ENGRAM_IN_SHARED
-// CUDA takes alignas after __shared__; GCC takes only its own spelling there.
+#if defined(ENGRAM_EMULATED)
+// CUDA takes alignas after __shared__; GCC takes only its own spelling there. Headers of the standard library that a
+// host file needs come before kernels.
 #define alignas(bytes) __attribute__((aligned(bytes)))
+#endif
 
 // ---- types
 

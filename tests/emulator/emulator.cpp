@@ -144,8 +144,6 @@ uint64_t schedule = 0;  // 0: natural order; else the seed of an order
 int multiprocessors = 4;
 
 std::string error;
-std::vector<Region> regions;
-std::vector<SharedArray> shared_arrays;
 
 // Where the shared arrays of the library lie, with one byte that is always there.
 thread_local char shared_anchor;
@@ -444,13 +442,18 @@ bool is_emulators_own(uintptr_t address) {
   return within(stacks, kMostThreads * kStackBytes) || within(launched.call, launched.call_bytes);
 }
 
+std::string where(Site site, const void* pc) {
+  if (site.file != nullptr) return ", at " + text(site);
+  return pc == nullptr ? "" : ", at " + offset_text("line", pc);
+}
+
+void fail_anywhere(const std::string& what, Site site, const void* pc) {
+  if (current != nullptr) fail(what, site, pc);
+  if (error.empty()) error = "launcher: " + what + where(site, pc);
+}
+
 void fail(const std::string& what, Site site, const void* pc) {
-  std::string where;
-  if (site.file != nullptr)
-    where = ", at " + text(site);
-  else if (pc != nullptr)
-    where = ", at " + offset_text("line", pc);
-  report("block " + text(block) + ", thread " + text(current->index) + ": " + what + where);
+  report("block " + text(block) + ", thread " + text(current->index) + ": " + what + where(site, pc));
   for (;;) to_scheduler();
 }
 
@@ -649,7 +652,7 @@ void run(const void* kernel, dim3 grid, dim3 dimensions, void (*thread)(const vo
   if (!error.empty()) return;
   allocate_stacks();
   find_shared_memory();
-  checker::begin_launch();
+  checker::begin_launch(blocks_begun + 1);
   dice.state = schedule * 0x9E3779B97F4A7C15u + 1;
 
   const unsigned count = dimensions.x * dimensions.y * dimensions.z, in_grid = grid.x * grid.y * grid.z;
@@ -688,6 +691,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (!checker::is_writable(to, bytes)) fail_anywhere("cudaMemsetAsync beyond what may be written", {nullptr, 0});
   if (error.empty()) memset(to, value, bytes);
   return cudaGetLastError();
 }
@@ -703,15 +707,19 @@ ENGRAM_EXPORT void emulator_configure(uint64_t schedule_, int multiprocessors_) 
 }
 
 ENGRAM_EXPORT void emulator_add_region(const void* begin, size_t bytes, const char* name, int permission) {
-  regions.push_back({reinterpret_cast<uintptr_t>(begin), bytes, name, static_cast<Permission>(permission)});
-  checker::set_regions(regions);
+  checker::add_region({reinterpret_cast<uintptr_t>(begin), bytes, name, static_cast<Permission>(permission)});
 }
-ENGRAM_EXPORT void emulator_clear_regions() {
-  regions.clear();
-  checker::set_regions(regions);
-}
+ENGRAM_EXPORT void emulator_clear_regions() { checker::clear_regions(); }
 
 ENGRAM_EXPORT void emulator_add_shared_array(size_t offset, size_t bytes, const char* name) {
-  shared_arrays.push_back({offset, bytes, name});
-  checker::set_shared_arrays(shared_arrays);
+  checker::add_shared_array({offset, bytes, name});
 }
+
+#if ENGRAM_COVERAGE
+extern "C" void __gcov_dump();
+extern "C" void __gcov_reset();
+ENGRAM_EXPORT void emulator_write_coverage() {
+  __gcov_dump();  // adds to what was written before
+  __gcov_reset();
+}
+#endif
