@@ -102,6 +102,9 @@ std::string element(const std::string& name, size_t byte) { return name + ", byt
 const char* verb(Access kind) {
   return kind == Access::kRead ? "read" : kind == Access::kWrite ? "write" : "atomic update";
 }
+const char* with_article(Access kind) {
+  return kind == Access::kRead ? "a read" : kind == Access::kWrite ? "a write" : "an atomic update";
+}
 
 // ---- races
 
@@ -128,8 +131,8 @@ void check_race(const History& history, Access earlier, const Attempt& attempt, 
     if (happened_before(stamp, attempt) || (stamp.atomic != 0 && attempt.kind == Access::kAtomic)) continue;
     const Place before = place_of(stamp.place);
     const bool same_block = stamp.block == attempt.me.block;
-    fail(std::string("race: ") + verb(attempt.kind) + " of " + element(attempt.name, byte) + ", after a " +
-             verb(stamp.atomic != 0 ? Access::kAtomic : earlier) + " by " +
+    fail(std::string("race: ") + verb(attempt.kind) + " of " + element(attempt.name, byte) + ", after " +
+             with_article(stamp.atomic != 0 ? Access::kAtomic : earlier) + " by " +
              (same_block ? "thread " + std::to_string(stamp.thread) + " of this block" : "another block") +
              where(before.site, before.pc) + ", with no synchronization between",
          attempt.place.site, attempt.place.pc);

@@ -123,7 +123,8 @@ __global__ void atomics_kernel(const uint32_t* values, int n, int32_t* counts, u
   const int thread = thread_in_block();
   if (thread < kBins) histogram[thread] = 0;
   __syncthreads();
-  for (int i = static_cast<int>(blockIdx.x * blockDim.x) + thread; i < n; i += static_cast<int>(gridDim.x * blockDim.x)) {
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x) + thread; i < n;
+       i += static_cast<int>(gridDim.x * blockDim.x)) {
     const uint32_t value = values[i];
     atomicAdd(&histogram[value % kBins], 1);
     atomicAdd(&results[0], value);
