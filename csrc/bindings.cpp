@@ -118,19 +118,19 @@ std::ostream& operator<<(std::ostream& text, const Description& description) {
 
 // Where the first tensor argument lies, and all others have to.
 struct Place {
-  bool cuda;
+  bool cuda, cpu;
   int32_t index;
 };
-Place place_of(const Tensor& t) { return {t.is_cuda(), t.is_cuda() ? t.get_device_index() : 0}; }
+Place place_of(const Tensor& t) { return {t.is_cuda(), t.is_cpu(), t.is_cuda() ? t.get_device_index() : 0}; }
 std::ostream& operator<<(std::ostream& text, const Place& place) {
   if (place.cuda) return text << "cuda:" << place.index;
-  return text << "cpu";
+  return text << (place.cpu ? "cpu" : "another device");
 }
 
 void check_place(const char* name, const Tensor& t, const Place& place) {
   const Place own = place_of(t);
-  require(own.cuda == place.cuda && own.index == place.index, name, ": expected a tensor on ", place,
-          " like the other arguments, got one on ", own);
+  require(own.cuda == place.cuda && own.cpu == place.cpu && own.index == place.index, name, ": expected a tensor on ",
+          place, " like the other arguments, got one on ", own);
 }
 
 void check_floats(const char* name, const Tensor& t, const Place& place) {
