@@ -146,7 +146,6 @@ __global__ void __launch_bounds__(kBlock) gumbel_top_k_kernel(SampleEngram p) {
       for (int j = 0; j < 4; ++j) equal_in_run += unit + j < p.K && key[j] == threshold;
     }
   }
-  __syncthreads();  // of_warps is read above
   int equal_before = sum_up_to_thread(equal_in_run, of_warps);
   equal_before = __shfl_sync(kAllLanes, equal_before - equal_in_run, 0);
   for (int64_t piece = begin; piece < end; ++piece) {

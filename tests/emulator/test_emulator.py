@@ -20,7 +20,6 @@ from emulator.build import EmulatorError, Flag, Read, Write
 FOLDER = Path(__file__).parent
 HOST = FOLDER / "self_test.cpp"
 SCHEDULES = range(6)
-NEWEST = 1000
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason=f"{build.COMPILER} not installed")
 
@@ -31,7 +30,7 @@ def library(request):
     return build.load(HOST, *request.param)
 
 
-@pytest.fixture(scope="module", params=[800], ids=str)
+@pytest.fixture(scope="module", params=[800, 1000], ids=str)
 def newer(request):
     """For what only sm_80 and later have."""
     return build.load(HOST, request.param, "checked")
