@@ -87,8 +87,14 @@ def test_the_step_size_is_that_of_the_reference_and_gradients_are_optional():
         (dict(grad=torch.zeros(5, 3)), r"grad: expected float32 or the weight's dtype, .*got float32 \(5, 3\)"),
         (dict(exp_avg=torch.zeros(3, 5).half()), "exp_avg: expected float32, bfloat16 or int8, got float16"),
         (dict(exp_avg_sq=torch.zeros(3, 6)), r"exp_avg_sq: expected contiguous float32 \(3, 5\), got float32 \(3, 6\)"),
-        (dict(exp_avg=torch.zeros(3, 5, device="meta")), "exp_avg: expected a tensor on cpu like the other arguments, got one on another"),
-        (dict(grad=torch.zeros(3, 5, device="meta")), "grad: expected a tensor on cpu like the other arguments, got one on another"),
+        (
+            dict(exp_avg=torch.zeros(3, 5, device="meta")),
+            "exp_avg: expected a tensor on cpu like the other arguments, got one on another",
+        ),
+        (
+            dict(grad=torch.zeros(3, 5, device="meta")),
+            "grad: expected a tensor on cpu like the other arguments, got one on another",
+        ),
         (dict(sign_bits=torch.zeros(3, 1, dtype=torch.int64)), r"sign_bits: .*int64 \(3, 2\), got int64 \(3, 1\)"),
         (dict(exp_avg_scale=torch.zeros(3, 1)), "exp_avg_scale: expected None for float32 moments"),
         (dict(seed=torch.zeros(2, dtype=torch.int64, device="meta")), "seed: expected a CPU tensor"),
