@@ -39,12 +39,13 @@ ENGRAM_INLINE int32_t minus_twice(int32_t base, uint64_t distance) {
 }
 
 ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, int64_t block, uint64_t* panel) {
+  const int64_t whole = p.N - n >= kPanel ? block / kBitLanes * kBitLanes : 0;
+  for (int64_t i = 0; i < whole; i += kBitLanes)
+    for (int64_t j = 0; j < kPanel; j += kBitLanes)
+      transpose_words(p.w + (n + j) * p.words + word + i, p.words, panel + i * kPanel + j, kPanel);
   for (int64_t j = 0; j < kPanel; ++j) {
     const uint64_t* row = p.w + (n + j) * p.words + word;
-    if (n + j < p.N)
-      for (int64_t i = 0; i < block; ++i) panel[i * kPanel + j] = row[i];
-    else
-      for (int64_t i = 0; i < block; ++i) panel[i * kPanel + j] = 0;
+    for (int64_t i = whole; i < block; ++i) panel[i * kPanel + j] = n + j < p.N ? row[i] : 0;
   }
 }
 

@@ -463,6 +463,32 @@ ENGRAM_INLINE void transpose_block(const T* in, int64_t in_stride, T* out, int64
 }
 #endif
 
+// 64-bit words: out[j * out_stride + i] = in[i * in_stride + j] for i, j < kBitLanes.
+ENGRAM_INLINE void transpose_words(const uint64_t* in, int64_t in_stride, uint64_t* out, int64_t out_stride) {
+#if defined(ENGRAM_ISA_AVX512)
+  __m512i even[4], odd[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = bits_load(in + 2 * i * in_stride), b = bits_load(in + (2 * i + 1) * in_stride);
+    even[i] = _mm512_unpacklo_epi64(a, b), odd[i] = _mm512_unpackhi_epi64(a, b);
+  }
+  // quarters 0 and 2, or 1 and 3, of two vectors, twice over: column j is quarter j / 2 of even or odd
+  for (int j = 0; j < 2; ++j) {
+    const __m512i* from = j == 0 ? even : odd;
+    const __m512i low02 = _mm512_shuffle_i64x2(from[0], from[1], 0x88);
+    const __m512i low13 = _mm512_shuffle_i64x2(from[0], from[1], 0xDD);
+    const __m512i high02 = _mm512_shuffle_i64x2(from[2], from[3], 0x88);
+    const __m512i high13 = _mm512_shuffle_i64x2(from[2], from[3], 0xDD);
+    bits_store(out + j * out_stride, _mm512_shuffle_i64x2(low02, high02, 0x88));
+    bits_store(out + (j + 2) * out_stride, _mm512_shuffle_i64x2(low13, high13, 0x88));
+    bits_store(out + (j + 4) * out_stride, _mm512_shuffle_i64x2(low02, high02, 0xDD));
+    bits_store(out + (j + 6) * out_stride, _mm512_shuffle_i64x2(low13, high13, 0xDD));
+  }
+#else
+  for (int i = 0; i < kBitLanes; ++i)
+    for (int j = 0; j < kBitLanes; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+#endif
+}
+
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns. Columns in the outer loop: few rows of
 // `out`, which often lie a power of two apart and share a set of the cache, are written at a time.
 template <typename T>
