@@ -34,8 +34,8 @@ ENGRAM_INLINE int32_t recruited(const BinaryMatmul& p, int64_t m) {
 }
 
 // base - 2 * distance. Unsigned, since twice a distance may pass 2^31 where the difference does not.
-ENGRAM_INLINE int32_t minus_twice(int32_t base, uint64_t distance) {
-  return static_cast<int32_t>(static_cast<uint32_t>(base) - 2u * static_cast<uint32_t>(distance));
+ENGRAM_INLINE int32_t minus_twice(int32_t base, uint32_t distance) {
+  return static_cast<int32_t>(static_cast<uint32_t>(base) - 2u * distance);
 }
 
 ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, int64_t block, uint64_t* panel) {
@@ -52,7 +52,7 @@ ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, i
 // Rows samples from m against a panel: distance[r][j] = popc((x[m + r] ^ w[n + j]) & g).
 template <int Rows, bool Gated>
 ENGRAM_INLINE void tile(const BinaryMatmul& p, int64_t m, int64_t word, int64_t block, const uint64_t* panel,
-                        uint64_t distance[][kPanel]) {
+                        uint32_t distance[][kPanel]) {
   Bits wide[Rows][2];
   for (int r = 0; r < Rows; ++r) wide[r][0] = wide[r][1] = bits_zero();
   const uint64_t* x = p.x + m * p.words + word;
@@ -81,24 +81,30 @@ ENGRAM_INLINE void tile(const BinaryMatmul& p, int64_t m, int64_t word, int64_t 
     first = last;
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < 2; ++v) bits_store(&distance[r][v * kBitLanes], wide[r][v]);
+    for (int v = 0; v < 2; ++v) store_low(&distance[r][v * kBitLanes], wide[r][v]);
+}
+
+// Inlined with `columns` known, so that whole panels are vectorised. y starts as `base`, at word 0.
+ENGRAM_INLINE void subtract_twice(int64_t word, int32_t base, const uint32_t* distance, int64_t columns, int32_t* y) {
+  if (word == 0)
+    for (int64_t j = 0; j < columns; ++j) y[j] = minus_twice(base, distance[j]);
+  else
+    for (int64_t j = 0; j < columns; ++j) y[j] = minus_twice(y[j], distance[j]);
 }
 
 template <int Rows>
 void tile_rows(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, int64_t block, const uint64_t* panel) {
-  uint64_t distance[Rows][kPanel];
+  uint32_t distance[Rows][kPanel];
   if (p.gate == nullptr)
     tile<Rows, false>(p, m, word, block, panel, distance);
   else
     tile<Rows, true>(p, m, word, block, panel, distance);
-  const int64_t columns = smaller<int64_t>(kPanel, p.N - n);
   for (int r = 0; r < Rows; ++r) {
     int32_t* y = p.y + (m + r) * p.N + n;
-    const int32_t base = recruited(p, m + r);
-    if (word == 0)
-      for (int64_t j = 0; j < columns; ++j) y[j] = minus_twice(base, distance[r][j]);
+    if (p.N - n >= kPanel)
+      subtract_twice(word, recruited(p, m + r), distance[r], kPanel, y);
     else
-      for (int64_t j = 0; j < columns; ++j) y[j] = minus_twice(y[j], distance[r][j]);
+      subtract_twice(word, recruited(p, m + r), distance[r], p.N - n, y);
   }
 }
 
@@ -175,7 +181,7 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
       }
       const int32_t base = recruited(p, m);
       for (int j = 0; j < columns; ++j)
-        p.y[m * p.N + n + j] = minus_twice(base, static_cast<uint64_t>(bits_total(wide[j])));
+        p.y[m * p.N + n + j] = minus_twice(base, static_cast<uint32_t>(bits_total(wide[j])));
     }
   }
 }

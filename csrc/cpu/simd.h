@@ -8,6 +8,7 @@
 //           For random numbers: `multiply_low` multiplies the low halves of lanes, `shift_down` halves move down,
 //           `join_low` makes lanes of two low halves, `interleave_first/second` take even and odd lanes of a, b in
 //           turn.
+//           `store_low` stores the low halves of lanes one after the other.
 //   Floats  a vector of kLanes floats. A Mask selects lanes by packed bits: `mask_of(bits32(b), group)` those of the
 //           group-th vector of 32 floats by the 32 bits b.
 //           Where a register holds a table of the 2^kTableSigns sums of kTableSigns signed terms (ENGRAM_HAS_LOOK_UP),
@@ -73,6 +74,9 @@ ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return _mm512_mul_epu32(a, b);
 ENGRAM_INLINE Bits shift_down(Bits v) { return _mm512_srli_epi64(v, 32); }
 ENGRAM_INLINE Bits join_low(Bits low, Bits high) {
   return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, static_cast<_MM_PERM_ENUM>(0xA0));
+}
+ENGRAM_INLINE void store_low(uint32_t* p, Bits v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(v));
 }
 ENGRAM_INLINE Bits interleave_first(Bits a, Bits b) { return _mm512_unpacklo_epi64(a, b); }
 ENGRAM_INLINE Bits interleave_second(Bits a, Bits b) { return _mm512_unpackhi_epi64(a, b); }
@@ -177,6 +181,10 @@ ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return _mm256_add_epi64(a, b); }
 ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return _mm256_mul_epu32(a, b); }
 ENGRAM_INLINE Bits shift_down(Bits v) { return _mm256_srli_epi64(v, 32); }
 ENGRAM_INLINE Bits join_low(Bits low, Bits high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
+ENGRAM_INLINE void store_low(uint32_t* p, Bits v) {
+  const Bits halves = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(halves));
+}
 ENGRAM_INLINE Bits interleave_first(Bits a, Bits b) { return _mm256_unpacklo_epi64(a, b); }
 ENGRAM_INLINE Bits interleave_second(Bits a, Bits b) { return _mm256_unpackhi_epi64(a, b); }
 ENGRAM_INLINE int64_t bits_total(Bits v) {
@@ -286,6 +294,7 @@ ENGRAM_INLINE int64_t bits_total(Bits v) { return static_cast<int64_t>(vaddvq_u6
 ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
 ENGRAM_INLINE Bits shift_down(Bits v) { return vshrq_n_u64(v, 32); }
 ENGRAM_INLINE Bits join_low(Bits low, Bits high) { return vsliq_n_u64(low, high, 32); }
+ENGRAM_INLINE void store_low(uint32_t* p, Bits v) { vst1_u32(p, vmovn_u64(v)); }
 ENGRAM_INLINE Bits interleave_first(Bits a, Bits b) { return vzip1q_u64(a, b); }
 ENGRAM_INLINE Bits interleave_second(Bits a, Bits b) { return vzip2q_u64(a, b); }
 
@@ -374,6 +383,7 @@ ENGRAM_INLINE int64_t bits_total(Bits v) { return static_cast<int64_t>(v); }
 ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
 ENGRAM_INLINE Bits shift_down(Bits v) { return v >> 32; }
 ENGRAM_INLINE Bits join_low(Bits low, Bits high) { return (low & 0xFFFFFFFFu) | high << 32; }
+ENGRAM_INLINE void store_low(uint32_t* p, Bits v) { *p = static_cast<uint32_t>(v); }
 ENGRAM_INLINE Bits interleave_first(Bits a, Bits) { return a; }
 ENGRAM_INLINE Bits interleave_second(Bits, Bits b) { return b; }
 
