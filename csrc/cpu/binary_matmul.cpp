@@ -49,6 +49,32 @@ ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, i
   }
 }
 
+// Adds the distances of Rows samples within their gates, for one word.
+template <int Rows>
+ENGRAM_INLINE void add_gated(const uint64_t* x, int64_t x_stride, const uint64_t* g, int64_t g_stride, Bits w0, Bits w1,
+                             Bits partial[][2]) {
+#if defined(ENGRAM_GATE_IN_STAGES)
+  Bits v[2 * Rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    const Bits xr = bits_all(x[r * x_stride]), gr = bits_all(g[r * g_stride]);
+    v[2 * r] = differ_within(xr, w0, gr);
+    v[2 * r + 1] = differ_within(xr, w1, gr);
+  }
+  for (Bits& distance : v) in_order(distance);
+  for (Bits& distance : v) distance = count(distance);
+  for (Bits& counts : v) in_order(counts);
+  for (int i = 0; i < 2 * Rows; ++i) partial[i / 2][i % 2] = add_count(partial[i / 2][i % 2], v[i]);
+#else
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    const Bits xr = bits_all(x[r * x_stride]);
+    partial[r][0] = add_count(partial[r][0], count_where(xr, w0, g + r * g_stride));
+    partial[r][1] = add_count(partial[r][1], count_where(xr, w1, g + r * g_stride));
+  }
+#endif
+}
+
 // Rows samples from m against a panel: distance[r][j] = popc((x[m + r] ^ w[n + j]) & g).
 template <int Rows, bool Gated>
 ENGRAM_INLINE void tile(const BinaryMatmul& p, int64_t m, int64_t word, int64_t block, const uint64_t* panel,
@@ -63,14 +89,12 @@ ENGRAM_INLINE void tile(const BinaryMatmul& p, int64_t m, int64_t word, int64_t 
     for (int r = 0; r < Rows; ++r) partial[r][0] = partial[r][1] = bits_zero();
     for (int64_t i = first; i < last; ++i) {
       const Bits w0 = bits_load(panel + i * kPanel), w1 = bits_load(panel + i * kPanel + kBitLanes);
+      if constexpr (Gated) {
+        add_gated<Rows>(x + i, p.words, g + i * kGateParts, p.gate_stride * kGateParts, w0, w1, partial);
+      } else {
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        const Bits xr = bits_all(x[r * p.words + i]);
-        if constexpr (Gated) {
-          const uint64_t* gr = g + (r * p.gate_stride + i) * kGateParts;
-          partial[r][0] = add_count(partial[r][0], count_where(xr, w0, gr));
-          partial[r][1] = add_count(partial[r][1], count_where(xr, w1, gr));
-        } else {
+        for (int r = 0; r < Rows; ++r) {
+          const Bits xr = bits_all(x[r * p.words + i]);
           partial[r][0] = add_count(partial[r][0], count(differ(xr, w0)));
           partial[r][1] = add_count(partial[r][1], count(differ(xr, w1)));
         }
@@ -92,13 +116,10 @@ ENGRAM_INLINE void subtract_twice(int64_t word, int32_t base, const uint32_t* di
     for (int64_t j = 0; j < columns; ++j) y[j] = minus_twice(y[j], distance[j]);
 }
 
-template <int Rows>
+template <int Rows, bool Gated>
 void tile_rows(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, int64_t block, const uint64_t* panel) {
   uint32_t distance[Rows][kPanel];
-  if (p.gate == nullptr)
-    tile<Rows, false>(p, m, word, block, panel, distance);
-  else
-    tile<Rows, true>(p, m, word, block, panel, distance);
+  tile<Rows, Gated>(p, m, word, block, panel, distance);
   for (int r = 0; r < Rows; ++r) {
     int32_t* y = p.y + (m + r) * p.N + n;
     if (p.N - n >= kPanel)
@@ -108,26 +129,28 @@ void tile_rows(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, int64_
   }
 }
 
-template <int Rows>
+template <int Rows, bool Gated>
 void tile_remainder(const BinaryMatmul& p, int64_t rows, int64_t m, int64_t n, int64_t word, int64_t block,
                     const uint64_t* panel) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      tile_rows<Rows>(p, m, n, word, block, panel);
+      tile_rows<Rows, Gated>(p, m, n, word, block, panel);
     else
-      tile_remainder<Rows - 1>(p, rows, m, n, word, block, panel);
+      tile_remainder<Rows - 1, Gated>(p, rows, m, n, word, block, panel);
   }
 }
 
+template <bool Gated>
 void panel_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  constexpr int kRows = Gated ? kGatedTileRows : kTileRows;
   alignas(64) uint64_t panel[kBlockWords * kPanel];
   for (int64_t n = n_begin; n < n_end; n += kPanel) {
     for (int64_t word = 0; word < p.words; word += kBlockWords) {
       const int64_t block = smaller(kBlockWords, p.words - word);
       relay_panel(p, n, word, block, panel);
       int64_t m = m_begin;
-      for (; m + kTileRows <= m_end; m += kTileRows) tile_rows<kTileRows>(p, m, n, word, block, panel);
-      tile_remainder<kTileRows - 1>(p, m_end - m, m, n, word, block, panel);
+      for (; m + kRows <= m_end; m += kRows) tile_rows<kRows, Gated>(p, m, n, word, block, panel);
+      tile_remainder<kRows - 1, Gated>(p, m_end - m, m, n, word, block, panel);
     }
   }
 }
@@ -186,6 +209,15 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
   }
 }
 
+template <bool Gated>
+void product(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  if (m_end - m_begin <= (p.words < kShortRow ? 0 : kDotSamples))
+    dot_form<Gated>(p, m_begin, m_end, n_begin, n_end);
+  else
+    for (int64_t m = m_begin; m < m_end; m += kBlockSamples)
+      panel_form<Gated>(p, m, smaller(m_end, m + kBlockSamples), n_begin, n_end);
+}
+
 }  // namespace
 
 void split_gates(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t end) {
@@ -193,12 +225,10 @@ void split_gates(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t e
 }
 
 void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
-  if (m_end - m_begin <= (p.words < kShortRow ? 0 : kDotSamples))
-    p.gate == nullptr ? dot_form<false>(p, m_begin, m_end, n_begin, n_end)
-                      : dot_form<true>(p, m_begin, m_end, n_begin, n_end);
+  if (p.gate == nullptr)
+    product<false>(p, m_begin, m_end, n_begin, n_end);
   else
-    for (int64_t m = m_begin; m < m_end; m += kBlockSamples)
-      panel_form(p, m, smaller(m_end, m + kBlockSamples), n_begin, n_end);
+    product<true>(p, m_begin, m_end, n_begin, n_end);
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -53,6 +53,10 @@ using Bits = __m512i;
 constexpr int kBitLanes = 8;
 constexpr int64_t kCountSteps = int64_t{1} << 32;
 constexpr int kTileRows = 8;  // samples in a register tile of binary_matmul; 8 x 2 accumulators of 32 registers
+// With a gate fewer, for their distances need registers too: all are made before the first is counted. In turns, the
+// operation of three operands would leave a quarter of Zen 4's slots idle.
+#define ENGRAM_GATE_IN_STAGES
+constexpr int kGatedTileRows = 6;
 
 ENGRAM_INLINE Bits bits_zero() { return _mm512_setzero_si512(); }
 ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return _mm512_loadu_si512(p); }
@@ -63,9 +67,8 @@ ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return _mm512_ternary
 ENGRAM_INLINE Bits count(Bits v) { return _mm512_popcnt_epi64(v); }
 constexpr int kGateParts = 1;
 ENGRAM_INLINE void split_gate(uint64_t g, uint64_t* parts) { *parts = g; }
-ENGRAM_INLINE Bits count_where(Bits a, Bits b, const uint64_t* parts) {
-  return count(differ_within(a, b, bits_all(*parts)));
-}
+// Keeps the compiler from moving operations on v past others that are ordered so.
+ENGRAM_INLINE void in_order(Bits& v) { asm volatile("" : "+v"(v)); }
 ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
 ENGRAM_INLINE Bits widen(Bits v) { return v; }
 ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
@@ -148,6 +151,7 @@ using Bits = __m256i;
 constexpr int kBitLanes = 4;
 constexpr int64_t kCountSteps = 31;  // a byte holds at most 31 counts of up to 8
 constexpr int kTileRows = 4;
+constexpr int kGatedTileRows = 4;
 
 ENGRAM_INLINE Bits bits_zero() { return _mm256_setzero_si256(); }
 ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -272,6 +276,7 @@ using Bits = uint64x2_t;
 constexpr int kBitLanes = 2;
 constexpr int64_t kCountSteps = 31;
 constexpr int kTileRows = 8;
+constexpr int kGatedTileRows = 8;
 
 ENGRAM_INLINE Bits bits_zero() { return vdupq_n_u64(0); }
 ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return vld1q_u64(p); }
@@ -363,6 +368,7 @@ using Bits = uint64_t;
 constexpr int kBitLanes = 1;
 constexpr int64_t kCountSteps = int64_t{1} << 32;
 constexpr int kTileRows = 4;
+constexpr int kGatedTileRows = 4;
 
 ENGRAM_INLINE Bits bits_zero() { return 0; }
 ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return *p; }
