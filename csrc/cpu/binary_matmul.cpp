@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kPanel = 2 * kBitLanes;
 constexpr int64_t kBlockWords = 128;    // words of a panel worked on together: 16 KiB of w with AVX-512
-constexpr int64_t kBlockSamples = 256;  // samples whose words and gates stay in the second-level cache
+constexpr int64_t kBlockSamples = 240;  // whose words and gates stay in the second-level cache: a multiple of all tiles
 // Samples up to which re-laying w costs more than it saves: more where counting is slow, as with AVX2, and few where
 // rows are so short that summing lanes at their end is most of the dot form's work.
 #if defined(ENGRAM_ISA_AVX2)
