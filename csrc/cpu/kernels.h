@@ -89,6 +89,7 @@ struct MetaplasticAdam {
   uint64_t seed;  // of the draws that compact formats round with
   uint32_t offset;
   uint64_t first_row;  // number, for the draws, of row 0
+  int64_t ahead;       // weights from those worked on to those that come to the cache meanwhile; 0: left to the machine
 };
 
 struct Kernels {

@@ -334,6 +334,7 @@ bool gated_metaplastic_adam(const Runtime& rt, const WeightGradOperands& operand
       MetaplasticAdam part = p;
       part.grad = block, part.grad_element = Element::kFloat32;
       part.grad_stride = kStride, part.grad_row = n_begin, part.grad_unit = k;
+      part.ahead = p.K;  // the next row: pieces of rows are too short for the processor to foresee it
       for (int64_t n = n_begin; n < n_end; ++n)
         if (kernels.metaplastic_adam(part, n * used + k / kWordBits, n * used + ceil_div(k_end, kWordBits)))
           nan.store(true);

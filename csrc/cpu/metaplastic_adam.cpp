@@ -107,6 +107,14 @@ struct Scaled {
 using FirstScaled = Scaled<int8_t, from_first_moment, to_first_moment>;
 using SecondScaled = Scaled<uint8_t, from_second_moment, to_second_moment>;
 
+// Has a word's numbers come to the cache.
+template <typename Held>
+ENGRAM_INLINE void fetch(const Held* numbers) {
+  constexpr int64_t kCacheLine = 64;
+  const auto* from = reinterpret_cast<const char*>(numbers);
+  for (int64_t i = 0; i < kWordBits * static_cast<int64_t>(sizeof(Held)); i += kCacheLine) __builtin_prefetch(from + i);
+}
+
 // n weights of a row from unit `unit`; inlined with n known, so that whole words are vectorised.
 template <typename Weight, typename Grad, typename First, typename Second>
 ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, int64_t row, int64_t unit, int64_t n) {
@@ -116,6 +124,8 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, in
       static_cast<const typename Grad::Held*>(p.grad) + (row - p.grad_row) * p.grad_stride + unit - p.grad_unit;
   auto* exp_avg = static_cast<typename First::Held*>(p.exp_avg) + at;
   auto* exp_avg_sq = static_cast<typename Second::Held*>(p.exp_avg_sq) + at;
+
+  if (p.ahead > 0) fetch(weight + p.ahead), fetch(exp_avg + p.ahead), fetch(exp_avg_sq + p.ahead);
 
   // float32 is worked on where it lies, everything else in these
   alignas(64) float w_read[kWordBits], g_read[kWordBits], mu_read[kWordBits], v_read[kWordBits];
