@@ -107,6 +107,32 @@ struct Scaled {
 using FirstScaled = Scaled<int8_t, from_first_moment, to_first_moment>;
 using SecondScaled = Scaled<uint8_t, from_second_moment, to_second_moment>;
 
+// 16 random bits a unit. Drawn for several words together, since the rounds of one vector of counters wait for each
+// other.
+class RandomHalves {
+ public:
+  explicit RandomHalves(const Draws& source) : source_(source) {}
+
+  // Those of the 64 units of a row from `unit`.
+  __attribute__((always_inline)) const uint16_t* of(uint64_t row, int64_t unit) {
+    const int64_t first = unit / kUnits * kUnits;
+    if (row != row_ || first != first_) {
+      uint32_t draws[kUnits / 2];
+      source_.group<kUnits / 2>(row, first / 2, draws);
+      memcpy(random_, draws, sizeof random_);
+      row_ = row, first_ = first;
+    }
+    return random_ + (unit - first);
+  }
+
+ private:
+  static constexpr int kUnits = 2 * kWordBits;
+  const Draws& source_;
+  uint64_t row_ = 0;
+  int64_t first_ = -1;
+  alignas(64) uint16_t random_[kUnits];
+};
+
 // Has a word's numbers come to the cache.
 template <typename Held>
 ENGRAM_INLINE void fetch(const Held* numbers) {
@@ -117,7 +143,8 @@ ENGRAM_INLINE void fetch(const Held* numbers) {
 
 // n weights of a row from unit `unit`; inlined with n known, so that whole words are vectorised.
 template <typename Weight, typename Grad, typename First, typename Second>
-ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, int64_t row, int64_t unit, int64_t n) {
+ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, RandomHalves& halves, int64_t row,
+                               int64_t unit, int64_t n) {
   const int64_t at = row * p.K + unit, block = row * ceil_div(p.K, kScaleBlock) + unit / kScaleBlock;
   auto* weight = static_cast<typename Weight::Held*>(p.weight) + at;
   const auto* grad =
@@ -148,18 +175,17 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, in
   update(p, n, w, g, mu, v);
   if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) {
     const uint64_t draw_row = p.first_row + static_cast<uint64_t>(row);
-    alignas(64) uint16_t random[kWordBits];
+    alignas(64) uint16_t own[kWordBits];
+    const uint16_t* random = own;
     if constexpr (kIsFloat<Weight>) {
-      uint32_t draws[kWordBits / 2];
-      source.group<kWordBits / 2>(draw_row, unit / 2, draws);
-      memcpy(random, draws, sizeof random);
+      random = halves.of(draw_row, unit);
     } else {
       uint32_t draws[kWordBits];
       source.group<kWordBits>(draw_row, unit, draws);
-      for (int64_t i = 0; i < kWordBits; ++i) random[i] = static_cast<uint16_t>(draws[i] >> 16);
+      for (int64_t i = 0; i < kWordBits; ++i) own[i] = static_cast<uint16_t>(draws[i] >> 16);
       Weight::write(w, random, n, weight, nullptr);
       Weight::read(weight, nullptr, n, w);  // rounding may have made a small negative weight -0, whose sign is +1
-      for (int64_t i = 0; i < kWordBits; ++i) random[i] = static_cast<uint16_t>(draws[i]);
+      for (int64_t i = 0; i < kWordBits; ++i) own[i] = static_cast<uint16_t>(draws[i]);
     }
     if constexpr (!kIsFloat<First>) {
       First::write(mu, random, n, exp_avg, p.exp_avg_scale + block);
@@ -188,13 +214,14 @@ template <typename Weight, typename Grad, typename First, typename Second>
 bool update_words(const MetaplasticAdam& p, int64_t begin, int64_t end) {
   const int64_t used = ceil_div(p.K, kWordBits);  // words of a row that hold weights
   const Draws source(p.seed, p.offset);
+  RandomHalves halves(source);
   bool nan = false;
   for (int64_t word = begin; word < end; ++word) {
     const int64_t row = word / used, unit = word % used * kWordBits;
     if (p.K - unit >= kWordBits)
-      nan |= update_word<Weight, Grad, First, Second>(p, source, row, unit, kWordBits);
+      nan |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, kWordBits);
     else
-      nan |= update_word<Weight, Grad, First, Second>(p, source, row, unit, p.K - unit);
+      nan |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, p.K - unit);
   }
   return nan;
 }
