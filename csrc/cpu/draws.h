@@ -10,6 +10,13 @@ namespace engram::cpu::ENGRAM_ISA {
 
 constexpr int64_t kDrawGroup = 64;  // units for which sample_engram draws together: 16 Philox counters
 
+// Vectors of counters worked on at once, since the rounds of one wait for each other: as many as registers hold.
+#if defined(ENGRAM_ISA_AVX512)
+constexpr int kDrawVectors = 4;
+#else
+constexpr int kDrawVectors = 2;
+#endif
+
 // A counter a lane, its words in the low halves; what gathers in the high halves is never read.
 class Draws {
  public:
@@ -29,12 +36,12 @@ class Draws {
   template <int kUnits>
   __attribute__((always_inline)) void group(uint64_t row, int64_t first, uint32_t* draws) const {
     constexpr int kVectors = kUnits / 4 / kBitLanes;
-    constexpr int kAtOnce = kVectors < 2 ? 1 : 2;  // vectors of counters, so that all words stay in 16 registers
+    constexpr int kAtOnce = smaller(kVectors, kDrawVectors);
     const Bits m0 = bits_all(kPhiloxM0), m1 = bits_all(kPhiloxM1);
     uint64_t pairs[kUnits / 2];
     for (int first_vector = 0; first_vector < kVectors; first_vector += kAtOnce) {
       Bits c0[kAtOnce], c1[kAtOnce], c2[kAtOnce], c3[kAtOnce];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kAtOnce; ++v) {
         c0[v] =
             add_wide(bits_load(lanes_), bits_all(static_cast<uint64_t>(first / 4 + (first_vector + v) * kBitLanes)));
@@ -44,7 +51,7 @@ class Draws {
       }
 #pragma GCC unroll 10
       for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < kAtOnce; ++v) {
           const Bits p0 = multiply_low(c0[v], m0), p1 = multiply_low(c2[v], m1);
           c0[v] = differ(differ(shift_down(p1), c1[v]), key0_[round]);
@@ -53,7 +60,7 @@ class Draws {
           c3[v] = p0;
         }
       }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kAtOnce; ++v) {
         const Bits low = join_low(c0[v], c1[v]), high = join_low(c2[v], c3[v]);
         uint64_t* out = pairs + 2 * (first_vector + v) * kBitLanes;

@@ -107,8 +107,7 @@ struct Scaled {
 using FirstScaled = Scaled<int8_t, from_first_moment, to_first_moment>;
 using SecondScaled = Scaled<uint8_t, from_second_moment, to_second_moment>;
 
-// 16 random bits a unit. Drawn for several words together, since the rounds of one vector of counters wait for each
-// other.
+// 16 random bits a unit, drawn for as many words together as Draws works on at once.
 class RandomHalves {
  public:
   explicit RandomHalves(const Draws& source) : source_(source) {}
@@ -126,7 +125,8 @@ class RandomHalves {
   }
 
  private:
-  static constexpr int kUnits = 2 * kWordBits;
+  static constexpr int kTogether = 8 * kBitLanes * kDrawVectors;  // two units a draw, four draws a counter
+  static constexpr int kUnits = kTogether < kWordBits ? static_cast<int>(kWordBits) : kTogether;
   const Draws& source_;
   uint64_t row_ = 0;
   int64_t first_ = -1;

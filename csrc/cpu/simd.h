@@ -34,7 +34,7 @@
 namespace engram::cpu::ENGRAM_ISA {
 
 template <typename T>
-ENGRAM_INLINE T smaller(T a, T b) {
+ENGRAM_INLINE constexpr T smaller(T a, T b) {
   return b < a ? b : a;
 }
 
