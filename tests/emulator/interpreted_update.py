@@ -11,11 +11,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from emulator.triton_memory import MemoryCheck
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_ops import ADAM, GATES, bits_of, gate_of
 
+from emulator.triton_memory import MemoryCheck
 from engram_kernels import ops, triton_kernels
 from engram_kernels.reference import words_for
 
