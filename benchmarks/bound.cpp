@@ -3,6 +3,7 @@
 //   per step and accumulator   partial = add_count(partial, count(differ(x, w)))
 //   every kCountSteps          total = add_wide(total, widen(partial))
 //
+// A gate takes the place of the exclusive or, or joins it, in one instruction: it has the same bound.
 // `changed` tells the compiler that a register may hold something new, at no instruction: without it the one distance
 // would be computed once. The result is the number of differing bits, which the caller knows. Not for plain C++, where
 // the compiler itself chooses the vectors and the loop below would keep it from doing so.
@@ -23,9 +24,8 @@ ENGRAM_INLINE void changed(Bits& v) {
 #endif
 }
 
-template <bool Gated>
-int64_t distance(uint64_t x_word, uint64_t w_word, uint64_t gate_word, int64_t steps) {
-  Bits x = bits_all(x_word), w = bits_all(w_word), g = bits_all(gate_word), total = bits_zero();
+int64_t distance(uint64_t x_word, uint64_t w_word, int64_t steps) {
+  Bits x = bits_all(x_word), w = bits_all(w_word), total = bits_zero();
   for (int64_t first = 0; first < steps;) {
     const int64_t last = smaller(steps, first + kCountSteps);
     Bits partial[kAccumulators];
@@ -34,7 +34,7 @@ int64_t distance(uint64_t x_word, uint64_t w_word, uint64_t gate_word, int64_t s
 #pragma GCC unroll 4
       for (int a = 0; a < kAccumulators; ++a) {
         changed(w);
-        partial[a] = add_count(partial[a], count(Gated ? differ_within(x, w, g) : differ(x, w)));
+        partial[a] = add_count(partial[a], count(differ(x, w)));
         changed(partial[a]);
       }
     }
@@ -53,8 +53,6 @@ extern "C" __attribute__((visibility("default"))) int64_t bits_per_step() {
   return int64_t{64} * kBitLanes * kAccumulators;
 }
 
-extern "C" __attribute__((visibility("default"))) int64_t distance_of(uint64_t x, uint64_t w, uint64_t gate,
-                                                                      int64_t steps, int gated) {
-  using namespace engram::cpu::ENGRAM_ISA;
-  return gated ? distance<true>(x, w, gate, steps) : distance<false>(x, w, gate, steps);
+extern "C" __attribute__((visibility("default"))) int64_t distance_of(uint64_t x, uint64_t w, int64_t steps) {
+  return engram::cpu::ENGRAM_ISA::distance(x, w, steps);
 }

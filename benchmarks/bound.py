@@ -46,14 +46,11 @@ def library(isa: str) -> ctypes.CDLL:
             raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
         loaded = ctypes.CDLL(str(target))
     loaded.bits_per_step.restype = loaded.distance_of.restype = ctypes.c_int64
-    loaded.distance_of.argtypes = [ctypes.c_uint64] * 3 + [ctypes.c_int64, ctypes.c_int]
-    # more steps than a byte counts, and not a multiple of them
-    for gated in (False, True):
-        x, w, gate, steps = 0x0123456789ABCDEF, 0xFEDCBA9876543211, 0xF0F0F0F00F0F0F1F, 101
-        differing = ((x ^ w) & (gate if gated else ~0) & (2**64 - 1)).bit_count()
-        expected, got = differing * steps * loaded.bits_per_step() // 64, loaded.distance_of(x, w, gate, steps, gated)
-        if got != expected:
-            raise RuntimeError(f"bound.cpp for {isa}: expected a distance of {expected}, got {got}")
+    loaded.distance_of.argtypes = [ctypes.c_uint64] * 2 + [ctypes.c_int64]
+    x, w, steps = 0x0123456789ABCDEF, 0xFEDCBA9876543211, 101  # more steps than a byte counts, and no multiple of them
+    expected, got = (x ^ w).bit_count() * steps * loaded.bits_per_step() // 64, loaded.distance_of(x, w, steps)
+    if got != expected:
+        raise RuntimeError(f"bound.cpp for {isa}: expected a distance of {expected}, got {got}")
     return loaded
 
 
@@ -66,7 +63,7 @@ class Bound:
     work: float = 1.0
 
 
-def register_loop(isa: str, gated: bool = False) -> Bound | None:
+def register_loop(isa: str) -> Bound | None:
     """The kernels' primitives on registers, for as many threads as torch has, in multiply-accumulates.
 
     None where the compiler chooses the vectors, on a GPU, and, with a note in the report, where it does not compile.
@@ -83,7 +80,7 @@ def register_loop(isa: str, gated: bool = False) -> Bound | None:
     steps = MACS // loaded.bits_per_step()
 
     def loop() -> None:
-        loaded.distance_of(1, ~1 & (2**64 - 1), 2**64 - 1, steps, gated)
+        loaded.distance_of(1, ~1 & (2**64 - 1), steps)
 
     # on one thread, and as much again for each other: waking threads for a few milliseconds would be measured too
     return Bound("register loop", loop, torch.get_num_threads() * steps * loaded.bits_per_step())

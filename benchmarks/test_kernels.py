@@ -74,7 +74,7 @@ def test_gate_per_sample(side_by_side, target, one_thread, m):
         target,
         lambda: ops.binary_matmul(x_bits, w_bits, K, gate_bits),
         {"without gate": lambda: ops.binary_matmul(x_bits, w_bits, K), "F.linear fp32": lambda: F.linear(x, w)},
-        bound=register_loop(target.isa, gated=True),
+        bound=register_loop(target.isa),
         work=m * N * K,
         rate_unit="GMAC/s",
     )
