@@ -1,6 +1,7 @@
 """The operators of ``engram_kernels.ops`` on the emulated CUDA kernels: the same names and arguments.
 
-What ``csrc/bindings.cpp`` does for CUDA tensors, allocating and choosing arguments, is done here for emulated ones.
+Work that ``csrc/bindings.cpp`` does for CUDA tensors, allocating and choosing arguments, is done here for emulated
+ones.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from engram_kernels.reference import words_for
 
-from .build import EmulatorError, Flag, Read, Write, load
+from .build import EmulatorError, Flag, Library, Read, Write, load
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 PATTERNS = {  # bytes of a number, +1 and -1
@@ -39,10 +40,14 @@ class EmulatedOps:
     mode: str = "fast"
     schedule: int = 0
     multiprocessors: int = 4
+    overlay: Path | None = None  # of build()
+
+    @property
+    def library(self) -> Library:
+        return load(Path(__file__).parent / "kernels.cpp", self.architecture, self.mode, self.overlay)
 
     def _call(self, function: str, **arguments) -> None:
-        library = load(Path(__file__).parent / "kernels.cpp", self.architecture, self.mode)
-        library.call(function, schedule=self.schedule, multiprocessors=self.multiprocessors, **arguments)
+        self.library.call(function, schedule=self.schedule, multiprocessors=self.multiprocessors, **arguments)
 
     def pack_signs(self, x: Tensor) -> Tensor:
         k = x.shape[-1]
@@ -166,7 +171,7 @@ class EmulatedOps:
             seed=int(seed[0]),
             offset=int(seed[1]),
             first_row=first_row,
-            keys=None if bernoulli else Write(torch.zeros(rows, stride, dtype=torch.int32)),
+            keys=None if bernoulli else Write(torch.full((rows, stride), -1, dtype=torch.int32)),
             key_stride=stride,
             nan=Flag(nan),
         )

@@ -1,0 +1,254 @@
+"""Compares emulated kernels with ``engram_kernels.reference``: one function an operator.
+
+Each takes the operators (:class:`EmulatedOps`) and a shape, draws arguments for it and asserts: integers and bits are
+exact; sums of floats lie within the bound of their rounding, or are exact where ``exact`` draws integers small enough.
+Outputs are filled with other values beforehand (operators.py), so that what a kernel leaves out shows.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from engram_kernels import reference
+
+from .operators import DOTS, PATTERNS, TILES, EmulatedOps
+
+GATES = ("none", "shared", "per sample")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SMALL_TILES, LARGE_TILES = 10**6, 1  # multiprocessors that make the launcher choose them
+SEED = (0x123456789ABCDEF, 2**32 - 1)
+
+
+def at_offset(x: torch.Tensor, elements: int) -> torch.Tensor:
+    """The same numbers so many elements behind an aligned address."""
+    moved = torch.empty(elements + x.numel(), dtype=x.dtype)[elements:].view(x.shape)
+    return moved.copy_(x)
+
+
+def packed(rows: int, k: int, rate: float = 0.5) -> torch.Tensor:
+    return reference._pack(torch.rand(rows, k) < rate)
+
+
+def gate_of(kind: str, rows: int, k: int) -> torch.Tensor | None:
+    if kind == "none":
+        return None
+    return packed(rows, k, 0.4) if kind == "per sample" else packed(1, k, 0.4)[0]
+
+
+def scattered(x: torch.Tensor, numbers: list[float]) -> torch.Tensor:
+    """Puts the numbers at random places of x."""
+    places = torch.randperm(x.numel())[: len(numbers)]
+    x.view(-1)[places] = torch.tensor(numbers[: len(places)], dtype=x.dtype)
+    return x
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, *context) -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, context
+    if not torch.equal(actual, expected):
+        wrong = (actual != expected).nonzero()
+        at = tuple(wrong[0].tolist())
+        raise AssertionError(
+            f"{len(wrong)} of {actual.numel()} differ, first {list(at)}: {actual[at]}, not {expected[at]} {context}"
+        )
+
+
+# ---- packing
+
+
+def pack_signs(ops: EmulatedOps, rows: int, k: int, dtype=torch.float32, offset: int = 0) -> None:
+    of_type = torch.finfo(dtype)
+    least = of_type.smallest_normal * of_type.eps
+    extremes = [0.0, -0.0, math.inf, -math.inf, least, -least, of_type.max, of_type.min]
+    x = at_offset(scattered(torch.randn(rows, k).to(dtype), extremes), offset)
+    assert_same(ops.pack_signs(x), reference.pack_signs(x), rows, k, dtype, offset)
+
+
+def pack_window(ops: EmulatedOps, rows: int, k: int, gate="none", width: float = 1.0, offset: int = 0) -> None:
+    above = float(torch.nextafter(torch.tensor(width), torch.tensor(math.inf)))
+    extremes = [0.0, -0.0, width, -width, above, -above, math.inf, -math.inf, 1e-45, -1e-45, math.nan]
+    x = at_offset(scattered(torch.randn(rows, k), extremes), offset)
+    gate_bits = gate_of(gate, rows, k)
+    expected = reference.pack_window(x, width, gate_bits)
+    assert_same(ops.pack_window(x, width, gate_bits), expected, rows, k, gate, width, offset)
+
+
+def unpack_signs(ops: EmulatedOps, rows: int, k: int, dtype=torch.float32) -> None:
+    bits = packed(rows, k)
+    assert_same(ops.unpack_signs(bits, k, dtype), reference.unpack_signs(bits, k, dtype), rows, k, dtype)
+
+
+# ---- products of bits
+
+
+def binary_matmul(ops: EmulatedOps, m: int, n: int, k: int, gate="none", form: int = 0) -> None:
+    x, w, gate_bits = packed(m, k), packed(n, k), gate_of(gate, m, k)
+    expected = reference.binary_matmul(x, w, k, gate_bits)
+    assert_same(ops.binary_matmul(x, w, k, gate_bits, form), expected, m, n, k, gate, form)
+
+
+def binary_threshold(ops: EmulatedOps, m: int, n: int, k: int, gate="none", form: int = 0) -> None:
+    x, w, gate_bits = packed(m, k), packed(n, k), gate_of(gate, m, k)
+    y = reference.binary_matmul(x, w, k, gate_bits)
+    threshold = torch.randint(-3, 4, (n,), dtype=torch.int32)
+    if m > 0:
+        hit = torch.rand(n) < 0.5  # a threshold that some y equals
+        threshold = torch.where(hit, y[torch.randint(0, m, (n,)), torch.arange(n)], threshold)
+    scattered(threshold, [-(2**31), 2**31 - 1])
+    flip = torch.rand(n) < 0.4
+    expected = reference.binary_threshold(x, w, k, threshold, flip, gate_bits)
+    actual = ops.binary_threshold(x, w, k, threshold, flip, gate_bits, form)
+    assert_same(actual, expected, m, n, k, gate, form)
+
+
+# ---- products of numbers and signs
+
+SIGN_PRODUCTS = ("sign_matmul", "sign_matmul_t", "masked_input_grad", "gated_weight_grad")
+
+
+def numbers(shape: tuple[int, int], dtype: torch.dtype, terms: int, exact: bool) -> torch.Tensor:
+    """Random numbers; with `exact`, integers such that float32 holds any sum of so many of them."""
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, dtype=dtype)
+    if not exact:
+        return (torch.randn(shape) * torch.randn(shape).exp()).to(dtype)
+    most = min(2**8 if dtype == torch.bfloat16 else 2**24, 2**24 // max(terms, 1))
+    return torch.randint(-most, most + 1, shape).to(dtype)
+
+
+def assert_sums(actual: torch.Tensor, expected: torch.Tensor, magnitudes: torch.Tensor, terms: int, *context) -> None:
+    """Agreement to the rounding of three planes of `terms` numbers, added to sums below `magnitudes` in any order.
+
+    expected and magnitudes are float64. A plane holds nothing below 2^-133. Rounding to bfloat16 comes on top.
+    """
+    bound = 3 * terms * (2.0**-24 * magnitudes + 2.0**-133)
+    if actual.dtype == torch.bfloat16:
+        bound = bound + 2.0**-8 * (expected.abs() + bound)
+    error = (actual.double() - expected).abs()
+    assert actual.shape == expected.shape and (error <= bound).all(), (float((error - bound).max()), context)
+
+
+def sign_product(
+    ops: EmulatedOps,
+    operator: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    gate: str = "none",
+    exact: bool = True,
+    offset: int = 0,
+) -> None:
+    """gate: the mask of masked_input_grad, the gate of gated_weight_grad."""
+    terms = {"sign_matmul_t": k, "gated_weight_grad": m}.get(operator, n)
+    shape = (m, k) if operator == "sign_matmul_t" else (m, n)
+    a = at_offset(numbers(shape, dtype, terms, exact), offset)
+    bits = packed(m if operator == "gated_weight_grad" else n, k)
+    further = [] if gate == "none" else [gate_of(gate, m, k)]
+    actual = getattr(ops, operator)(a, bits, k, *further)
+    context = (operator, m, n, k, dtype, gate, offset)
+    if exact or dtype == torch.uint8:
+        return assert_same(actual, getattr(reference, operator)(a, bits, k, *further), *context)
+    assert actual.dtype == dtype
+    expected = getattr(reference, operator)(a.double(), bits, k, *further)
+    absolute = a.double().abs()
+    magnitudes = absolute.sum(0 if operator == "gated_weight_grad" else 1).unsqueeze(1)
+    assert_sums(actual, expected, magnitudes, terms, *context)
+
+
+# ---- engrams
+
+
+def sample_engram(
+    ops: EmulatedOps,
+    rows: int,
+    k: int,
+    rate: float,
+    rule: str = "gumbel_top_k",
+    temperature: float = 1.0,
+    first_row: int = 2**33 + 2**31,
+    levels: int = 0,
+    offset: int = 0,
+) -> None:
+    """levels: of how many different scores, for ties; 0 for as many as there are units."""
+    score = torch.randn(rows, k) if levels == 0 else torch.randint(0, levels, (rows, k)).float() - 1.0
+    if rows * k > 40:
+        scattered(score, [0.0, -0.0, -0.0, math.inf, math.inf, -math.inf, 1e-45, -1e-45, 3e38, -3e38])
+    score, seed = at_offset(score, offset), torch.tensor(SEED)
+    arguments = score, seed, rate, rule, temperature, first_row
+    expected = reference.sample_engram(*arguments)
+    assert_same(ops.sample_engram(*arguments), expected, rows, k, rate, rule, temperature, levels, offset)
+
+
+# ---- a few shapes that reach every line, for builds that are slow to run
+
+
+def _with_processors(check, multiprocessors: int, **arguments):
+    def run(ops: EmulatedOps) -> None:
+        check(replace(ops, multiprocessors=multiprocessors), **arguments)
+
+    return run
+
+
+# By the file in csrc/cuda.
+COMPACT = {
+    "pack.cuh": [
+        *(partial(pack_signs, rows=3, k=k, dtype=dtype) for dtype in FLOATS for k in (260, 131)),
+        partial(pack_signs, rows=2, k=132, offset=1),
+        *(partial(pack_window, rows=3, k=k, gate=gate) for gate in GATES for k in (260, 131)),
+    ],
+    "unpack.cuh": [partial(unpack_signs, rows=3, k=k, dtype=dtype) for dtype in PATTERNS for k in (144, 131, 1)],
+    "sample_engram.cuh": [
+        partial(sample_engram, rows=3, k=260, rate=0.3, rule="bernoulli"),
+        partial(sample_engram, rows=2, k=131, rate=1.0, rule="bernoulli"),
+        partial(sample_engram, rows=2, k=1300, rate=0.1),
+        partial(sample_engram, rows=2, k=1301, rate=0.5, temperature=0.3),
+        partial(sample_engram, rows=2, k=1300, rate=0.4, temperature=0.0, levels=3),
+        partial(sample_engram, rows=2, k=1303, rate=0.7, temperature=0.0, levels=2),
+        partial(sample_engram, rows=1, k=5, rate=0.01, temperature=math.inf),
+        partial(sample_engram, rows=1, k=260, rate=1.0, temperature=math.inf, offset=1),
+    ],
+    "binary_matmul.cuh": [
+        _with_processors(check, multiprocessors, m=m, n=n, k=k, gate=gate, form=TILES)
+        for multiprocessors in (SMALL_TILES, LARGE_TILES)
+        for gate in GATES
+        for check, m, n, k in [
+            (binary_matmul, 35, 40, 2700),
+            (binary_matmul, 33, 37, 129),
+            (binary_threshold, 35, 70, 700),
+        ]
+    ],
+    "binary_dot.cuh": [
+        *(partial(binary_matmul, m=m, n=17, k=70) for m in (1, 8, 9, 0)),  # as the launcher chooses
+        *(
+            partial(check, m=m, n=n, k=k, gate=gate, form=DOTS)
+            for gate in GATES
+            for check, m, n, k in [
+                (binary_matmul, 1, 70, 2200),
+                (binary_matmul, 5, 37, 1100),
+                (binary_threshold, 1, 70, 300),
+                (binary_threshold, 6, 33, 129),
+            ]
+        ),
+    ],
+    "sign_product.cuh": [
+        *(
+            partial(sign_product, operator=operator, m=m, n=n, k=k, dtype=dtype, exact=exact)
+            for operator in SIGN_PRODUCTS[:2]
+            for dtype in (torch.float32, torch.bfloat16)
+            for m, n, k, exact in [(67, 36, 132, True), (3, 131, 69, False)]
+        ),
+        *(
+            partial(sign_product, operator=operator, m=m, n=n, k=k, dtype=dtype, gate=gate)
+            for operator in SIGN_PRODUCTS[2:]
+            for dtype in (torch.float32, torch.bfloat16)
+            for m, n, k in [(67, 36, 132), (37, 67, 131)]
+            for gate in GATES
+            if gate != "none" or operator == "gated_weight_grad"
+        ),
+        partial(sign_product, operator="sign_matmul_t", m=3, n=5, k=200, dtype=torch.uint8),
+        partial(sign_product, operator="sign_matmul_t", m=66, n=131, k=67, dtype=torch.uint8),
+        partial(sign_product, operator="sign_matmul", m=1, n=1, k=1, exact=False),
+    ],
+}
