@@ -79,7 +79,8 @@ template <typename Number>
 __device__ __forceinline__ void split(const Four<Number>& four, Four<Number> (&planes)[1]) {
   planes[0] = four;
 }
-// Leading bits are cut off, not rounded: each remainder is exact, and the last fits.
+// Leading bits are cut off, not rounded: each remainder is exact, and the last fits. Where nothing is cut off, nothing
+// is left, also of infinity, from which subtraction would make a NaN.
 __device__ __forceinline__ void split(const Four<uint32_t>& four, Four<uint16_t> (&planes)[3]) {
   uint32_t left[4];
 #pragma unroll
@@ -90,7 +91,8 @@ __device__ __forceinline__ void split(const Four<uint32_t>& four, Four<uint16_t>
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       leading[e] = left[e] & 0xFFFF0000u;
-      left[e] = __float_as_uint(__uint_as_float(left[e]) - __uint_as_float(leading[e]));
+      const float rest = __uint_as_float(left[e]) - __uint_as_float(leading[e]);
+      left[e] = left[e] == leading[e] ? 0 : __float_as_uint(rest);
     }
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) planes[plane].word[pair] = leading[2 * pair] >> 16 | leading[2 * pair + 1];

@@ -165,6 +165,26 @@ def test_sign_products_of_uint8(ops):
     assert (ops.sign_matmul_t(most, torch.zeros_like(ones), 300) == -255 * 300).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sign_products_of_extreme_numbers(ops, dtype):
+    """Infinity stays infinite, NaN stays NaN, and both stay in their row; the largest and least numbers are kept."""
+    of_type = torch.finfo(dtype)
+    numbers = [math.inf, -math.inf, math.nan, of_type.max, -of_type.max, -0.0, 2.0**-126, -(2.0**-133)]
+    a = torch.zeros(len(numbers) + 1, 7, dtype=dtype)
+    a[:-1, 2] = torch.tensor(numbers, dtype=dtype)
+    a[-1, :2] = torch.tensor([math.inf, -math.inf], dtype=dtype)
+    w_bits = packed(7, 9)
+    w_bits[:, 0] |= 1
+    expected = a[:-1, 2:3] * reference.unpack_signs(w_bits, 9, dtype)[2]
+    y = ops.sign_matmul(a, w_bits, 9)
+    torch.testing.assert_close(y[:-1], expected, rtol=0, atol=0, equal_nan=True)
+    assert y[-1, 0].isnan()
+    if dtype == torch.float32:  # NaNs whose leading half is that of infinity
+        for nan in (0x7F800001, 0x7F80FFFF, 0x7FFFFFFF):
+            number = torch.tensor([[nan]], dtype=torch.int32).view(dtype)
+            assert ops.sign_matmul(number, packed(1, 3), 3).isnan().all()
+
+
 def test_sign_products_round_to_the_nearest_bfloat16(ops):
     """257 and 259 lie between two neighbours each; ties go to the even one. What passes the largest is infinite."""
     ones = packed(3, 2, 1.0)
