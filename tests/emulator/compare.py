@@ -13,6 +13,7 @@ import torch
 
 from engram_kernels import reference
 
+from .build import Read, Write
 from .operators import DOTS, PATTERNS, TILES, EmulatedOps
 
 GATES = ("none", "shared", "per sample")
@@ -65,6 +66,25 @@ def pack_signs(ops: EmulatedOps, rows: int, k: int, dtype=torch.float32, offset:
     assert_same(ops.pack_signs(x), reference.pack_signs(x), rows, k, dtype, offset)
 
 
+def assert_reports_nan(function, *arguments, **settings) -> None:
+    try:
+        function(*arguments, **settings)
+    except RuntimeError as error:
+        assert "NaN" in str(error)
+    else:
+        raise AssertionError(f"no NaN reported {settings}")
+
+
+def pack_signs_of_nan(ops: EmulatedOps, k: int, dtype=torch.float32, offset: int = 0) -> None:
+    """The least positive NaN and the last negative one, wherever they are."""
+    bits = torch.tensor([math.inf], dtype=dtype).view(torch.int32 if dtype == torch.float32 else torch.int16)
+    for place in (0, k - 1, k, 2 * k - 1):
+        for nan in (bits + 1, torch.full_like(bits, -1)):
+            x = at_offset(torch.full((2, k), -1.0, dtype=dtype), offset)
+            x.view(-1).view(bits.dtype)[place] = nan
+            assert_reports_nan(ops.pack_signs, x)
+
+
 def pack_window(ops: EmulatedOps, rows: int, k: int, gate="none", width: float = 1.0, offset: int = 0) -> None:
     above = float(torch.nextafter(torch.tensor(width), torch.tensor(math.inf)))
     extremes = [0.0, -0.0, width, -width, above, -above, math.inf, -math.inf, 1e-45, -1e-45, math.nan]
@@ -77,6 +97,14 @@ def pack_window(ops: EmulatedOps, rows: int, k: int, gate="none", width: float =
 def unpack_signs(ops: EmulatedOps, rows: int, k: int, dtype=torch.float32) -> None:
     bits = packed(rows, k)
     assert_same(ops.unpack_signs(bits, k, dtype), reference.unpack_signs(bits, k, dtype), rows, k, dtype)
+
+
+def unpack_signs_to_an_unaligned_tensor(ops: EmulatedOps, dtype: torch.dtype) -> None:
+    (size, plus, minus), bits = PATTERNS[dtype], packed(3, 144)
+    out = at_offset(torch.zeros(3, 144, dtype=dtype), 1)
+    arguments = dict(bits=Read(bits), rows=3, k=144, size=size, plus=plus, minus=minus, out=Write(out))
+    ops.library.call("run_unpack_signs", schedule=ops.schedule, **arguments)
+    assert_same(out, reference.unpack_signs(bits, 144, dtype), dtype)
 
 
 # ---- products of bits
@@ -157,6 +185,43 @@ def sign_product(
     assert_sums(actual, expected, magnitudes, terms, *context)
 
 
+def infinities(ops: EmulatedOps, dtype: torch.dtype) -> None:
+    """Infinity stays infinite, NaN stays NaN, both stay in their row; the largest and the least numbers are kept."""
+    of_type = torch.finfo(dtype)
+    numbers = [math.inf, -math.inf, math.nan, of_type.max, -of_type.max, -0.0, 2.0**-126, -(2.0**-133)]
+    a = torch.zeros(len(numbers) + 1, 7, dtype=dtype)
+    a[:-1, 2] = torch.tensor(numbers, dtype=dtype)
+    a[-1, :2] = torch.tensor([math.inf, -math.inf], dtype=dtype)
+    w_bits = packed(7, 9)
+    w_bits[:2, 0] |= 1
+    expected = a[:-1, 2:3] * reference.unpack_signs(w_bits, 9, dtype)[2]
+    y = ops.sign_matmul(a, w_bits, 9)
+    torch.testing.assert_close(y[:-1], expected, rtol=0, atol=0, equal_nan=True)
+    assert y[-1, 0].isnan()
+    if dtype == torch.float32:  # NaNs whose leading half is that of infinity
+        nans = torch.tensor([[0x7F800001], [0x7F80FFFF], [0x7FFFFFFF]], dtype=torch.int32).view(dtype)
+        assert ops.sign_matmul(nans, packed(1, 3), 3).isnan().all()
+
+
+def sparse_mask(ops: EmulatedOps) -> None:
+    """Tiles whose mask recruits nothing are not multiplied, and not left out either."""
+    w_bits, mask = packed(5, 200, 1.0), torch.zeros(70, 4, dtype=torch.int64)
+    d = torch.full((70, 5), math.inf)
+    assert_same(ops.masked_input_grad(d, w_bits, 200, mask), torch.zeros(70, 200))
+    expected = torch.zeros(70, 200)
+    for row, unit in [(69, 195), (3, 127), (63, 64)]:
+        mask[row, unit // 64] = 1 << unit % 64 if unit % 64 < 63 else -(2**63)
+        expected[row, unit] = 5
+    assert_same(ops.masked_input_grad(torch.ones(70, 5), w_bits, 200, mask), expected)
+
+
+def ties_to_even_bfloat16(ops: EmulatedOps) -> None:
+    """257 and 259 lie between two neighbours each; ties go to the even one. What passes the largest is infinite."""
+    a = torch.tensor([[256, 1, 0], [256, 3, 0], [256, 2, 1], [-256, -1, 0], [2.0**127, 2.0**127, 0]]).bfloat16()
+    expected = torch.tensor([256.0, 260.0, 260.0, -256.0, math.inf]).bfloat16()
+    assert_same(ops.sign_matmul(a, packed(3, 2, 1.0), 2), expected.unsqueeze(1).expand(5, 2))
+
+
 # ---- engrams
 
 
@@ -181,6 +246,27 @@ def sample_engram(
     assert_same(ops.sample_engram(*arguments), expected, rows, k, rate, rule, temperature, levels, offset)
 
 
+def bernoulli_at_a_draw(ops: EmulatedOps) -> None:
+    """A rate that is one unit's draw does not recruit it; a little more does."""
+    seed = torch.tensor(SEED)
+    draw = int(reference.philox(seed, 1, 70)[0, 5])
+    for threshold, recruited in [(draw, 0), (draw + 1, 1)]:
+        gate = ops.sample_engram(torch.empty(1, 70), seed, threshold / 2**32, "bernoulli")
+        assert int(gate[0, 0]) >> 5 & 1 == recruited
+
+
+def sample_engram_of_nan(ops: EmulatedOps, k: int, offset: int = 0) -> None:
+    """Reported wherever scores are read."""
+    seed = torch.tensor(SEED)
+    for place in (0, k - 1, 2 * k - 1):
+        score = at_offset(torch.randn(2, k), offset)
+        score.view(-1)[place] = math.nan
+        for temperature in (0.0, 1.0):
+            assert_reports_nan(ops.sample_engram, score, seed, 0.3, temperature=temperature)
+        ops.sample_engram(score, seed, 0.3, temperature=math.inf)
+        ops.sample_engram(score, seed, 0.3, "bernoulli")
+
+
 # ---- a few shapes that reach every line, for builds that are slow to run
 
 
@@ -195,13 +281,17 @@ def _with_processors(check, multiprocessors: int, **arguments):
 COMPACT = {
     "pack.cuh": [
         *(partial(pack_signs, rows=3, k=k, dtype=dtype) for dtype in FLOATS for k in (260, 131)),
-        partial(pack_signs, rows=2, k=132, offset=1),
+        *(partial(pack_signs, rows=2, k=132, dtype=dtype, offset=1) for dtype in FLOATS[:2]),
+        *(partial(pack_signs_of_nan, k=k, dtype=dtype) for dtype in FLOATS for k in (132, 131)),
         *(partial(pack_window, rows=3, k=k, gate=gate) for gate in GATES for k in (260, 131)),
     ],
-    "unpack.cuh": [partial(unpack_signs, rows=3, k=k, dtype=dtype) for dtype in PATTERNS for k in (144, 131, 1)],
+    "unpack.cuh": [partial(unpack_signs, rows=3, k=k, dtype=dtype) for dtype in PATTERNS for k in (144, 131, 1)]
+    + [partial(unpack_signs_to_an_unaligned_tensor, dtype=dtype) for dtype in PATTERNS],
     "sample_engram.cuh": [
         partial(sample_engram, rows=3, k=260, rate=0.3, rule="bernoulli"),
         partial(sample_engram, rows=2, k=131, rate=1.0, rule="bernoulli"),
+        bernoulli_at_a_draw,
+        *(partial(sample_engram_of_nan, k=k) for k in (132, 131)),
         partial(sample_engram, rows=2, k=1300, rate=0.1),
         partial(sample_engram, rows=2, k=1301, rate=0.5, temperature=0.3),
         partial(sample_engram, rows=2, k=1300, rate=0.4, temperature=0.0, levels=3),
@@ -215,7 +305,7 @@ COMPACT = {
         for gate in GATES
         for check, m, n, k in [
             (binary_matmul, 35, 40, 2700),
-            (binary_matmul, 33, 37, 129),
+            (binary_matmul, 67, 69, 129),
             (binary_threshold, 35, 70, 700),
         ]
     ],
@@ -249,6 +339,11 @@ COMPACT = {
         ),
         partial(sign_product, operator="sign_matmul_t", m=3, n=5, k=200, dtype=torch.uint8),
         partial(sign_product, operator="sign_matmul_t", m=66, n=131, k=67, dtype=torch.uint8),
-        partial(sign_product, operator="sign_matmul", m=1, n=1, k=1, exact=False),
+        partial(sign_product, operator="sign_matmul", m=66, n=1, k=130),
+        partial(sign_product, operator="gated_weight_grad", m=132, n=36, k=132, exact=False, offset=1),
+        partial(infinities, dtype=torch.float32),
+        partial(infinities, dtype=torch.bfloat16),
+        sparse_mask,
+        ties_to_even_bfloat16,
     ],
 }

@@ -24,6 +24,7 @@ PATTERNS = {  # bytes of a number, +1 and -1
     torch.int32: (4, 1, 0xFFFFFFFF),
 }
 TILES, DOTS = 1, 2
+HOST = Path(__file__).parent / "kernels.cpp"
 
 
 def _gate(gate_bits: Tensor | None, words: int) -> tuple[Read | None, int]:
@@ -40,11 +41,12 @@ class EmulatedOps:
     mode: str = "fast"
     schedule: int = 0
     multiprocessors: int = 4
+    host: Path = HOST
     overlay: Path | None = None  # of build()
 
     @property
     def library(self) -> Library:
-        return load(Path(__file__).parent / "kernels.cpp", self.architecture, self.mode, self.overlay)
+        return load(self.host, self.architecture, self.mode, self.overlay)
 
     def _call(self, function: str, **arguments) -> None:
         self.library.call(function, schedule=self.schedule, multiprocessors=self.multiprocessors, **arguments)
@@ -180,4 +182,4 @@ class EmulatedOps:
         return gate
 
 
-__all__ = ["DOTS", "TILES", "EmulatedOps", "EmulatorError"]
+__all__ = ["DOTS", "HOST", "TILES", "EmulatedOps", "EmulatorError"]

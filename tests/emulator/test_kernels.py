@@ -45,24 +45,14 @@ def test_pack_signs(ops, dtype):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_pack_signs_reports_nan_wherever_it_is(ops, dtype):
     for k, offset in [(132, 0), (132, 1), (131, 0)]:
-        for place in (0, k - 1, k, 2 * k - 1):
-            x = compare.at_offset(torch.full((2, k), -1.0, dtype=dtype), offset)
-            x.view(-1)[place] = math.nan
-            for sign in (1, -1):
-                with pytest.raises(RuntimeError, match="NaN"):
-                    ops.pack_signs(x * sign if offset == 0 else x)
+        compare.pack_signs_of_nan(ops, k, dtype, offset)
 
 
 def test_pack_signs_knows_every_16_bit_number(ops):
-    """All but NaN; those next to infinity, of which a mantissa of one bit makes a NaN, are reported."""
     for dtype in FLOATS[1:]:
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-        there = every[~every.isnan()]
-        assert torch.equal(ops.pack_signs(there), reference.pack_signs(there))
-        for infinity in (math.inf, -math.inf):
-            least_nan = (torch.tensor([infinity], dtype=dtype).view(torch.int16) + 1).view(dtype)
-            with pytest.raises(RuntimeError, match="NaN"):
-                ops.pack_signs(least_nan)
+        numbers = every[~every.isnan()]
+        assert torch.equal(ops.pack_signs(numbers), reference.pack_signs(numbers))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -78,12 +68,9 @@ def test_unpack_signs(ops, dtype):
         compare.unpack_signs(ops, 3, k, dtype)
 
 
-def test_unpack_signs_to_an_unaligned_tensor(ops):
-    for dtype, (size, plus, minus) in PATTERNS.items():
-        bits, out = packed(3, 144), torch.zeros(1 + 3 * 144, dtype=dtype)[1:].view(3, 144)
-        arguments = dict(bits=Read(bits), rows=3, k=144, size=size, plus=plus, minus=minus, out=Write(out))
-        ops.library.call("run_unpack_signs", schedule=ops.schedule, **arguments)
-        assert torch.equal(out, reference.unpack_signs(bits, 144, dtype))
+@pytest.mark.parametrize("dtype", PATTERNS, ids=str)
+def test_unpack_signs_to_an_unaligned_tensor(ops, dtype):
+    compare.unpack_signs_to_an_unaligned_tensor(ops, dtype)
 
 
 # ---- products of bits
@@ -167,30 +154,11 @@ def test_sign_products_of_uint8(ops):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sign_products_of_extreme_numbers(ops, dtype):
-    """Infinity stays infinite, NaN stays NaN, and both stay in their row; the largest and least numbers are kept."""
-    of_type = torch.finfo(dtype)
-    numbers = [math.inf, -math.inf, math.nan, of_type.max, -of_type.max, -0.0, 2.0**-126, -(2.0**-133)]
-    a = torch.zeros(len(numbers) + 1, 7, dtype=dtype)
-    a[:-1, 2] = torch.tensor(numbers, dtype=dtype)
-    a[-1, :2] = torch.tensor([math.inf, -math.inf], dtype=dtype)
-    w_bits = packed(7, 9)
-    w_bits[:, 0] |= 1
-    expected = a[:-1, 2:3] * reference.unpack_signs(w_bits, 9, dtype)[2]
-    y = ops.sign_matmul(a, w_bits, 9)
-    torch.testing.assert_close(y[:-1], expected, rtol=0, atol=0, equal_nan=True)
-    assert y[-1, 0].isnan()
-    if dtype == torch.float32:  # NaNs whose leading half is that of infinity
-        for nan in (0x7F800001, 0x7F80FFFF, 0x7FFFFFFF):
-            number = torch.tensor([[nan]], dtype=torch.int32).view(dtype)
-            assert ops.sign_matmul(number, packed(1, 3), 3).isnan().all()
+    compare.infinities(ops, dtype)
 
 
 def test_sign_products_round_to_the_nearest_bfloat16(ops):
-    """257 and 259 lie between two neighbours each; ties go to the even one. What passes the largest is infinite."""
-    ones = packed(3, 2, 1.0)
-    a = torch.tensor([[256, 1, 0], [256, 3, 0], [256, 2, 1], [-256, -1, 0], [2.0**127, 2.0**127, 0]]).bfloat16()
-    expected = torch.tensor([256.0, 260.0, 260.0, -256.0, math.inf]).bfloat16()
-    assert torch.equal(ops.sign_matmul(a, ones, 2), expected.unsqueeze(1).expand(5, 2))
+    compare.ties_to_even_bfloat16(ops)
 
 
 def test_sign_products_of_nothing(ops):
@@ -201,14 +169,8 @@ def test_sign_products_of_nothing(ops):
     assert torch.equal(ops.gated_weight_grad(torch.empty(0, 3), w_bits[:0], 70), torch.zeros(3, 70))
 
 
-def test_a_mask_of_nothing_gives_zeros_whatever_the_numbers(ops):
-    """Tiles whose mask recruits nothing are not multiplied, and not left out either."""
-    mask = torch.zeros(70, 4, dtype=torch.int64)
-    d = torch.full((70, 5), math.inf)
-    assert torch.equal(ops.masked_input_grad(d, packed(5, 200), 200, mask), torch.zeros(70, 200))
-    mask[69, 3] = 1 << 3  # unit 195 of the last sample alone
-    y = ops.masked_input_grad(torch.ones(70, 5), packed(5, 200, 1.0), 200, mask)
-    assert y[69, 195] == 5 and y.count_nonzero() == 1
+def test_a_mask_of_hardly_any_unit(ops):
+    compare.sparse_mask(ops)
 
 
 # ---- engrams
@@ -241,14 +203,7 @@ def test_gumbel_top_k_tells_keys_apart_by_their_last_digit(ops):
 
 def test_sample_engram_reports_nan_where_it_reads_scores(ops):
     for k, offset in [(132, 0), (132, 1), (131, 0)]:
-        for place in (0, k - 1, 2 * k - 1):
-            score = compare.at_offset(torch.randn(2, k), offset)
-            score.view(-1)[place] = math.nan
-            for temperature in (0.0, 1.0):
-                with pytest.raises(RuntimeError, match="NaN"):
-                    ops.sample_engram(score, torch.tensor(SEED), 0.3, temperature=temperature)
-            ops.sample_engram(score, torch.tensor(SEED), 0.3, temperature=math.inf)
-            ops.sample_engram(score, torch.tensor(SEED), 0.3, "bernoulli")
+        compare.sample_engram_of_nan(ops, k, offset)
 
 
 def test_bernoulli(ops):
@@ -256,6 +211,7 @@ def test_bernoulli(ops):
         for rate in (1e-3, 0.3, 1.0):
             compare.sample_engram(ops, 3, k, rate, "bernoulli")
     compare.sample_engram(ops, 40, 7, 0.5, "bernoulli")
+    compare.bernoulli_at_a_draw(ops)
 
 
 @pytest.mark.parametrize("rule", ["bernoulli", "gumbel_top_k"])
