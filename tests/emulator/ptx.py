@@ -31,7 +31,8 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_numbers import TYPES, Array, Type
+
+from .ptx_numbers import TYPES, Array, Type
 
 WARP = 32
 Lanes = slice | NDArray[np.int64]  # slice(None): every lane of the batch, which numpy reads without a copy
@@ -450,7 +451,7 @@ class Program:
     """A kernel and the functions that it calls, decoded: steps, and the layout of registers and memories."""
 
     def __init__(self, module: Module, name: str):
-        import ptx_instructions  # which needs this module
+        from . import ptx_instructions  # which needs this module
 
         self.module, self.name = module, name
         functions = self._reachable(module.function(name))

@@ -12,7 +12,8 @@ from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx import (
+
+from .ptx import (
     LOCAL_WINDOW,
     PARAM_WINDOW,
     SHARED_WINDOW,
@@ -29,7 +30,7 @@ from ptx import (
     immediate,
     split,
 )
-from ptx_numbers import PART, TYPES, Array, Type, add_to_odd, flushed, high_product, narrowed, widened
+from .ptx_numbers import PART, TYPES, Array, Type, add_to_odd, flushed, high_product, narrowed, widened
 
 Read = Callable[[Run, Lanes], Array]
 Write = Callable[[Run, Lanes, Array], None]
@@ -780,8 +781,9 @@ def _dp4a(d: Decoder) -> Execute:
 
 
 def _signed_division(a: Array, b: Array) -> Array:
-    """Quotient rounded to zero, as in C."""
-    quotient = np.abs(a) // np.abs(b)
+    """Quotient rounded to zero, as in C. Magnitudes are unsigned: that of the least integer is no signed one."""
+    unsigned = f"u{a.dtype.itemsize}"
+    quotient = (np.asarray(np.abs(a)).view(unsigned) // np.asarray(np.abs(b)).view(unsigned)).view(a.dtype)
     return np.where((a < 0) != (b < 0), -quotient, quotient)
 
 
