@@ -145,7 +145,7 @@ class Kernel:
     name: str
     registers: int
     stack: int  # bytes a thread
-    shared: int  # bytes a block, static
+    shared: int  # bytes a block, static, without what the system reserves
     most_threads: int | None  # of a block: __launch_bounds__
     instructions: list[Instruction] = field(default_factory=list)
 
@@ -237,6 +237,7 @@ def kernels(cubin: Path) -> dict[str, Kernel]:
     return found
 
 
+RESERVED_SHARED = 1024
 # Attributes of .nv.info sections, the numbers that cuobjdump -elf prints as EIATTR_...
 _MAX_THREADS, _FRAME_SIZE, _REGISTERS = 0x05, 0x11, 0x2F
 _WITH_BYTES = 0x04  # format of an attribute whose value follows; of others it is in the header
@@ -265,6 +266,8 @@ def _resources(elf: bytes) -> dict[str, Kernel]:
         if attribute in (_REGISTERS, _FRAME_SIZE):
             symbol, number = struct.unpack("<II", value)
             (registers if attribute == _REGISTERS else frames)[names[symbol]] = number
+    # From sm_90 on the section of a kernel's shared memory includes the KiB that the system takes from every block.
+    reserved = RESERVED_SHARED if ".nv.shared.reserved.0" in sections else 0
     found = {}
     for section in sections:
         if not section.startswith(".nv.constant0."):  # a kernel has its arguments there
@@ -277,7 +280,8 @@ def _resources(elf: bytes) -> dict[str, Kernel]:
             if attribute == _MAX_THREADS
         ]
         most = threads[0][0] * threads[0][1] * threads[0][2] if threads else None
-        found[name] = Kernel(name, registers[name], frames.get(name, 0), shared[5] if shared else 0, most)
+        own = shared[5] - reserved if shared else 0
+        found[name] = Kernel(name, registers[name], frames.get(name, 0), own, most)
     return found
 
 
@@ -307,12 +311,12 @@ class Multiprocessor:
 REGISTERS, REGISTER_UNIT, SHARED_UNIT = 65536, 256, 128  # registers are given to a warp by 256, shared memory by 128
 MULTIPROCESSORS = {
     "75": Multiprocessor(32, 16, 64 << 10, 0),
-    "80": Multiprocessor(64, 32, 164 << 10, 1024),
-    "86": Multiprocessor(48, 16, 100 << 10, 1024),
-    "89": Multiprocessor(48, 24, 100 << 10, 1024),
-    "90a": Multiprocessor(64, 32, 228 << 10, 1024),
-    "100": Multiprocessor(64, 32, 228 << 10, 1024),
-    "120": Multiprocessor(48, 24, 100 << 10, 1024),
+    "80": Multiprocessor(64, 32, 164 << 10, RESERVED_SHARED),
+    "86": Multiprocessor(48, 16, 100 << 10, RESERVED_SHARED),
+    "89": Multiprocessor(48, 24, 100 << 10, RESERVED_SHARED),
+    "90a": Multiprocessor(64, 32, 228 << 10, RESERVED_SHARED),
+    "100": Multiprocessor(64, 32, 228 << 10, RESERVED_SHARED),
+    "120": Multiprocessor(48, 24, 100 << 10, RESERVED_SHARED),
 }
 
 
