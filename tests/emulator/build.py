@@ -148,7 +148,7 @@ def _compile(source: Path, target: Path, flags: list[str]) -> None:
     """Compiles to a name of its own first, lest another process sees half a file."""
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}.o")
-        _run(COMPILER, "-c", source, "-o", unfinished, *COMMON_FLAGS, *flags)
+        _run(COMPILER, "-c", source, "-o", unfinished, *flags, *COMMON_FLAGS)
         unfinished.rename(target)
 
 
@@ -162,14 +162,20 @@ def _emulator_objects(mode: str) -> list[Path]:
     return objects
 
 
-def build(host: str | Path, architecture: int = 800, mode: str = "fast") -> Path:
-    """The shared library of a host file, from the cache if nothing has changed that it is made of."""
+def build(host: str | Path, architecture: int = 800, mode: str = "fast", overlay: Path | None = None) -> Path:
+    """The shared library of a host file, from the cache if nothing has changed that it is made of.
+
+    overlay: a folder whose files are included in place of those of the same name in ``csrc``.
+    """
     if architecture not in ARCHITECTURES or mode not in MODES:
         raise ValueError(f"expected an architecture of {ARCHITECTURES} and a mode of {MODES}")
     host = Path(host).resolve()
     headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")]
     headers += [path for folder in {FOLDER, host.parent} for path in folder.glob("*") if path.suffix in (".h", ".cuh")]
     flags = [f"-DENGRAM_EMULATED={architecture}", *KERNEL_FLAGS[mode]]
+    if overlay is not None:
+        headers += [path for path in overlay.rglob("*") if path.is_file()]
+        flags.insert(0, f"-I{overlay}")
     digest = _digest({host, *headers, *FOLDER.glob("*.cpp")}, flags, COMMON_FLAGS)
     folder = CACHE / f"{host.stem}_{architecture}_{mode}_{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -284,8 +290,8 @@ def _as_c(memory: GuardedMemory, name: str, value):
 
 
 @functools.cache
-def load(host: str | Path, architecture: int = 800, mode: str = "fast") -> Library:
-    return Library(build(host, architecture, mode), mode)
+def load(host: str | Path, architecture: int = 800, mode: str = "fast", overlay: Path | None = None) -> Library:
+    return Library(build(host, architecture, mode, overlay), mode)
 
 
 # ---- names in errors

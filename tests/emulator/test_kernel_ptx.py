@@ -3,7 +3,6 @@
 Bit for bit: integers, and floats whose sums are exact in every order.
 """
 
-import importlib
 import struct
 
 import numpy as np
