@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_kernels import reference
+from engram_kernels import ops, reference
 
 from . import machine_code as mc
 from . import ptx
@@ -260,3 +260,53 @@ def test_gumbel_top_k_engram(module, k, temperature):
         score[1, 5] = float("nan")
         _, nan = sample(module, kernel, 3, score, count=9, inverse_temperature=inverse)
         assert nan
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 90, 100])
+@pytest.mark.parametrize("k", [132, 77])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_metaplastic_adam_by_triton(architecture, k, state):
+    """Bit for bit like the CPU kernel: both do the same IEEE operations in the same order."""
+    triton_ptx = pytest.importorskip("emulator.triton_ptx", reason="no Triton on this machine")
+    compiled = triton_ptx.compile_update(
+        torch.float32, torch.float32, state, architecture, k_factor=4 if k % 4 == 0 else 1
+    )
+    n, blocks = 13, -(-k // 64)
+    weight, grad = torch.randn(n, k), torch.randn(n, k)
+    second = triton_ptx.SECOND_MOMENT[state]
+    if state == torch.int8:
+        scales = {"exp_avg_scale": torch.full((n, blocks), 0.5), "exp_avg_sq_scale": torch.full((n, blocks), 0.25)}
+        moments = [torch.randint(-127, 128, (n, k), dtype=state), torch.randint(1, 256, (n, k), dtype=second)]
+    else:
+        scales = {}
+        moments = [torch.randn(n, k).to(state), torch.rand(n, k).to(second)]
+    seed = torch.tensor([2**40 + 3, 9])
+    tensors = dict(weight=weight, grad=grad, exp_avg=moments[0], exp_avg_sq=moments[1], **scales,
+                   sign_bits=garbage(n, reference.words_for(k)))  # fmt: skip
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    settings = dict(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01, metaplasticity=1.3, step=3)
+    ops.metaplastic_adam_(**expected, **settings, seed=None if state == torch.float32 else seed, first_row=2**33)
+
+    memory, nan = ptx.Memory(), np.zeros(1, np.int32)
+    given: dict[str, int | float] = {
+        name: memory.add(_array(tensor), name, read_only=name == "grad") for name, tensor in tensors.items()
+    }
+    beta1, beta2, step = settings["beta1"], settings["beta2"], settings["step"]
+    given |= dict(nan_flag=memory.add(nan, "nan"), N=n, K=k, beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2,
+                  one_minus_beta2=1 - beta2, eps=settings["eps"], weight_decay=settings["weight_decay"],
+                  slope=_float32(-2 * _float32(np.log2(np.e)) * _float32(settings["metaplasticity"])),
+                  step_size=settings["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step),
+                  key=int(seed[0]), offset=int(seed[1]), first_row=2**33)  # fmt: skip
+    module = ptx.Module(compiled.ptx)
+    programs = -(-n // compiled.rows) * -(-k // 128)
+    arguments = [given[name] for name, _ in compiled.parameters]
+    unused = len(module.functions[module.entries[0]].parameters) - len(arguments)  # scratch memory
+    module.launch(module.entries[0], (programs,), (32 * compiled.num_warps,), memory, [*arguments, *[0] * unused],
+                  compiled.shared)  # fmt: skip
+    assert not nan[0]
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def _float32(x: float) -> float:
+    return float(np.float32(x))
