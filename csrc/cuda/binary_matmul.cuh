@@ -11,7 +11,8 @@
 //                       y = 2c - |g|                                 y = padded - c
 //
 // So a gate per sample costs a second product and no second accumulator. Padding of x, w and g is 0 and adds nothing
-// to c but in the last form, where ~w counts it. |x|, |w| and |g| are counted on the fragments in registers.
+// to c but in the last form, where ~w counts it. |x|, |w| and |g| are counted on the fragments in registers, and
+// exchanged at the end.
 //
 // Where the binary instruction is a real one (sm_80 to sm_90) a step of 256 bits is one mma.m16n8k256; on sm_75 four
 // of 8 x 8 x 128. From sm_100 on the binary instruction is emulated by 8 IMMA and some 137 others, so we make the int8
@@ -47,7 +48,7 @@ struct BinaryTile {
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kTilesM = kTilesM_, kTilesN = 4;
   static constexpr Gate kGate = kGate_;
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarp;
-  static constexpr int kBlocksAtOnce = kTilesM == 2 ? 4 : 1;  // of a multiprocessor: 128 registers a thread, or 255
+  static constexpr int kBlocksAtOnce = kTilesM == 2 ? 3 : 1;  // of a multiprocessor: 168 registers a thread, or 255
   static constexpr int kRows = kWarpsM * kTilesM * 16, kColumns = kWarpsN * kTilesN * 8;
   static constexpr int kGateRows = kGate == Gate::kNone ? 0 : kGate == Gate::kShared ? 1 : kRows;
   static constexpr int kStageWords = 8;   // 64-bit words of a row in a stage: two steps of 256 bits
@@ -109,39 +110,78 @@ __device__ __forceinline__ int sum_over_quad(int count) {
   return count + __shfl_xor_sync(kAllLanes, count, 2);
 }
 
-// Starts the copies of the words from `word` on: rows of x, of w, then of the gate.
+// A thread's part of the copies of a stage: one piece of every kStep-th row of x, of w and of the gate. What does not
+// change from stage to stage is computed once: copies would otherwise take more instructions than products.
 template <typename Tile>
-__device__ __forceinline__ void copy_stage(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, uint4* stage) {
-  for (int i = static_cast<int>(threadIdx.x); i < Tile::kAllRows * Tile::kStagePieces; i += Tile::kThreads) {
-    int row = i / Tile::kStagePieces;
-    const int piece = i % Tile::kStagePieces;
-    uint4* to = stage + swizzled(row, piece);
-    const uint64_t* from = p.x;
-    int64_t source_row = m + row, rows = p.M, stride = p.words;
-    if (row >= Tile::kRows + Tile::kColumns) {
-      row -= Tile::kRows + Tile::kColumns;
-      from = p.gate, stride = p.gate_stride, source_row = m + row;
-      if (Tile::kGate == Gate::kShared) source_row = 0;
-    } else if (row >= Tile::kRows) {
-      from = p.w, source_row = n + row - Tile::kRows, rows = p.N;
-    }
-    const int64_t source_word = word + 2 * piece;
-    const bool valid = source_row < rows && source_word < p.words;
-    ptx::copy_16(to, valid ? from + source_row * stride + source_word : from, valid);
+class StageCopies {
+ public:
+  __device__ __forceinline__ StageCopies(const BinaryMatmul& p, int64_t m, int64_t n)
+      : words_left_(p.words - kWord * piece()),
+        x_(first_row(p.x, m, p.words)),
+        w_(first_row(p.w, n, p.words)),
+        x_rows_(rows_left(p.M, m)),
+        w_rows_(rows_left(p.N, n)),
+        stride_(p.words) {
+    if (Tile::kGate == Gate::kPerSample) gate_ = first_row(p.gate, m, p.words);
+    if (Tile::kGate == Gate::kShared) gate_ = p.gate + kWord * piece();
   }
-}
 
-// Popcounts of rows `group` and `group + 8` of each tile of x and of the gate, and of column `group` of each of w.
-// Until they are summed over the quad, those of this lane's words.
+  // Starts the copies of the words from `word` on.
+  __device__ __forceinline__ void start(int64_t word, uint4* stage) const {
+    const bool there = word < words_left_;
+    uint4* to = stage + swizzled(row(), piece());
+    copy_rows<Tile::kRows>(x_ + word, x_rows_, there, to);
+    copy_rows<Tile::kColumns>(w_ + word, w_rows_, there, to + Tile::kRows * Tile::kStagePieces);
+    uint4* gates = to + (Tile::kRows + Tile::kColumns) * Tile::kStagePieces;
+    if (Tile::kGate == Gate::kPerSample) copy_rows<Tile::kRows>(gate_ + word, x_rows_, there, gates);
+    if (Tile::kGate == Gate::kShared && row() == 0) ptx::copy_16(gates, gate_ + word, there);
+  }
+
+ private:
+  static constexpr int kWord = 2;  // 64-bit words of a piece
+  static constexpr int kStep = Tile::kThreads / Tile::kStagePieces;
+  static_assert(Tile::kRows % kStep == 0 && Tile::kColumns % kStep == 0, "a thread copies as many rows as any other");
+  static_assert(kStep % 8 == 0, "rows so far apart are swizzled alike");
+
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Tile::kStagePieces; }
+  static __device__ __forceinline__ int piece() { return static_cast<int>(threadIdx.x) % Tile::kStagePieces; }
+  static __device__ __forceinline__ const uint64_t* first_row(const uint64_t* rows, int64_t first, int64_t words) {
+    return rows + (first + row()) * words + kWord * piece();
+  }
+  // Rows of a tile at `first` that exist, from this thread's first on.
+  static __device__ __forceinline__ int rows_left(int64_t rows, int64_t first) {
+    const int64_t left = rows - first < Tile::kRows + Tile::kColumns ? rows - first : Tile::kRows + Tile::kColumns;
+    return static_cast<int>(left) - row();
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void copy_rows(const uint64_t* from, int left, bool there, uint4* to) const {
+#pragma unroll
+    for (int r = 0; r < kRows; r += kStep)
+      ptx::copy_16(to + r * Tile::kStagePieces, from + r * stride_, there && r < left);
+  }
+
+  const int64_t words_left_;
+  const uint64_t* const x_;
+  const uint64_t* const w_;
+  const uint64_t* gate_ = nullptr;
+  const int x_rows_, w_rows_;
+  const int64_t stride_;
+};
+
+// Popcounts of the rows of x, or with a gate per sample of the gate, and of w. The warps that share rows share the
+// counting: each counts tile warp_n of x, and every kWarpsM-th of w from warp_m on. POPC would take longer than the
+// products otherwise. These are of rows `group` and `group + 8`, of columns `group` and of this lane's words.
 template <typename Tile>
-struct RowCounts {
-  int x[Tile::kTilesM][2] = {}, gate[Tile::kTilesM][2] = {}, w[Tile::kTilesN] = {};
+struct Counts {
+  static_assert(Tile::kTilesM == Tile::kWarpsN && Tile::kTilesN % Tile::kWarpsM == 0, "every tile is counted once");
+  int rows[2] = {}, columns[Tile::kTilesN / Tile::kWarpsM] = {}, shared_gate = 0;
 };
 
 // Adds to c and the counts the 256 bits that lie in pieces 2 step and 2 step + 1 of a stage.
 template <typename Tile>
 __device__ __forceinline__ void multiply_step(const uint4* stage, int step,
-                                              int32_t (&c)[Tile::kTilesM][Tile::kTilesN][4], RowCounts<Tile>& counts) {
+                                              int32_t (&c)[Tile::kTilesM][Tile::kTilesN][4], Counts<Tile>& counts) {
   constexpr int kTilesM = Tile::kTilesM, kTilesN = Tile::kTilesN;
   const int lane = lane_id(), quad = lane % 4;
   const int warp_m = warp_id() / Tile::kWarpsN, warp_n = warp_id() % Tile::kWarpsN;
@@ -170,7 +210,7 @@ __device__ __forceinline__ void multiply_step(const uint4* stage, int step,
       for (int r = 0; r < 4; ++r) {
         not_a[i][r] = ~a[i][r] & g[r];
         a[i][r] &= g[r];
-        if (kAndForm) counts.gate[i][r % 2] += __popc(g[r]);
+        if (kAndForm && i == warp_n) counts.rows[r % 2] += __popc(g[r]);
       }
     }
     multiply_bits<kTilesM, kTilesN>(c, a, b);
@@ -184,7 +224,7 @@ __device__ __forceinline__ void multiply_step(const uint4* stage, int step,
       for (int half = 0; half < 2; ++half) {
         const uint4* piece = stage + swizzled(Tile::kRows + Tile::kColumns, 2 * step + half);
         g[half] = reinterpret_cast<const uint32_t*>(piece)[quad];
-        counts.gate[0][0] += __popc(g[half]);
+        counts.shared_gate += __popc(g[half]);
       }
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)
@@ -196,47 +236,64 @@ __device__ __forceinline__ void multiply_step(const uint4* stage, int step,
     if (kAndForm) {
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)
+        if (i == warp_n) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) counts.x[i][r % 2] += __popc(a[i][r]);
+          for (int r = 0; r < 4; ++r) counts.rows[r % 2] += __popc(a[i][r]);
+        }
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) counts.w[j] += __popc(b[j][0]) + __popc(b[j][1]);
+      for (int j = 0; j < kTilesN; ++j)
+        if (j % Tile::kWarpsM == warp_m) counts.columns[j / Tile::kWarpsM] += __popc(b[j][0]) + __popc(b[j][1]);
     }
     multiply_bits<kTilesM, kTilesN>(c, a, b);
   }
 }
 
-// Turns c into y, in place. padded: bits of the contraction that were multiplied, padding included.
+// Turns c into y, in place. padded: bits of the contraction that were multiplied, padding included. `exchange` has room
+// for a count of every row and column of the block.
 template <typename Tile>
-__device__ __forceinline__ void finish(const BinaryMatmul& p, uint32_t padded,
-                                       int32_t (&c)[Tile::kTilesM][Tile::kTilesN][4], const RowCounts<Tile>& counts) {
-  const int quad = lane_id() % 4;
-  const int shared_gate = Tile::kGate == Gate::kShared ? sum_over_quad(counts.gate[0][0]) : static_cast<int>(p.K);
+__device__ __forceinline__ void finish(const BinaryMatmul& p, uint32_t padded, int32_t* exchange,
+                                       int32_t (&c)[Tile::kTilesM][Tile::kTilesN][4], const Counts<Tile>& counts) {
+  constexpr bool kCountsColumns = kAndForm && Tile::kGate != Gate::kPerSample;
+  const int group = lane_id() / 4, quad = lane_id() % 4;
+  const int warp_m = warp_id() / Tile::kWarpsN, warp_n = warp_id() % Tile::kWarpsN;
+  int32_t* rows = exchange + warp_m * Tile::kTilesM * 16;
+  int32_t* columns = exchange + Tile::kRows + warp_n * Tile::kTilesN * 8;
+  if (kAndForm) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int count = sum_over_quad(counts.rows[half]);
+      if (quad == 0) rows[warp_n * 16 + half * 8 + group] = count;
+    }
+  }
+  if (kCountsColumns) {
+#pragma unroll
+    for (int j = 0; j < Tile::kTilesN / Tile::kWarpsM; ++j) {
+      const int count = sum_over_quad(counts.columns[j]);
+      if (quad == 0) columns[(j * Tile::kWarpsM + warp_m) * 8 + group] = count;
+    }
+  }
+  if (kAndForm) __syncthreads();
+
+  const int recruited = Tile::kGate == Gate::kShared ? sum_over_quad(counts.shared_gate) : static_cast<int>(p.K);
 #pragma unroll
   for (int j = 0; j < Tile::kTilesN; ++j) {
-    int w[2] = {};
-    if (kAndForm && Tile::kGate != Gate::kPerSample) {
-      const int column = sum_over_quad(counts.w[j]);  // of column `group`; the accumulators are of 2 quad, 2 quad + 1
-      w[0] = __shfl_sync(kAllLanes, column, 8 * quad);
-      w[1] = __shfl_sync(kAllLanes, column, 8 * quad + 4);
-    }
 #pragma unroll
     for (int i = 0; i < Tile::kTilesM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int x = 0;
-        if (kAndForm) x = sum_over_quad(Tile::kGate == Gate::kPerSample ? counts.gate[i][half] : counts.x[i][half]);
+        const auto row = kAndForm ? static_cast<uint32_t>(rows[i * 16 + half * 8 + group]) : 0u;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
+          const auto column = kCountsColumns ? static_cast<uint32_t>(columns[j * 8 + quad * 2 + e]) : 0u;
           int32_t& y = c[i][j][2 * half + e];
           // Unsigned, since four times a count may pass 2^31 where the sum does not.
           const auto count = static_cast<uint32_t>(y);
           if (Tile::kGate == Gate::kPerSample)
-            y = static_cast<int32_t>(kAndForm ? 2 * count - static_cast<uint32_t>(x) : padded - count);
+            y = static_cast<int32_t>(kAndForm ? 2 * count - row : padded - count);
           else if (kAndForm)
-            y = static_cast<int32_t>(4 * count - 2 * static_cast<uint32_t>(x) - 2 * static_cast<uint32_t>(w[e]) +
-                                     static_cast<uint32_t>(shared_gate));
+            y = static_cast<int32_t>(4 * count - 2 * row - 2 * column + static_cast<uint32_t>(recruited));
           else
-            y = static_cast<int32_t>(static_cast<uint32_t>(shared_gate) - 2 * count);
+            y = static_cast<int32_t>(static_cast<uint32_t>(recruited) - 2 * count);
         }
       }
     }
@@ -251,23 +308,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) binary_ma
   const int64_t m = blockIdx.x % row_blocks * Tile::kRows, n = blockIdx.x / row_blocks * Tile::kColumns;
   const int64_t steps = ceil_div(p.words, Tile::kStageWords);
 
+  const StageCopies<Tile> copies(p, m, n);
   int32_t c[kTilesM][kTilesN][4] = {};
-  RowCounts<Tile> counts;
+  Counts<Tile> counts;
   for (int64_t step = 0; step < Tile::kStages - 1; ++step) {
-    if (step < steps) copy_stage<Tile>(p, m, n, step * Tile::kStageWords, stages[step]);
+    if (step < steps) copies.start(step * Tile::kStageWords, stages[step]);
     ptx::commit_copies();
   }
   for (int64_t step = 0; step < steps; ++step) {
     ptx::wait_copies<Tile::kStages - 2>();
     __syncthreads();  // this stage has come, and all warps are done with the one before, which is refilled next
     const int64_t next = step + Tile::kStages - 1;
-    if (next < steps) copy_stage<Tile>(p, m, n, next * Tile::kStageWords, stages[next % Tile::kStages]);
+    if (next < steps) copies.start(next * Tile::kStageWords, stages[next % Tile::kStages]);
     ptx::commit_copies();
     const uint4* stage = stages[step % Tile::kStages];
     multiply_step<Tile>(stage, 0, c, counts);
     multiply_step<Tile>(stage, 1, c, counts);
   }
-  finish<Tile>(p, static_cast<uint32_t>(steps * Tile::kStageWords * kWordBits), c, counts);
+  if (kAndForm) __syncthreads();  // the stages have been read and make room for counts
+  finish<Tile>(p, static_cast<uint32_t>(steps * Tile::kStageWords * kWordBits), reinterpret_cast<int32_t*>(stages), c,
+               counts);
 
   const int group = lane_id() / 4, quad = lane_id() % 4;
   const int64_t warp_m = m + warp_id() / Tile::kWarpsN * kTilesM * 16;
