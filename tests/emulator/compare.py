@@ -70,7 +70,7 @@ def assert_reports_nan(function, *arguments, **settings) -> None:
     try:
         function(*arguments, **settings)
     except RuntimeError as error:
-        assert "NaN" in str(error)
+        assert "NaN" in str(error), error
     else:
         raise AssertionError(f"no NaN reported {settings}")
 
@@ -203,6 +203,14 @@ def infinities(ops: EmulatedOps, dtype: torch.dtype) -> None:
         assert ops.sign_matmul(nans, packed(1, 3), 3).isnan().all()
 
 
+def no_contraction(ops: EmulatedOps) -> None:
+    """Sums of nothing are 0, and nothing is read for them."""
+    nothing = torch.empty(3, 0, dtype=torch.int64)
+    assert_same(ops.sign_matmul_t(torch.empty(2, 0), nothing, 0), torch.zeros(2, 3))
+    assert_same(ops.sign_matmul(torch.empty(3, 0), packed(1, 70)[:0], 70), torch.zeros(3, 70))
+    assert_same(ops.gated_weight_grad(torch.empty(0, 3), packed(1, 70)[:0], 70), torch.zeros(3, 70))
+
+
 def sparse_mask(ops: EmulatedOps) -> None:
     """Tiles whose mask recruits nothing are not multiplied, and not left out either."""
     w_bits, mask = packed(5, 200, 1.0), torch.zeros(70, 4, dtype=torch.int64)
@@ -297,7 +305,8 @@ COMPACT = {
         partial(sample_engram, rows=2, k=1300, rate=0.4, temperature=0.0, levels=3),
         partial(sample_engram, rows=2, k=1303, rate=0.7, temperature=0.0, levels=2),
         partial(sample_engram, rows=1, k=5, rate=0.01, temperature=math.inf),
-        partial(sample_engram, rows=1, k=260, rate=1.0, temperature=math.inf, offset=1),
+        partial(sample_engram, rows=2, k=260, rate=0.3, temperature=math.inf),
+        partial(sample_engram, rows=1, k=260, rate=0.3, offset=1),
     ],
     "binary_matmul.cuh": [
         _with_processors(check, multiprocessors, m=m, n=n, k=k, gate=gate, form=TILES)
@@ -306,7 +315,7 @@ COMPACT = {
         for check, m, n, k in [
             (binary_matmul, 35, 40, 2700),
             (binary_matmul, 67, 69, 129),
-            (binary_threshold, 35, 70, 700),
+            (binary_threshold, 35, 130, 300),
         ]
     ],
     "binary_dot.cuh": [
@@ -343,6 +352,7 @@ COMPACT = {
         partial(sign_product, operator="gated_weight_grad", m=132, n=36, k=132, exact=False, offset=1),
         partial(infinities, dtype=torch.float32),
         partial(infinities, dtype=torch.bfloat16),
+        no_contraction,
         sparse_mask,
         ties_to_even_bfloat16,
     ],
