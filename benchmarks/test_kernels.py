@@ -35,6 +35,9 @@ def test_binary_matmul(side_by_side, any_target, one_thread, m):
         x_int, w_int = x.sign().to(torch.int8), w.sign().to(torch.int8)
         baselines["F.linear bf16"] = lambda: F.linear(x_half, w_half)
         baselines["_int_mm int8"] = lambda: torch._int_mm(x_int, w_int.T)
+    if any_target.device == "cuda":
+        x_fp16, w_fp16 = x.half(), w.half()
+        baselines["F.linear fp16"] = lambda: F.linear(x_fp16, w_fp16)
     side_by_side(
         f"binary_matmul {m}x{N}x{K}",
         any_target,

@@ -275,6 +275,16 @@ def update_arguments(n, k):
 ADAM = dict(lr=5e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, metaplasticity=1.35, step=3)
 
 
+def test_update_notices_nan_that_rounding_would_carry_over_to_zero(isa):
+    """0x7FFFFFFF plus any random bits is -0 in the upper half."""
+    weight = torch.zeros(3, 70, dtype=torch.bfloat16)
+    grad = torch.zeros(3, 70)
+    grad[2, 69] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]
+    moments = torch.zeros(3, 70), torch.zeros(3, 70)
+    with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
+        ops.metaplastic_adam_(weight, grad, *moments, None, **ADAM, seed=torch.tensor([5, 0]))
+
+
 @pytest.mark.parametrize("k", SIZES)
 def test_metaplastic_adam_agrees_and_writes_fresh_bits(isa, k):
     for metaplasticity in (0.0, 1.35, 30.0):

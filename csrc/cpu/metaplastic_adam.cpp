@@ -173,6 +173,7 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
     Second::read(exp_avg_sq, p.exp_avg_sq_scale + block, n, v);
   }
   update(p, n, w, g, mu, v);
+  bool nan = false;
   if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) {
     const uint64_t draw_row = p.first_row + static_cast<uint64_t>(row);
     alignas(64) uint16_t own[kWordBits];
@@ -183,6 +184,7 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
       uint32_t draws[kWordBits];
       source.group<kWordBits>(draw_row, unit, draws);
       for (int64_t i = 0; i < kWordBits; ++i) own[i] = static_cast<uint16_t>(draws[i] >> 16);
+      for (int64_t i = 0; i < n; ++i) nan |= w[i] != w[i];  // rounding may carry a NaN over to -0
       Weight::write(w, random, n, weight, nullptr);
       Weight::read(weight, nullptr, n, w);  // rounding may have made a small negative weight -0, whose sign is +1
       for (int64_t i = 0; i < kWordBits; ++i) own[i] = static_cast<uint16_t>(draws[i]);
@@ -193,7 +195,6 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
     }
   }
   uint64_t bits = 0;
-  bool nan = false;
   if (n == kWordBits) {
     bits = signs_of_64(w, nan);
   } else {

@@ -7,9 +7,9 @@
 //   gated_weight_grad   d [M, N]^T      x [M, words], along v, gate   [N, K]; s is 0 where the gate is
 //
 // Tensor cores multiply bfloat16. A sign is one exactly; a float32 is the exact sum of three, its leading 8, middle 8
-// and last 8 bits, so that three products, summed in float32, lose nothing that a float32 product would keep. bfloat16
-// takes one product. uint8 takes mma of int8, exact by nature. On sm_75, without bfloat16, threads multiply and add the
-// same tile themselves.
+// and last 8 bits (below 2^-110 the last are cut off), so that three products, summed in float32, lose nothing that a
+// float32 product would keep. bfloat16 takes one product. uint8 takes mma of int8, exact by nature. On sm_75, without
+// bfloat16, threads multiply and add the same tile themselves.
 //
 // Data path: a block makes a tile of kRows x kColumns. In each stage numbers (16-byte loads, split into planes) and
 // signs (a 32-bit word a thread, expanded to 64 bytes) go through registers to shared memory, loaded while the stage
