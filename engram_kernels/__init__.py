@@ -5,6 +5,7 @@ from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, Stocha
 from .hidden_weight import HiddenWeight
 from .layers import BinaryEngramLinear, EngramMLP
 from .optim import MetaplasticAdam
+from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 
 __version__ = "0.1.0"
 
@@ -12,11 +13,14 @@ __all__ = [
     "BernoulliEngram",
     "BinaryEngramLinear",
     "ContextEngram",
+    "DendriticReadout",
     "Engram",
     "EngramMLP",
     "HiddenWeight",
     "MetaplasticAdam",
+    "PrototypeReadout",
     "Recruitment",
+    "RidgeReadout",
     "StochasticEngram",
     "__version__",
     "ops",

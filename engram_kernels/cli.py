@@ -60,7 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument(
         "--method", choices=tuple(methods.METHODS), default="engram",
-        help="engram: gated and metaplastic; mbnn: metaplastic only; bnn: neither",
+        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; the others: full precision",
+    )  # fmt: skip
+    group.add_argument(
+        "--readout", choices=methods.READOUTS, default=argparse.SUPPRESS,
+        help="of engram: a binary output layer, dendritic segments, counted prototypes, ridge regression",
     )  # fmt: skip
     group.add_argument("--hidden", type=int, nargs="+", default=[2048, 2048], metavar="N", help="hidden layer widths")
     group.add_argument(
@@ -89,6 +93,15 @@ def build_parser() -> argparse.ArgumentParser:
         ("--ste-window", float, "largest pre-activation that passes gradient (straight-through estimator)"),
         ("--logit-scale", float, "factor on the logits before the softmax"),
         ("--weight-decay", float, "L2 decay of the hidden weights"),
+        ("--weight-bound", float, "largest magnitude of a hidden weight, which bounds its consolidation"),
+        ("--segments", int, "dendritic segments per class"),
+        ("--conscience", float, "of the local loss: preference for segments that win seldom"),
+        ("--cross-entropy-weight", float, "of the batch's cross-entropy beside the local loss"),
+        ("--penalty", float, "of the ridge regression, a share of the mean variance"),
+        ("--strength", float, "lambda of ewc, c of si, weight of lwf's distillation"),
+        ("--decay", float, "of ewc's earlier Fisher information with every task"),
+        ("--distillation-temperature", float, "of lwf's softmax"),
+        ("--buffer-size", int, "samples that replay keeps"),
     ):
         group.add_argument(
             option, type=kind, metavar="X" if kind is float else "N", default=argparse.SUPPRESS, help=text
@@ -102,12 +115,16 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         group.add_argument(option, type=float, nargs="+", metavar="X", default=argparse.SUPPRESS, help=text)
     group.add_argument(
-        "--loss", choices=methods.LOSSES, default=argparse.SUPPRESS,
-        help="cross-entropy over all classes, or over those present in the batch",
+        "--loss", choices=methods.LOSS_NAMES, default=argparse.SUPPRESS,
+        help="cross-entropy over all classes, over those present in the batch, or a dendritic read-out's local loss",
     )  # fmt: skip
     group.add_argument(
         "--train-hidden", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="train the hidden layers, or keep them as initialised",
+    )  # fmt: skip
+    group.add_argument(
+        "--balanced", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="start hidden units with as many +1 as -1",
     )  # fmt: skip
 
     group = train.add_argument_group("memory (default: float32 throughout)")
@@ -146,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (argparse itself exits with 0 or 2)."""
     from .continual.extras import MissingExtraError
-    from .continual.training import TrainingError
+    from .continual.methods import TrainingError
 
     options = build_parser().parse_args(arguments)
     try:
@@ -187,7 +204,8 @@ def _train(options: argparse.Namespace) -> int:
     overrides: dict[str, Any] = {
         field.name: tuple(value) if isinstance(value := given[field.name], list) and len(value) > 1
         else value[0] if isinstance(value, list) else value
-        for field in dataclasses.fields(METHODS[options.method])
+        for preset in METHODS.values()
+        for field in dataclasses.fields(preset.config)
         if field.name in given
     }  # fmt: skip
     tasks: dict[str, Any] = {name: given.get(name) for name in ("tasks", "classes_per_task", "shuffle_classes")}

@@ -70,14 +70,14 @@ def _real_gradient(d: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return d.T @ x if dtype is None else (d.T.to(dtype) @ x).to(d.dtype)
 
 
-def _update_by_blocks(d, x, dtype, weight, exp_avg, exp_avg_sq, sign_bits, **settings):
-    """``ops.metaplastic_adam_`` with the gradient ``d.T @ x``, of which only a block of rows exists at a time."""
+def _update_by_blocks(gradient_of_rows, weight, exp_avg, exp_avg_sq, sign_bits, **settings):
+    """``ops.metaplastic_adam_`` with a gradient of which only a block of rows exists at a time."""
     scales = {name: settings.pop(name) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
     rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
     for first in range(0, weight.shape[0], rows):
         block = slice(first, first + rows)
         own: dict[str, Any] = {name: scale if scale is None else scale[block] for name, scale in scales.items()}
-        grad = _real_gradient(d[:, block], x, dtype).float()
+        grad = gradient_of_rows(block).float()
         ops.metaplastic_adam_(
             weight[block], grad, exp_avg[block], exp_avg_sq[block], sign_bits[block], first_row=first, **own, **settings
         )
@@ -104,9 +104,50 @@ class _SignLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dtype = ctx.backward_dtype
             x = x.to(d.dtype if dtype is None else dtype)
-            if not _consume(ctx, functools.partial(_update_by_blocks, d, x, dtype)):
-                dw = _real_gradient(d, x, dtype).to(ctx.weight_dtype)
+
+            def gradient_of_rows(rows: slice) -> Tensor:
+                return _real_gradient(d[:, rows], x, dtype)
+
+            if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
+                dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
         return dx, dw, None, None, None
+
+
+class CodeProduct(torch.autograd.Function):
+    """Product of centred engram codes with signs, ``y[m, n] = sum_k (g[m, k] - rate) s(W[n, k])``; keeps bits only.
+
+    ``apply(x, weight, w_bits, gate_bits, mask_bits, rate, consumed)``: of the excitabilities x (M, K) only the gradient
+    counts, which reaches the units of ``mask_bits``; gates one per sample.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, w_bits, gate_bits, mask_bits, rate, consumed):
+        ctx.save_for_backward(w_bits, gate_bits, mask_bits)
+        ctx.k, ctx.rate, ctx.dtype = weight.shape[1], rate, x.dtype
+        ctx.weight_dtype, ctx.weight = weight.dtype, weight if consumed else None
+        # a recruited unit counts +1: its gate's bit is its sign too
+        recruited = ops.binary_matmul(gate_bits, w_bits, ctx.k, gate_bits)
+        every = ops.binary_matmul(torch.full_like(w_bits[:1], -1), w_bits, ctx.k)
+        return recruited.to(x.dtype) - rate * every.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        if ctx.weight is not None:
+            ctx.weight.refuse_second_gradient()
+        w_bits, gate_bits, mask_bits = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.masked_input_grad(d, w_bits, ctx.k, mask_bits).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+
+            def gradient_of_rows(rows: slice) -> Tensor:
+                own = d[:, rows].float().contiguous()
+                return ops.gated_weight_grad(own, gate_bits, ctx.k, gate_bits) - ctx.rate * own.sum(0)[:, None]
+
+            if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
+                dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
+        return dx, dw, None, None, None, None, None
 
 
 class BinaryEngramLinear(nn.Module):
@@ -235,6 +276,9 @@ class EngramMLP(nn.Module):
             outside ``|z| <= 1``: use ``inf`` there.
         logit_scale: softness of the softmax that follows, above 0; 1 gives untrained logits unit variance.
         backward_dtype: of the first layer, see :class:`BinaryEngramLinear`.
+        balanced: see :func:`balance_`; of the hidden layers.
+        readout: takes the place of the last layer: a module from normalised pre-activations (M, sizes[-2]) to logits
+            (M, sizes[-1]), such as :class:`~engram_kernels.DendriticReadout`; ``logit_scale`` is not applied to it.
 
     Shapes: floats (M, sizes[0]) -> logits (M, sizes[-1]).
     Raises: ValueError for fewer than two sizes, a size below 1 or a scale of 0 or less.
@@ -249,6 +293,8 @@ class EngramMLP(nn.Module):
         ste_window: float = 1.0,
         logit_scale: float = 1.0,
         backward_dtype: torch.dtype | None = None,
+        balanced: bool = False,
+        readout: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not logit_scale > 0:
@@ -265,16 +311,39 @@ class EngramMLP(nn.Module):
                 ste_window=ste_window,
                 backward_dtype=backward_dtype if i == 0 else None,
             )
-            for i, (k, n) in enumerate(pairwise(sizes))
+            for i, (k, n) in enumerate(pairwise(sizes if readout is None else sizes[:-1]))
         )
-        for layer in self.layers[:-1]:
+        self.readout = readout
+        self.hidden_layers = len(sizes) - 2
+        for layer in self.layers[: self.hidden_layers]:
             layer.requires_grad_(train_hidden)
+            if balanced:
+                balance_(layer.weight)  # type: ignore[arg-type]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Floats (M, sizes[0]) -> normalised pre-activations of the last hidden layer (M, sizes[-2])."""
+        for layer in self.layers[: self.hidden_layers]:
+            x = layer(x)
+            x = nn.functional.layer_norm(x, x.shape[-1:])
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """Floats (M, features) -> logits (M, classes)."""
-        for layer in self.layers[:-1]:
-            x = layer(x)
-            x = nn.functional.layer_norm(x, x.shape[-1:])
+        x = self.features(x)
+        if self.readout is not None:
+            return self.readout(x)
         k = x.shape[-1]
         recruited = k if self.engram is None else self.engram.recruited(k)
         return self.layers[-1](x) * (self.logit_scale / math.sqrt(recruited))
+
+
+@torch.no_grad()
+def balance_(weight: Tensor) -> None:
+    """Gives each unit of ``weight`` (N, K), in place, as many negative signs as others (one fewer where K is odd).
+
+    Magnitudes stay; which synapses are negative is drawn from torch's generator. Without it the units that happen to
+    have more positive signs are the most excitable ones for every input whose mean is not 0.
+    """
+    n, k = weight.shape
+    negative = torch.rand(n, k, device=weight.device).argsort(dim=1) < k // 2
+    weight.copy_(torch.where(negative, -weight.abs(), weight.abs()))

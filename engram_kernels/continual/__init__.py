@@ -1,10 +1,10 @@
 """Continual learning: data, scenarios, methods, training, metrics, report. `run` does it all."""
 
 from .data import Dataset, load
-from .methods import METHODS, MethodConfig, method_config
+from .methods import METHODS, MethodConfig, TrainingError, method_config
 from .metrics import average_accuracy, backward_transfer, forgetting
 from .scenarios import Experience, Scenario, class_scenario, make_scenario, permuted_scenario
-from .training import TrainingError, TrainingResult, evaluate, run, train
+from .training import TrainingResult, evaluate, run, train
 
 __all__ = [
     "METHODS",

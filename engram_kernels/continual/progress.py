@@ -13,10 +13,10 @@ class Progress(Protocol):
     """What the training loop reports, in this order: begin, (step..., learned)..., [interrupted,] end."""
 
     def begin(self, tasks: int, steps: int) -> None:
-        """Training starts: so many tasks, so many optimizer steps altogether."""
+        """Training starts: so many tasks, so many steps altogether."""
 
-    def step(self, task: int, loss: float, accuracy: float) -> None:
-        """One optimizer step was taken on ``task``; loss and accuracy are those of its batch."""
+    def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
+        """One step was taken on ``task``; loss and accuracy are those of its batch, None where not computed."""
 
     def learned(self, task: int, accuracies: list[float]) -> None:
         """``task`` is learned; ``accuracies`` are those on all tasks now."""
@@ -34,7 +34,7 @@ class NoProgress:
     def begin(self, tasks: int, steps: int) -> None:
         """Ignored."""
 
-    def step(self, task: int, loss: float, accuracy: float) -> None:
+    def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Ignored."""
 
     def learned(self, task: int, accuracies: list[float]) -> None:
@@ -60,7 +60,7 @@ class LineProgress:
         """Remember the extent."""
         self._tasks, self._steps, self._begun = tasks, steps, time.perf_counter()
 
-    def step(self, task: int, loss: float, accuracy: float) -> None:
+    def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Count."""
         self._done += 1
 
@@ -105,12 +105,13 @@ class BarProgress(LineProgress):
         self._bar = self._tqdm(total=steps, file=self._stream, unit="step", dynamic_ncols=True, leave=False)
         self._bar.set_description(f"task 1/{tasks}")
 
-    def step(self, task: int, loss: float, accuracy: float) -> None:
+    def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Advance the bar; tqdm limits how often it is drawn."""
         super().step(task, loss, accuracy)
-        self._running.add(task, accuracy)
         self._bar.set_description(f"task {task + 1}/{self._tasks}", refresh=False)
-        self._bar.set_postfix_str(f"accuracy {self._running.value:.1%}, loss {loss:.3f}", refresh=False)
+        if loss is not None and accuracy is not None:
+            self._running.add(task, accuracy)
+            self._bar.set_postfix_str(f"accuracy {self._running.value:.1%}, loss {loss:.3f}", refresh=False)
         self._bar.update()
 
     def end(self) -> None:

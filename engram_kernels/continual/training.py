@@ -14,15 +14,11 @@ from torch import Tensor
 
 from .data import Dataset
 from .memory import MemoryMeter
-from .methods import Method, build, method_config
+from .methods import Method, TrainingError, build, method_config
 from .progress import NoProgress, Progress
 from .scenarios import Experience, Scenario, make_scenario, seeded_generator
 
 EVALUATION_BATCH = 500
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on: the loss or a weight is no longer finite."""
 
 
 class Predictor(Protocol):
@@ -117,6 +113,7 @@ def train(
     try:
         for task, experience in enumerate(scenario.train_stream):
             method.model.train()
+            experience = method.before_training_exp(experience)
             for epoch in range(config.epochs):
                 for x, y in experience.batches(config.batch_size, order):
                     begun = time.perf_counter()
@@ -124,6 +121,7 @@ def train(
                     step_seconds.append(time.perf_counter() - begun)
                     progress.step(task, loss, accuracy)
                 _check_weights(method, where=f"task {task + 1}, epoch {epoch + 1}")
+            method.after_training_exp(experience)
             row = evaluate_all()
             result.tasks_completed = task + 1
             progress.learned(task, row)
@@ -179,31 +177,18 @@ def run(
     )
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
-    learner = build(config, dataset.features, hidden, dataset.num_classes)
+    learner = build(method, config, dataset.features, hidden, dataset.num_classes)
     return learner, train(streams, learner, seed=seed, progress=progress, memory=memory)
 
 
-def _step(method: Method, x: Tensor, y: Tensor, where: str) -> tuple[float, float]:
-    """One optimizer step; returns the loss and the accuracy on the batch before it."""
+def _step(method: Method, x: Tensor, y: Tensor, where: str) -> tuple[float | None, float | None]:
+    """One step; the loss and the accuracy on the batch before it."""
     try:
-        return _unguarded_step(method, x, y, where)
+        return method.observe(x, y)
     except RuntimeError as error:
-        if isinstance(error, TrainingError) or "NaN" not in str(error):
+        if not isinstance(error, TrainingError) and "NaN" not in str(error):  # the operators refuse NaN themselves
             raise
-        # the operators refuse NaN themselves
         raise TrainingError(f"{str(error).splitlines()[0]} in {where}; a lower lr may help") from None
-
-
-def _unguarded_step(method: Method, x: Tensor, y: Tensor, where: str) -> tuple[float, float]:
-    logits = method.model(x)
-    loss = method.loss(logits, y)
-    value = float(loss.detach())
-    if not math.isfinite(value):  # before the update, so that the weights stay what they were
-        raise TrainingError(f"loss: expected a finite number, got {value} in {where}; a lower lr may help")
-    torch.autograd.backward(loss)
-    method.optimizer.step()
-    method.optimizer.zero_grad(set_to_none=True)  # now, so that gradients and activations never exist together
-    return value, float((logits.detach().argmax(dim=1) == y).float().mean())
 
 
 def _check_weights(method: Method, where: str) -> None:

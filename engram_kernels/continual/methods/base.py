@@ -1,0 +1,97 @@
+"""What the training loop asks of every method, and the losses that methods share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..scenarios import Experience
+from .config import MethodConfig
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on: the loss or a weight is no longer finite."""
+
+
+class Method:
+    """A model with what trains it. ``model`` maps float32 (B, features) to scores (B, classes).
+
+    The loop calls :meth:`before_training_exp`, then :meth:`observe` for every minibatch of the experience that it
+    returned, then :meth:`after_training_exp` (Avalanche's names). None of them is told which task it is.
+
+    Attributes:
+        config: the hyper-parameters.
+        model: what is evaluated, by calling it.
+        optimizer: of its parameters; None for a model that is counted together rather than trained.
+    """
+
+    def __init__(self, config: MethodConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        self.config, self.model, self.optimizer = config, model, optimizer
+
+    def before_training_exp(self, experience: Experience) -> Experience:
+        """What to train on in place of a new experience; by default that experience."""
+        return experience
+
+    def after_training_exp(self, experience: Experience) -> None:
+        """Called when an experience is learned, with what was trained on."""
+
+    def observe(self, x: Tensor, y: Tensor) -> tuple[float | None, float | None]:
+        """One step on a minibatch, x float32 (B, features), y int64 (B,): the loss and accuracy before it.
+
+        None stands for what a method does not compute.
+        Raises: TrainingError if the loss is not finite; the weights are then what they were.
+        """
+        loss, scores = self.loss(x, y)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(f"loss: expected a finite number, got {value}")
+        torch.autograd.backward(loss)
+        self.update()
+        return value, float((scores.detach().argmax(dim=1) == y).float().mean())
+
+    def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a minibatch, a scalar, and the scores (B, classes) that it was computed from."""
+        scores = self.model(x)
+        return LOSSES[self.config.loss](scores, y), scores
+
+    def update(self) -> None:
+        """Applies the gradients and forgets them, so that gradients and activations never exist together."""
+        assert self.optimizer is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from. Methods that remember more add it."""
+        state: dict[str, Any] = {"model": self.model.state_dict()}
+        if self.optimizer is not None:
+            state["optimizer"] = self.optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def cross_entropy(scores: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy over all classes. Scores (B, classes), labels int64 (B,) -> scalar."""
+    return F.cross_entropy(scores, y)
+
+
+def batch_cross_entropy(scores: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy over the classes that occur in the batch; the other scores get no gradient.
+
+    Scores (B, classes), labels int64 (B,) -> scalar. Known as the labels trick (Zeno et al. 2018) and, per
+    batch, as asymmetric cross-entropy's mask (Caccia et al. 2022).
+    """
+    present = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+    present[y] = True
+    return F.cross_entropy(scores.masked_fill(~present, -torch.inf), y)
+
+
+LOSSES = {"all": cross_entropy, "batch": batch_cross_entropy}

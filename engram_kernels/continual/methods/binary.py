@@ -1,0 +1,132 @@
+"""Binarized networks trained by metaplastic Adam: `engram`, `mbnn`, `bnn`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import engram_kernels as ek
+
+from .base import LOSSES, Method
+from .config import BinaryConfig, PerLayer, values
+
+
+class DendriticMethod(Method):
+    """Trains a dendritic read-out, and the hidden layers through it where they are trained."""
+
+    config: BinaryConfig
+
+    def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Local loss, with its share of the batch's cross-entropy, or one of the other losses."""
+        readout = self.model.readout
+        assert isinstance(self.model, ek.EngramMLP) and isinstance(readout, ek.DendriticReadout)
+        activations = readout.activations(self.model.features(x))
+        scores = activations.amax(dim=2)
+        if self.config.loss != "local":
+            return LOSSES[self.config.loss](scores * self.config.logit_scale, y), scores
+        loss = readout.local_loss(activations, y)
+        if self.config.cross_entropy_weight:
+            cross_entropy = LOSSES["batch"](scores * self.config.logit_scale, y)
+            loss = loss + self.config.cross_entropy_weight * cross_entropy
+        return loss, scores
+
+
+class CountingMethod(Method):
+    """Counts a read-out together on fixed hidden layers; takes no steps."""
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, y: Tensor) -> tuple[float | None, float | None]:
+        """Counts a minibatch. No loss; the accuracy would cost more than the counting."""
+        assert isinstance(self.model, ek.EngramMLP)
+        assert isinstance(self.model.readout, (ek.PrototypeReadout, ek.RidgeReadout))
+        self.model.readout.observe(self.model.features(x), y)
+        return None, None
+
+
+def build(config: BinaryConfig, features: int, hidden: Sequence[int], num_classes: int) -> Method:
+    """Model and optimizer for ``config``, initialised from torch's global generator.
+
+    Raises:
+        ValueError: per-layer values that do not match the trainable weight matrices, or trained hidden layers
+            before a read-out that is counted together.
+    """
+    dtype = getattr(torch, config.weight_dtype)
+    engram = None
+    if config.rate is not None:
+        engram = ek.StochasticEngram(config.rate, temperature=1.0 if config.temperature is None else config.temperature)
+    kind: type[Method] = Method
+    readout: nn.Module | None = None
+    if config.readout == "dendritic":
+        assert engram is not None
+        kind = DendriticMethod
+        readout = ek.DendriticReadout(
+            hidden[-1], num_classes, config.segments,
+            engram=engram, conscience=config.conscience, ste_window=config.ste_window,
+        )  # fmt: skip
+    elif config.readout != "linear":
+        assert engram is not None
+        if config.train_hidden:
+            raise ValueError(f"train_hidden: expected False with readout {config.readout}, whose units are counted")
+        kind = CountingMethod
+        if config.readout == "prototype":
+            readout = ek.PrototypeReadout(hidden[-1], num_classes, engram=engram)
+        else:
+            readout = ek.RidgeReadout(hidden[-1], num_classes, engram=engram, penalty=config.penalty)
+    model = ek.EngramMLP(
+        [features, *hidden, num_classes],
+        engram=engram,
+        train_hidden=config.train_hidden,
+        ste_window=config.ste_window,
+        logit_scale=config.logit_scale,
+        balanced=config.balanced,
+        readout=readout,
+    )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return kind(config, model, None if kind is CountingMethod else build_optimizer(config, model))
+
+
+def build_optimizer(config: BinaryConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Metaplastic Adam over the trainable parameters.
+
+    They are one group, or where values differ between layers, one for each weight matrix. A parameter that
+    is no matrix (bias, gain) joins the group of the matrix before it.
+    """
+    groups: list[list[nn.Parameter]] = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if not groups or (parameter.ndim >= 2 and any(p.ndim >= 2 for p in groups[-1])):
+            groups.append([])
+        groups[-1].append(parameter)
+    lr, metaplasticity = (_per_layer(name, getattr(config, name), len(groups)) for name in ("lr", "metaplasticity"))
+    if len(set(zip(lr, metaplasticity, strict=True))) == 1:
+        groups, lr, metaplasticity = [[p for group in groups for p in group]], lr[:1], metaplasticity[:1]
+    return ek.MetaplasticAdam(
+        [
+            {"params": group, "lr": group_lr, "metaplasticity": group_m}
+            for group, group_lr, group_m in zip(groups, lr, metaplasticity, strict=True)
+        ],
+        lr=lr[0],
+        metaplasticity=metaplasticity[0],
+        weight_decay=config.weight_decay,
+        state_dtype=getattr(torch, config.state_dtype),
+        fuse_backward=config.fuse_backward,
+    )
+
+
+def _per_layer(name: str, value: PerLayer, layers: int) -> tuple[float, ...]:
+    given = values(value)
+    if len(given) == 1:
+        return given * layers
+    if len(given) == 3:
+        first, between, last = given
+        return (first, *[between] * (layers - 2), last)[-layers:]
+    if len(given) != layers:
+        raise ValueError(
+            f"{name}: expected one value, three (first layer, between, output layer) or one for each of the {layers} "
+            f"trainable weight matrices, got {len(given)}"
+        )
+    return given

@@ -1,0 +1,296 @@
+"""Read-outs: what turns the engram of the last hidden layer into a decision.
+
+Each stands in the place of a network's last layer (``EngramMLP(readout=...)``), takes the excitabilities of that
+layer's input units, floats (M, K), recruits an engram by them, and gives scores (M, classes). The input of the read-out
+is the *centred engram code* ``h = g - rate``, the gate less its mean, so that what all engrams share says nothing.
+
+    DendriticReadout   trained by gradients, binary weights, several segments per class
+    PrototypeReadout   counts which units each class recruits; binary; the order of the samples leaves no trace
+    RidgeReadout       streaming second moments, solved on demand; real-valued; no trace of the order either
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .engrams import StochasticEngram
+from .hidden_weight import HiddenWeight
+from .layers import INIT_RANGE, CodeProduct
+
+
+class _Readout(nn.Module):
+    """What the read-outs share: sizes, the engram, and the check of what comes in."""
+
+    def __init__(self, in_features: int, num_classes: int, engram: StochasticEngram) -> None:
+        super().__init__()
+        if in_features < 1 or num_classes < 1:
+            raise ValueError(f"in_features, num_classes: expected at least 1, got {in_features}, {num_classes}")
+        if not isinstance(engram, StochasticEngram):  # others recruit without regard to the input
+            raise ValueError(f"engram: expected a StochasticEngram, got {type(engram).__name__}")
+        self.in_features, self.num_classes, self.engram = in_features, num_classes, engram
+
+    @property
+    def rate(self) -> float:
+        """The mean of a gate: recruited units of all."""
+        return self.engram.recruited(self.in_features) / self.in_features
+
+    def recruit(self, x: Tensor) -> Tensor:
+        """Excitabilities, floats (M, K) -> gates, bits (M, words)."""
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise RuntimeError(f"input: expected shape (M, {self.in_features}), got {tuple(x.shape)}")
+        gate_bits = self.engram(x).gate_bits
+        assert gate_bits is not None
+        return gate_bits
+
+    def check_labels(self, x: Tensor, y: Tensor) -> None:
+        """Raises: ValueError unless ``y`` is int64 (M,) with numbers of classes."""
+        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+            raise ValueError(f"y: expected int64 ({x.shape[0]},), got {y.dtype} {tuple(y.shape)}")
+        if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+            raise ValueError(f"y: expected labels in [0, {self.num_classes}), got {int(y.min())} to {int(y.max())}")
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"in_features={self.in_features}, num_classes={self.num_classes}"
+
+
+class DendriticReadout(_Readout):
+    """A binary output layer with several dendritic segments per class; the most active one speaks for its class.
+
+    ``s[m, c, j] = sum_k (g[m, k] - rate) sign(weight[c S + j, k]) / sqrt(recruited)``, ``logit[m, c] = max_j s[m, c, j]``
+
+    One segment per class is a plain binary output layer on the centred code. :meth:`local_loss` trains a class without
+    pushing any other down: only the segment that won for the true class moves, towards the engram, so what was
+    learned of other classes stays. That makes each segment a binarised prototype of the engrams it won, found by
+    gradients. (Dendritic segments: Iyer et al. 2022, "Active Dendrites"; conscience: DeSieno 1988. The rule is ours.)
+
+    Args:
+        in_features: K, at least 1.
+        num_classes: C, at least 1.
+        segments: S per class, at least 1.
+        engram: a :class:`~engram_kernels.StochasticEngram`.
+        conscience: how much of an advantage in ``s`` a segment that never wins has over one that wins as often as the
+            mean of its class, at least 0. Without it few segments win everything.
+        ste_window: gradient reaches recruited units whose excitability lies at most this far above that of the weakest
+            recruited one; above 0, inf for all of them.
+        device: of the parameters.
+        dtype: of the parameters: float32, bfloat16 or float16.
+
+    Attributes: ``weight`` hidden weights (C S, K), uniform in [-0.05, 0.05] at first; ``wins`` float32 (C, S), how
+    often each segment won in training, from 1.
+
+    Shapes: excitabilities, floats (M, K) -> logits (M, C) in the same dtype.
+    Raises: ValueError for a setting out of range; RuntimeError if the input is not (M, K), or contains NaN.
+    """
+
+    wins: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        segments: int = 100,
+        *,
+        engram: StochasticEngram,
+        conscience: float = 5.0,
+        ste_window: float = math.inf,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, engram)
+        if segments < 1:
+            raise ValueError(f"segments: expected at least 1, got {segments}")
+        if not 0.0 <= conscience < math.inf:
+            raise ValueError(f"conscience: expected a finite number of at least 0, got {conscience!r}")
+        if not ste_window > 0:
+            raise ValueError(f"ste_window: expected above 0, got {ste_window!r}")
+        self.segments, self.conscience, self.ste_window = segments, float(conscience), float(ste_window)
+        self.weight = HiddenWeight(torch.empty(num_classes * segments, in_features, device=device, dtype=dtype))
+        self.register_buffer("wins", torch.ones(num_classes, segments, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Hidden weights uniform in [-0.05, 0.05], every segment with one win."""
+        nn.init.uniform_(self.weight, -INIT_RANGE, INIT_RANGE)
+        nn.init.ones_(self.wins)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Excitabilities, floats (M, K) -> activations of all segments (M, C, S)."""
+        gate_bits = self.recruit(x)
+        mask_bits = gate_bits
+        if x.requires_grad and self.ste_window < math.inf:
+            recruited = ops.unpack_signs(gate_bits, self.in_features, x.dtype) > 0
+            weakest = x.detach().masked_fill(~recruited, math.inf).amin(dim=1, keepdim=True)
+            mask_bits = ops.pack_window(x.detach() - weakest, self.ste_window, gate_bits)
+        weight = self.weight
+        consumed = weight.gradient_consumer() is not None
+        y = CodeProduct.apply(x, weight, weight.sign_bits(), gate_bits, mask_bits, self.rate, consumed)
+        y = y / math.sqrt(self.engram.recruited(self.in_features))
+        return y.reshape(-1, self.num_classes, self.segments)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Excitabilities, floats (M, K) -> logits (M, C)."""
+        return self.activations(x).amax(dim=2)
+
+    def local_loss(self, activations: Tensor, y: Tensor) -> Tensor:
+        """``-mean over m of s[m, y[m], winner]``.
+
+        ``winner = argmax_j (s[m, y, j] + conscience (1 - wins[y, j] / mean_j wins[y]))``. In training mode the wins
+        are counted. Activations (M, C, S) from :meth:`activations`, labels int64 (M,) -> scalar; 0 if M is 0.
+        """
+        self.check_labels(activations, y)
+        own = activations[torch.arange(len(y), device=y.device), y]
+        wins = self.wins[y]
+        with torch.no_grad():
+            advantage = self.conscience * (1.0 - wins / wins.mean(dim=1, keepdim=True))
+            winner = (own.detach() + advantage).argmax(dim=1, keepdim=True)
+            if self.training:
+                self.wins.index_put_((y, winner[:, 0]), torch.ones_like(wins[:, 0]), accumulate=True)
+        return -own.gather(1, winner).sum() / max(1, len(y))
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"{super().extra_repr()}, segments={self.segments}, conscience={self.conscience}"
+
+
+class PrototypeReadout(_Readout):
+    """Binary prototypes: the units that a class recruits more often than classes do on average.
+
+    ``W[c, k] = +1 if counts[c, k] / samples[c] >= mean over classes seen of it, else -1`` and
+    ``score[m, c] = sum_k (g[m, k] - rate) W[c, k] / sqrt(recruited)``; -inf for a class never seen.
+
+    :meth:`observe` counts; there is nothing to train. Counts are integers, so neither the order of the samples nor
+    their division into batches and tasks leaves a trace.
+
+    Shapes: excitabilities, floats (M, K) -> scores (M, C) in the same dtype.
+    Raises: ValueError for sizes below 1 or another engram; RuntimeError if the input is not (M, K), or contains NaN.
+    """
+
+    counts: Tensor
+    samples: Tensor
+
+    def __init__(self, in_features: int, num_classes: int, *, engram: StochasticEngram) -> None:
+        super().__init__(in_features, num_classes, engram)
+        self.register_buffer("counts", torch.zeros(num_classes, in_features, dtype=torch.int64))
+        self.register_buffer("samples", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, y: Tensor) -> None:
+        """Counts the units that samples recruit. Excitabilities, floats (M, K), labels int64 (M,)."""
+        self.check_labels(x, y)
+        _count(self.recruit(x), y, self.counts, self.samples)
+
+    @torch.no_grad()
+    def sign_bits(self) -> Tensor:
+        """The prototypes, bits (C, words)."""
+        frequencies = self.counts.double() / self.samples.clamp(min=1)[:, None]
+        mean = frequencies.sum(0) / max(1, int((self.samples > 0).sum()))
+        return ops.pack_signs((frequencies - mean).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Excitabilities, floats (M, K) -> scores (M, C)."""
+        bits = self.sign_bits()
+        gate_bits = self.recruit(x)
+        y = CodeProduct.apply(x.detach(), self.counts, bits, gate_bits, gate_bits, self.rate, False)
+        return (y / math.sqrt(self.engram.recruited(self.in_features))).masked_fill(self.samples == 0, -math.inf)
+
+
+class RidgeReadout(_Readout):
+    """Ridge regression on the engram code from streaming second moments, solved when it is asked.
+
+    With ``G`` the covariance of the gates and ``mu_c`` their mean in class c, the scores are
+    ``g · w_c - w_c · mu_c / 2``, ``w_c = (G + penalty * mean of G's diagonal * I)^-1 mu_c``: linear discriminants, which
+    do not depend on how many samples each class has (streaming: Hayes and Kanan 2020). The Gram matrix of binary
+    features is counted by the popcount kernel, exactly, so neither the order of the samples nor their division into
+    batches and tasks leaves a trace.
+
+    Memory: K² + C K + C integers of 4 and 8 bytes: 16 MiB for K = 2048.
+
+    Args:
+        in_features: K, at least 1.
+        num_classes: C, at least 1.
+        engram: a :class:`~engram_kernels.StochasticEngram`.
+        penalty: of the regression, as a share of the features' mean variance, above 0.
+
+    Shapes: excitabilities, floats (M, K) -> scores (M, C) in the same dtype; -inf for a class never seen.
+    Raises: ValueError for a setting out of range, another engram, or more than 2³¹ - 1 samples; RuntimeError if the
+    input is not (M, K), or contains NaN.
+    """
+
+    gram: Tensor
+    counts: Tensor
+    samples: Tensor
+
+    def __init__(self, in_features: int, num_classes: int, *, engram: StochasticEngram, penalty: float = 0.1) -> None:
+        super().__init__(in_features, num_classes, engram)
+        if not 0.0 < penalty < math.inf:
+            raise ValueError(f"penalty: expected a finite number above 0, got {penalty!r}")
+        self.penalty = float(penalty)
+        self.register_buffer("gram", torch.zeros(in_features, in_features, dtype=torch.int32))
+        self.register_buffer("counts", torch.zeros(num_classes, in_features, dtype=torch.int64))
+        self.register_buffer("samples", torch.zeros(num_classes, dtype=torch.int64))
+        self._solution: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, y: Tensor) -> None:
+        """Adds samples to the moments. Excitabilities, floats (M, K), labels int64 (M,). Best in large batches."""
+        self.check_labels(x, y)
+        if int(self.samples.sum()) + len(y) > torch.iinfo(torch.int32).max:
+            raise ValueError("samples: expected at most 2**31 - 1 in all, since the Gram matrix is counted in int32")
+        gate_bits = self.recruit(x)
+        _count(gate_bits, y, self.counts, self.samples)
+        self.gram += engram_gram(gate_bits, self.in_features)
+        self._solution = None
+
+    @torch.no_grad()
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Weights (C, K) and biases (C,) on gates, float32, from all that was observed."""
+        if self._solution is None:
+            n = max(1, int(self.samples.sum()))
+            mean = self.counts.sum(0).double() / n
+            covariance = self.gram.double() / n - mean[:, None] * mean
+            covariance.diagonal().add_(self.penalty * covariance.diagonal().mean().clamp(min=1e-12))
+            class_means = self.counts.double() / self.samples.clamp(min=1)[:, None]
+            weight = torch.linalg.solve(covariance, class_means.T, left=True).T
+            bias = -0.5 * (weight * class_means).sum(1)
+            self._solution = weight.float(), bias.float()
+        return self._solution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Excitabilities, floats (M, K) -> scores (M, C)."""
+        gate_bits = self.recruit(x)
+        weight, bias = self.solve()
+        # a gate is half the sum of its sign and 1
+        y = 0.5 * (ops.sign_matmul_t(weight, gate_bits, self.in_features).T + weight.sum(1)) + bias
+        return y.to(x.dtype).masked_fill(self.samples == 0, -math.inf)
+
+    def _load_from_state_dict(self, *arguments, **named):
+        super()._load_from_state_dict(*arguments, **named)
+        self._solution = None
+
+
+def engram_gram(gate_bits: Tensor, k: int) -> Tensor:
+    """How many samples recruit both of two units: bits (M, words) -> int32 (k, k), the Gram matrix of the gates.
+
+    With the gates of unit i over all samples packed as bits, ``gram[i, j] = popc(u_i & u_j)``, and the binary product
+    ``y = M - 2 popc(u_i ^ u_j)`` gives it: ``(y - M) / 4 + (popc(u_i) + popc(u_j)) / 2``.
+    """
+    m = gate_bits.shape[0]
+    if m == 0:
+        return torch.zeros(k, k, dtype=torch.int32, device=gate_bits.device)
+    signs = ops.unpack_signs(gate_bits, k, torch.float32)
+    recruited = ((signs.sum(0) + m) / 2).to(torch.int32)
+    by_unit = ops.pack_signs(signs.T.contiguous())
+    y = ops.binary_matmul(by_unit, by_unit, m)
+    return (y - m + 2 * (recruited[:, None] + recruited)) // 4
+
+
+def _count(gate_bits: Tensor, y: Tensor, counts: Tensor, samples: Tensor) -> None:
+    """Adds to ``counts`` (C, K) how often each unit was recruited for each class, to ``samples`` (C,) the samples."""
+    chosen = nn.functional.one_hot(y, len(samples)).float()
+    counts += ops.gated_weight_grad(chosen, gate_bits, counts.shape[1], gate_bits).round().to(torch.int64)
+    samples += chosen.sum(0).to(torch.int64)
