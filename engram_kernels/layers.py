@@ -122,6 +122,7 @@ class CodeProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, w_bits, gate_bits, mask_bits, rate, consumed):
+        """Floats (M, K), hidden weights (N, K), bits (N, words), (M, words), (M, words) -> (M, N)."""
         ctx.save_for_backward(w_bits, gate_bits, mask_bits)
         ctx.k, ctx.rate, ctx.dtype = weight.shape[1], rate, x.dtype
         ctx.weight_dtype, ctx.weight = weight.dtype, weight if consumed else None
@@ -133,6 +134,7 @@ class CodeProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
+        """Gradients of x, by the mask, and of the hidden weights."""
         if ctx.weight is not None:
             ctx.weight.refuse_second_gradient()
         w_bits, gate_bits, mask_bits = ctx.saved_tensors
