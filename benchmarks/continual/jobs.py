@@ -1,7 +1,7 @@
 """Runs training commands, each in a process of its own, and keeps what they measured.
 
-A job is a label and the options of one ``engram-kernels train``; it is run once for every seed. Its results are added to
-a JSON file as they come, so an interrupted run goes on where it was, and whoever reads a number finds its command.
+A job is a label and the options of one ``engram-kernels train``; it is run once for every seed. Its results are added
+to a JSON file as they come, so an interrupted run goes on where it was, and whoever reads a number finds its command.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def run_jobs(
             bar.write(f"{job.label}, seed {seed}: {outcome}")
 
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(lambda each: work(*each), [each for each in wanted if command(each[0].options, each[1]) not in done]))
+        list(
+            pool.map(
+                lambda each: work(*each), [each for each in wanted if command(each[0].options, each[1]) not in done]
+            )
+        )
     bar.close()
     return [row for row in rows if row["command"] in commands]
 

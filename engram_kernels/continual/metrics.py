@@ -5,7 +5,8 @@ Ranzato 2017, "Gradient Episodic Memory", call it R). Rows and columns count fro
 interrupted leaves its last rows empty (None or nan): every metric is then that of the L tasks learned, on the
 first L columns. A metric that is not defined (no task learned; one task, hence nothing to forget) is nan.
 
-Libraries define backward transfer and forgetting differently; these are ours, and where they come from.
+Libraries define backward transfer and forgetting differently; these are ours, where they come from, and what
+Avalanche (Lomonaco et al. 2021) calls them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,23 @@ def average_accuracy(matrix: AccuracyMatrix) -> float:
 def backward_transfer(matrix: AccuracyMatrix) -> float:
     """``mean over j < L-1 of (a[L-1][j] - a[j][j])``: BWT of Lopez-Paz and Ranzato 2017.
 
-    What later learning did to each earlier task since it was learned; negative where it was harmed.
+    What later learning did to each earlier task since it was learned; negative where it was harmed. Avalanche's
+    StreamBWT; its StreamForgetting is the same with the sign turned.
     """
     rows = _learned_rows(matrix)
     return _mean([rows[-1][j] - rows[j][j] for j in range(len(rows) - 1)])
+
+
+def forward_transfer(matrix: AccuracyMatrix, chance: float) -> float:
+    """``mean over 0 < j < L of (a[j-1][j] - chance)``: FWT of Lopez-Paz and Ranzato 2017.
+
+    What the tasks before it did to each task not yet learned. Both they and Avalanche's StreamForwardTransfer
+    subtract the accuracy of the untrained network on task j, a random number; ``chance`` (0 to 1), which is 1 / number
+    of classes, is its expectation. Missing values above the diagonal (never evaluated) do not count.
+    """
+    rows = _learned_rows(matrix)
+    before = [rows[j - 1][j] for j in range(1, len(rows)) if j < len(rows[j - 1])]
+    return _mean([value - chance for value in before if not math.isnan(value)])
 
 
 def forgetting(matrix: AccuracyMatrix) -> float:
@@ -38,13 +52,19 @@ def forgetting(matrix: AccuracyMatrix) -> float:
     task ever was before the last one was learned. Missing values above the diagonal (never evaluated) do not
     count.
     """
+    return _mean(task_forgetting(matrix))
+
+
+def task_forgetting(matrix: AccuracyMatrix) -> list[float]:
+    """The L-1 summands of `forgetting`, ``max over i < L-1 of a[i][j] - a[L-1][j]`` for each earlier task j.
+
+    Avalanche's ExperienceForgetting is counted from ``a[j][j]`` instead, see `backward_transfer`.
+    """
     rows = _learned_rows(matrix)
-    return _mean(
-        [
-            max(row[j] for row in rows[:-1] if j < len(row) and not math.isnan(row[j])) - rows[-1][j]
-            for j in range(len(rows) - 1)
-        ]
-    )
+    return [
+        max(row[j] for row in rows[:-1] if j < len(row) and not math.isnan(row[j])) - rows[-1][j]
+        for j in range(len(rows) - 1)
+    ]
 
 
 def _learned_rows(matrix: AccuracyMatrix) -> list[list[float]]:

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .data import Dataset
+from .data import Dataset, joined_name
 from .memory import MemoryMeter
 from .methods import Method, TrainingError, build, method_config
 from .progress import NoProgress, Progress
-from .scenarios import Experience, Scenario, make_scenario, seeded_generator
+from .scenarios import Samples, Scenario, make_scenario, seeded_generator
 
 EVALUATION_BATCH = 500
 
@@ -57,7 +57,7 @@ class TrainingResult:
     train_seconds: float = 0.0
 
 
-def evaluate(predict: Predictor, experience: Experience, batch_size: int = EVALUATION_BATCH) -> float:
+def evaluate(predict: Predictor, experience: Samples, batch_size: int = EVALUATION_BATCH) -> float:
     """Accuracy of ``predict`` on an experience, from 0 to 1, in minibatches and without gradients.
 
     ``predict`` is given the inputs and nothing else: neither labels nor which task they are from.
@@ -111,9 +111,9 @@ def train(
     total = sum(config.epochs * -(-len(experience) // config.batch_size) for experience in scenario.train_stream)
     progress.begin(tasks, total)
     try:
-        for task, experience in enumerate(scenario.train_stream):
+        for task, new in enumerate(scenario.train_stream):
             method.model.train()
-            experience = method.before_training_exp(experience)
+            experience = method.before_training_exp(new)
             for epoch in range(config.epochs):
                 for x, y in experience.batches(config.batch_size, order):
                     begun = time.perf_counter()
@@ -143,7 +143,7 @@ def train(
 
 
 def run(
-    dataset: Dataset,
+    dataset: Dataset | Sequence[Dataset],
     *,
     scenario: str = "class",
     method: str = "engram",
@@ -152,11 +152,13 @@ def run(
     tasks: int | None = None,
     classes_per_task: int | None = None,
     shuffle_classes: bool = False,
+    max_degrees: float | None = None,
+    samples_per_task: int | None = None,
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
     **overrides: Any,
 ) -> tuple[Method, TrainingResult]:
-    """Everything from a data set to a result, as ``engram-kernels train`` does it.
+    """Everything from a data set (scenario domain: a list of them) to a result, as ``engram-kernels train`` does it.
 
     Deterministic under ``seed``. Seeds torch's global generator. Several runs in one process should share
     ``memory``: a later run reuses what an earlier one gave back, and would seem to need less. ``overrides``
@@ -166,18 +168,21 @@ def run(
         ValueError: an option out of range (before any training).
         TrainingError: the loss or a weight became nan or infinite.
     """
-    config = method_config(method, scenario, dataset.name, **overrides)
+    datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
+    config = method_config(method, scenario, joined_name(datasets), **overrides)
     streams = make_scenario(
         scenario,
-        dataset,
+        datasets,
         tasks=tasks,
         classes_per_task=classes_per_task,
         shuffle_classes=shuffle_classes,
+        max_degrees=max_degrees,
+        samples_per_task=samples_per_task,
         seed=seed,
     )
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
-    learner = build(method, config, dataset.features, hidden, dataset.num_classes)
+    learner = build(method, config, streams.features, hidden, streams.num_classes)
     return learner, train(streams, learner, seed=seed, progress=progress, memory=memory)
 
 

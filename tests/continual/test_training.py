@@ -15,7 +15,7 @@ from engram_kernels.continual.scenarios import SCENARIOS, Experience, class_scen
 from engram_kernels.continual.training import TrainingError, evaluate, run, train
 
 
-def clusters(classes=4, features=24, train=160, test=60, spread=0.3):
+def clusters(classes=4, features=25, train=160, test=60, spread=0.3):
     """Well separated classes: whatever learns at all gets them right."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(classes, features, generator=generator)
@@ -66,17 +66,16 @@ def one_thread():
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_run_learns_and_is_reproducible(method, scenario):
     options = {
-        "scenario": scenario, "method": method, "hidden": (96, 64), "epochs": 5, "batch_size": 10, "tasks": 2,
-        "loss": "all", "lr": 0.005, "train_hidden": True,
+        "scenario": scenario, "method": method, "hidden": (96, 64), "epochs": 5, "batch_size": 10, "loss": "all",
+        "lr": 0.005, "train_hidden": True, **({} if scenario == "domain" else {"tasks": 2}),
     }  # fmt: skip
-    (model, first), (same_model, again), (other_model, _) = (
-        run(clusters(), seed=seed, **options) for seed in (3, 3, 4)
-    )
+    data = [clusters(), clusters(spread=0.4)] if scenario == "domain" else clusters()
+    (model, first), (same_model, again), (other_model, _) = (run(data, seed=seed, **options) for seed in (3, 3, 4))
     assert first.completed
     assert first.tasks_completed == 2
     assert first.accuracy_matrix[0][0] > (0.7 if scenario == "class" else 0.45)
     assert first.accuracy_matrix == again.accuracy_matrix
-    assert first.steps == 2 * 5 * (160 if scenario == "permuted" else 80) / 10
+    assert first.steps == 2 * 5 * (80 if scenario == "class" else 160) / 10
     assert first.step_milliseconds > 0
     weights, same, other = (m.model.state_dict() for m in (model, same_model, other_model))
     assert all(torch.equal(weights[key], same[key]) for key in weights)
@@ -181,9 +180,21 @@ def test_bad_options_are_refused_before_training():
         def begin(self, tasks, steps):
             raise AssertionError("training began")
 
-    for options in ({"rate": 2.0}, {"scenario": "none"}, {"hidden": ()}, {"tasks": 9}, {"seed": -1}):
+    for options in (
+        {"rate": 2.0}, {"scenario": "none"}, {"hidden": ()}, {"tasks": 9}, {"seed": -1}, {"scenario": "domain"},
+        {"max_degrees": 9.0}, {"samples_per_task": 9},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             run(clusters(), progress=Untouched(), **options)
+
+
+def test_options_reach_the_scenario():
+    options = {"hidden": [8], "epochs": 1, "batch_size": 10, "seed": 1}
+    _, whole = run(clusters(), scenario="rotated", tasks=2, **options)
+    _, capped = run(clusters(), scenario="rotated", tasks=3, max_degrees=90.0, samples_per_task=20, **options)
+    assert (whole.steps, capped.steps) == (2 * 16, 3 * 2)
+    with pytest.raises(ValueError, match="max_degrees: .* got 400"):
+        run(clusters(), scenario="rotated", max_degrees=400.0, **options)
 
 
 def test_memory_grows_with_what_is_kept():
