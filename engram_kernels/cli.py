@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All options of the command line."""
-    from .continual import data, methods, scenarios
+    from .continual import data, methods, scenarios, training
 
     parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -157,6 +157,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = train.add_argument_group("how")
     group.add_argument(
+        "--evaluation", choices=training.EVALUATIONS, default="all",
+        help="after each task test on all, on those seen so far, or on the new one (and on all at the end)",
+    )  # fmt: skip
+    group.add_argument(
         "--output", metavar="DIR", default=argparse.SUPPRESS,
         help="where the results go (default: runs/DATASET-SCENARIO-METHOD-seedS); with --seeds, in DIR/seedS",
     )  # fmt: skip
@@ -267,6 +271,7 @@ def _train(options: argparse.Namespace) -> int:
             seed=seed,
             progress=NoProgress() if options.quiet else default_progress(),
             memory=memory,
+            evaluation=options.evaluation,
             **tasks,
             **overrides,
         )

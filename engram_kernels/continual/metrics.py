@@ -3,7 +3,9 @@
 ``a[i][j]`` is the accuracy on the test set of task j after learning task i, from 0 to 1 (Lopez-Paz and
 Ranzato 2017, "Gradient Episodic Memory", call it R). Rows and columns count from 0. A run that was
 interrupted leaves its last rows empty (None or nan): every metric is then that of the L tasks learned, on the
-first L columns. A metric that is not defined (no task learned; one task, hence nothing to forget) is nan.
+first L columns. Long streams are not evaluated on every task after every task: what is missing besides the diagonal
+is nan, and so is a metric that needs it. A metric that is not defined (no task learned; one task, hence nothing to
+forget) is nan too.
 
 Libraries define backward transfer and forgetting differently; these are ours, where they come from, and what
 Avalanche (Lomonaco et al. 2021) calls them.
@@ -71,15 +73,15 @@ def _learned_rows(matrix: AccuracyMatrix) -> list[list[float]]:
     """The filled rows at the top, None as nan.
 
     Raises:
-        ValueError: a value outside [0, 1], or one missing on or below the diagonal.
+        ValueError: a value outside [0, 1], or one missing on the diagonal.
     """
     rows = [[math.nan if value is None else float(value) for value in row] for row in matrix]
     learned = [row for row in rows if not all(math.isnan(value) for value in row)]
     for i, row in enumerate(learned):
         if row is not rows[i]:
             raise ValueError("accuracy matrix: expected empty rows only at the end, got one before a filled row")
-        if len(row) <= i or any(math.isnan(value) for value in row[: i + 1]):
-            raise ValueError(f"accuracy matrix: expected values for tasks 0 to {i} in row {i}, got {row}")
+        if len(row) <= i or math.isnan(row[i]):
+            raise ValueError(f"accuracy matrix: expected a value for task {i} in row {i}, got {row}")
         if any(value < 0.0 or value > 1.0 for value in row):
             raise ValueError(f"accuracy matrix: expected accuracies from 0 to 1, got {row} in row {i}")
     return learned

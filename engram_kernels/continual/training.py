@@ -19,6 +19,7 @@ from .progress import NoProgress, Progress
 from .scenarios import Samples, Scenario, make_scenario, seeded_generator
 
 EVALUATION_BATCH = 500
+EVALUATIONS = ("all", "seen", "new")
 
 
 class Predictor(Protocol):
@@ -74,10 +75,11 @@ def train(
     method: Method,
     *,
     seed: int = 0,
+    evaluation: str = "all",
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
 ) -> TrainingResult:
-    """Train ``method`` on the train stream; after each experience evaluate it on the whole test stream.
+    """Train ``method`` on the train stream; after each experience evaluate it on the test stream.
 
     The order of the samples comes from ``seed`` alone; engrams are drawn from torch's global generator. A
     KeyboardInterrupt ends training: the half-learned state is evaluated too (a second interrupt skips that)
@@ -87,12 +89,17 @@ def train(
         scenario: the streams.
         method: what to train; its model is left in evaluation mode.
         seed: of the order of the samples.
+        evaluation: on which tasks after each: ``all``; ``seen``, those learned so far; ``new``, the one just learned,
+            and all at the end, since the time of the others grows with the square of the number of tasks.
         progress: told about steps and results; by default nobody is.
         memory: started before the model was built, to count it too; by default it starts here.
 
     Raises:
+        ValueError: unknown ``evaluation``.
         TrainingError: the loss or a weight became nan or infinite.
     """
+    if evaluation not in EVALUATIONS:
+        raise ValueError(f"evaluation: expected one of {', '.join(EVALUATIONS)}, got {evaluation!r}")
     progress = NoProgress() if progress is None else progress
     memory = MemoryMeter() if memory is None else memory
     tasks, config = len(scenario), method.config
@@ -102,10 +109,13 @@ def train(
     started = time.perf_counter()
     task = 0
 
-    def evaluate_all() -> list[float]:
+    def evaluate_row(last: bool) -> list[float | None]:
         method.model.eval()
-        row = [evaluate(method.model, experience) for experience in scenario.test_stream]
-        result.accuracy_matrix[task] = list(row)
+        first = task if evaluation == "new" and not last else 0
+        stop = tasks if evaluation == "all" else task + 1
+        row: list[float | None] = [None] * tasks
+        row[first:stop] = [evaluate(method.model, experience) for experience in scenario.test_stream[first:stop]]
+        result.accuracy_matrix[task] = row
         return row
 
     total = sum(config.epochs * -(-len(experience) // config.batch_size) for experience in scenario.train_stream)
@@ -122,7 +132,7 @@ def train(
                     progress.step(task, loss, accuracy)
                 _check_weights(method, where=f"task {task + 1}, epoch {epoch + 1}")
             method.after_training_exp(experience)
-            row = evaluate_all()
+            row = evaluate_row(last=task + 1 == tasks)
             result.tasks_completed = task + 1
             progress.learned(task, row)
         result.completed = True
@@ -130,7 +140,7 @@ def train(
         progress.interrupted()
         try:
             if step_seconds and result.tasks_completed <= task:
-                evaluate_all()
+                evaluate_row(last=True)
         except KeyboardInterrupt:
             pass
     finally:
@@ -154,6 +164,7 @@ def run(
     shuffle_classes: bool = False,
     max_degrees: float | None = None,
     samples_per_task: int | None = None,
+    evaluation: str = "all",
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
     **overrides: Any,
@@ -183,7 +194,7 @@ def run(
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
     learner = build(method, config, streams.features, hidden, streams.num_classes)
-    return learner, train(streams, learner, seed=seed, progress=progress, memory=memory)
+    return learner, train(streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory)
 
 
 def _step(method: Method, x: Tensor, y: Tensor, where: str) -> tuple[float | None, float | None]:
