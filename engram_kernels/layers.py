@@ -128,7 +128,8 @@ class CodeProduct(torch.autograd.Function):
         ctx.weight_dtype, ctx.weight = weight.dtype, weight if consumed else None
         # a recruited unit counts +1: its gate's bit is its sign too
         recruited = ops.binary_matmul(gate_bits, w_bits, ctx.k, gate_bits)
-        every = ops.binary_matmul(torch.full_like(w_bits[:1], -1), w_bits, ctx.k)
+        ones = ops.pack_signs(torch.ones(1, ctx.k, device=w_bits.device))
+        every = ops.binary_matmul(ones, w_bits, ctx.k)
         return recruited.to(x.dtype) - rate * every.to(x.dtype)
 
     @staticmethod
