@@ -1,15 +1,17 @@
 """Continual-learning scenarios: a data set cut into a stream of experiences.
 
 The words are Avalanche's (Lomonaco et al. 2021): an *experience* is what the learner sees at one time, a
-*stream* is experiences in order. No experience tells a model which one it is: `Experience.batches` yields
+*stream* is experiences in order. No experience tells a model which one it is: `Samples.batches` yields
 inputs and labels only, and `training.evaluate` hands on the inputs alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,14 +24,44 @@ DEFAULT_PERMUTED_TASKS = 10
 MAX_SEED = 2**31 - 1
 
 
+class Samples(ABC):
+    """What training may ask of an experience, or of several joined."""
+
+    classes: tuple[int, ...]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, y)`` of the given samples, x float32 (B, features) standardised per sample, y int64 (B,).
+
+        Shapes: ``rows`` (B,) int64, each from 0 to len(self) - 1.
+        """
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Minibatches as from `samples`, each sample once.
+
+        With a ``generator`` in an order drawn from it, else in the order of the data set. The last batch
+        holds the remainder.
+        """
+        order = None if generator is None else torch.randperm(len(self), generator=generator)
+        for start in range(0, len(self), batch_size):
+            stop = min(start + batch_size, len(self))
+            yield self.samples(torch.arange(start, stop) if order is None else order[start:stop])
+
+
 @dataclass(frozen=True)
-class Experience:
+class Experience(Samples):
     """One task's samples, drawn lazily from the data set that all experiences share.
 
     Shapes: ``x`` (n, features) uint8 or float32 and ``y`` (n,) int64 are the whole data set; ``indices``
     (samples,) int64 selects this experience's rows, None all of them; ``permutation`` (features,) int64
     reorders the input units, None leaves them. ``classes`` are the labels (indices into ``Dataset.classes``)
     that occur in it.
+
+    Permutation and standardisation are done on the minibatch: no task ever has a copy of the data.
     """
 
     x: Tensor
@@ -42,23 +74,50 @@ class Experience:
         """Samples in this experience."""
         return self.y.shape[0] if self.indices is None else self.indices.shape[0]
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Minibatches ``(x, y)``: x float32 (B, features), standardised per sample; y int64 (B,).
+    def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Samples.samples`."""
+        if self.indices is not None:
+            rows = self.indices[rows]
+        x = self.x[rows]
+        if self.permutation is not None:
+            x = x[:, self.permutation]
+        return standardize(x), self.y[rows]
 
-        With a ``generator`` in an order drawn from it, else in the order of the data set. The last batch
-        holds the remainder. Permutation and standardisation are done on the minibatch: no task ever has a
-        copy of the data.
-        """
-        order = None if generator is None else torch.randperm(len(self), generator=generator)
-        for start in range(0, len(self), batch_size):
-            stop = min(start + batch_size, len(self))
-            rows = torch.arange(start, stop) if order is None else order[start:stop]
-            if self.indices is not None:
-                rows = self.indices[rows]
-            x = self.x[rows]
-            if self.permutation is not None:
-                x = x[:, self.permutation]
-            yield standardize(x), self.y[rows]
+
+@dataclass(frozen=True)
+class Joint(Samples):
+    """Several experiences as one, without a copy of their data: all data so far (Avalanche's Cumulative).
+
+    Sample ``row`` is that of the experiences laid end to end. ``classes`` are those of all, sorted.
+
+    Raises:
+        ValueError: no experience.
+    """
+
+    experiences: tuple[Experience, ...]
+    classes: tuple[int, ...] = field(init=False)
+    _ends: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if not self.experiences:
+            raise ValueError("experiences: expected at least one, got none")
+        classes = sorted({label for experience in self.experiences for label in experience.classes})
+        object.__setattr__(self, "classes", tuple(classes))  # the dataclass is frozen
+        object.__setattr__(self, "_ends", torch.tensor([*accumulate(map(len, self.experiences))]))
+
+    def __len__(self) -> int:
+        """Samples in all experiences together."""
+        return int(self._ends[-1])
+
+    def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Samples.samples`."""
+        x, y = torch.empty(len(rows), self.experiences[0].x.shape[1]), torch.empty(len(rows), dtype=torch.int64)
+        source = torch.bucketize(rows, self._ends, right=True)
+        for index in source.unique().tolist():
+            mine, experience = source == index, self.experiences[index]
+            x[mine], y[mine] = experience.samples(rows[mine] - (self._ends[index] - len(experience)))
+        return x, y
 
 
 @dataclass(frozen=True)

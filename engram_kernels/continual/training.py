@@ -113,15 +113,15 @@ def train(
     try:
         for task, experience in enumerate(scenario.train_stream):
             method.model.train()
-            experience = method.before_training_exp(experience)
+            samples = method.before_training_exp(experience)
             for epoch in range(config.epochs):
-                for x, y in experience.batches(config.batch_size, order):
+                for x, y in samples.batches(config.batch_size, order):
                     begun = time.perf_counter()
                     loss, accuracy = _step(method, x, y, where=f"task {task + 1}, epoch {epoch + 1}")
                     step_seconds.append(time.perf_counter() - begun)
                     progress.step(task, loss, accuracy)
                 _check_weights(method, where=f"task {task + 1}, epoch {epoch + 1}")
-            method.after_training_exp(experience)
+            method.after_training_exp(samples)
             row = evaluate_all()
             result.tasks_completed = task + 1
             progress.learned(task, row)
