@@ -144,14 +144,7 @@ class DendriticReadout(_Readout):
         are counted. Activations (M, C, S) from :meth:`activations`, labels int64 (M,) -> scalar; 0 if M is 0.
         """
         self.check_labels(activations, y)
-        own = activations[torch.arange(len(y), device=y.device), y]
-        wins = self.wins[y]
-        with torch.no_grad():
-            advantage = self.conscience * (1.0 - wins / wins.mean(dim=1, keepdim=True))
-            winner = (own.detach() + advantage).argmax(dim=1, keepdim=True)
-            if self.training:
-                self.wins.index_put_((y, winner[:, 0]), torch.ones_like(wins[:, 0]), accumulate=True)
-        return -own.gather(1, winner).sum() / max(1, len(y))
+        return pull_loss(activations, y, self.wins, self.conscience, count=self.training)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -278,6 +271,21 @@ class RidgeReadout(_Readout):
     def _load_from_state_dict(self, *arguments, **named):
         super()._load_from_state_dict(*arguments, **named)
         self._solution = None
+
+
+def pull_loss(activations: Tensor, y: Tensor, wins: Tensor, conscience: float, *, count: bool) -> Tensor:
+    """`DendriticReadout.local_loss` of segments of any kind.
+
+    Activations (M, C, S), labels int64 (M,) -> scalar; ``wins`` (C, S) are counted in place where ``count`` is True.
+    """
+    own = activations[torch.arange(len(y), device=y.device), y]
+    own_wins = wins[y]
+    with torch.no_grad():
+        advantage = conscience * (1.0 - own_wins / own_wins.mean(dim=1, keepdim=True))
+        winner = (own.detach() + advantage).argmax(dim=1, keepdim=True)
+        if count:
+            wins.index_put_((y, winner[:, 0]), torch.ones_like(own_wins[:, 0]), accumulate=True)
+    return -own.gather(1, winner).sum() / max(1, len(y))
 
 
 def engram_gram(gate_bits: Tensor, k: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scenarios import Samples
+from ..scenarios import Experience, Samples
 from .config import MethodConfig
 
 
@@ -32,7 +32,7 @@ class Method:
     def __init__(self, config: MethodConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
 
-    def before_training_exp(self, experience: Samples) -> Samples:
+    def before_training_exp(self, experience: Experience) -> Samples:
         """What to train on in place of a new experience; by default that experience."""
         return experience
 
