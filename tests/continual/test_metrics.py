@@ -84,12 +84,21 @@ def test_values_above_the_diagonal_may_be_missing():
     assert forward_transfer([[0.9, None, 0.1], [0.7, 0.8, 0.6], [0.7, 0.8, 0.9]], 0.5) == pytest.approx(0.1)
 
 
+def test_a_long_stream_is_judged_by_its_diagonal_and_its_last_row():
+    matrix = [[0.9, None, None], [None, 0.8, None], [0.5, 0.4, 0.9]]
+    assert average_accuracy(matrix) == pytest.approx(0.6)
+    assert backward_transfer(matrix) == pytest.approx(-0.4)
+    assert forgetting(matrix) == pytest.approx(0.4)
+    for metric in (average_accuracy, backward_transfer, forgetting):
+        assert math.isnan(metric(matrix[:2])), "what needs a missing value is not defined"
+
+
 @pytest.mark.parametrize(
     ("matrix", "wanted"),
     [
-        ([[0.5, 0.5], [None, 0.5]], "values for tasks 0 to 1 in row 1"),
+        ([[0.5, 0.5], [0.5, None]], "a value for task 1 in row 1"),
         ([[None, None], [0.5, 0.5]], "empty rows only at the end"),
-        ([[0.5, 0.5], [0.5]], "values for tasks 0 to 1 in row 1"),
+        ([[0.5, 0.5], [0.5]], "a value for task 1 in row 1"),
         ([[50.0]], "accuracies from 0 to 1"),
     ],
 )

@@ -101,6 +101,29 @@ def test_the_matrix_is_the_accuracy_after_each_task():
     assert result.accuracy_matrix[0][0] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "filled"),
+    [("all", [[1, 1, 1], [1, 1, 1], [1, 1, 1]]), ("seen", [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),
+     ("new", [[1, 0, 0], [0, 1, 0], [1, 1, 1]])],
+)  # fmt: skip
+def test_long_streams_need_not_be_evaluated_on_everything(evaluation, filled):
+    scenario = make_scenario("permuted", clusters(), tasks=3)
+    matrices = [train(scenario, linear_method(clusters()), evaluation=e).accuracy_matrix for e in ("all", evaluation)]
+    for whole, part, wanted in zip(*matrices, filled, strict=True):
+        assert part == [value if f else None for value, f in zip(whole, wanted, strict=True)]
+
+
+def test_an_interrupted_stream_is_evaluated_on_all_that_it_saw():
+    scenario = make_scenario("permuted", clusters(), tasks=3)
+    result = train(scenario, linear_method(clusters()), evaluation="new", progress=StopAfter(40))
+    assert [value is not None for value in result.accuracy_matrix[1]] == [True, True, False]
+
+
+def test_unknown_evaluation():
+    with pytest.raises(ValueError, match="evaluation: expected one of all, seen, new, got 'none'"):
+        train(class_scenario(clusters()), linear_method(clusters()), evaluation="none")
+
+
 def test_evaluation_does_not_depend_on_the_batch_size_and_leaves_the_model_alone():
     """Nor on the company a sample is in: no statistics over the test batch."""
     torch.manual_seed(0)
