@@ -308,7 +308,8 @@ def test_on_cuda_the_optimizer_trains_as_on_the_cpu(weight_dtype, state_dtype):
     optimizers = []
     for layer in (mine, theirs):
         torch.manual_seed(3)
-        optimizers.append(ek.MetaplasticAdam(layer.parameters(), state_dtype=state_dtype, weight_decay=1e-3))
+        settings = dict(state_dtype=state_dtype, weight_decay=1e-3, weight_bound=0.125)
+        optimizers.append(ek.MetaplasticAdam(layer.parameters(), **settings))
     for _ in range(10):
         grad = torch.randn(300, 784).to(weight_dtype)
         mine.weight.grad, theirs.weight.grad = grad.cuda(), grad
