@@ -115,6 +115,7 @@ def build_optimizer(config: BinaryConfig, model: nn.Module) -> torch.optim.Optim
         lr=lr[0],
         metaplasticity=metaplasticity[0],
         weight_decay=config.weight_decay,
+        weight_bound=config.weight_bound,
         state_dtype=getattr(torch, config.state_dtype),
         fuse_backward=config.fuse_backward,
     )
