@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All options of the command line."""
-    from .continual import data, methods, scenarios
+    from .continual import data, methods, scenarios, training
 
     parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -47,8 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = train.add_argument_group("what")
     group.add_argument(
-        "--dataset", default="digits", metavar="NAME",
-        help=f"{', '.join(data.names())}, or the path of an .npz file with x_train, y_train, x_test, y_test",
+        "--dataset", nargs="+", default=["digits"], metavar="NAME",
+        help=f"{', '.join(data.names())}, or the path of an .npz file with x_train, y_train, x_test, y_test; "
+        "with --scenario domain two or more",
     )  # fmt: skip
     group.add_argument(
         "--data-dir", metavar="DIR", default=argparse.SUPPRESS,
@@ -56,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument(
         "--scenario", choices=scenarios.SCENARIOS, default="class",
-        help="class: every task brings new classes; permuted: every task has its own order of the pixels",
+        help="class: every task brings new classes; permuted: every task has its own order of the pixels; "
+        "rotated: every task turns the images by another angle; domain: every task is another data set with the same "
+        "labels",
     )  # fmt: skip
     group.add_argument(
         "--method", choices=tuple(methods.METHODS), default="engram",
@@ -69,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--hidden", type=int, nargs="+", default=[2048, 2048], metavar="N", help="hidden layer widths")
     group.add_argument(
         "--tasks", type=int, metavar="N", default=argparse.SUPPRESS,
-        help=f"number of tasks (default: all classes; permuted: {scenarios.DEFAULT_PERMUTED_TASKS})",
+        help=f"number of tasks (default: all classes; permuted: {scenarios.DEFAULT_PERMUTED_TASKS}; "
+        f"rotated: {scenarios.DEFAULT_ROTATED_TASKS}; domain: always one per data set)",
     )  # fmt: skip
     group.add_argument(
         "--classes-per-task", type=int, metavar="N", default=argparse.SUPPRESS,
@@ -78,6 +82,18 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--shuffle-classes", action="store_true", help="order the classes by the seed instead of by label"
     )
+    group.add_argument(
+        "--max-degrees", type=float, metavar="X", default=argparse.SUPPRESS,
+        help=f"angle of the last task, scenario rotated (default: {scenarios.DEFAULT_MAX_DEGREES})",
+    )  # fmt: skip
+    group.add_argument(
+        "--samples-per-task", type=int, metavar="N", default=argparse.SUPPRESS,
+        help="train each task on at most N samples; not with scenario class (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--validation", type=int, metavar="N", default=argparse.SUPPRESS,
+        help="test on the last N training samples and train on the rest, to choose hyper-parameters",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, engrams, sample order and tasks")
     group.add_argument(
         "--seeds", type=int, nargs="+", metavar="S", default=argparse.SUPPRESS,
@@ -140,6 +156,10 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     group = train.add_argument_group("how")
+    group.add_argument(
+        "--evaluation", choices=training.EVALUATIONS, default="all",
+        help="after each task test on all, on those seen so far, or on the new one (and on all at the end)",
+    )  # fmt: skip
     group.add_argument(
         "--output", metavar="DIR", default=argparse.SUPPRESS,
         help="where the results go (default: runs/DATASET-SCENARIO-METHOD-seedS); with --seeds, in DIR/seedS",
@@ -208,13 +228,19 @@ def _train(options: argparse.Namespace) -> int:
         for field in dataclasses.fields(preset.config)
         if field.name in given
     }  # fmt: skip
-    tasks: dict[str, Any] = {name: given.get(name) for name in ("tasks", "classes_per_task", "shuffle_classes")}
+    tasks: dict[str, Any] = {
+        name: given.get(name)
+        for name in ("tasks", "classes_per_task", "shuffle_classes", "max_degrees", "samples_per_task")
+    }
 
     # Everything that can be wrong is looked at before the first minute of training.
-    dataset = data.load(options.dataset, given.get("data_dir"))
-    config = method_config(options.method, options.scenario, dataset.name, **overrides)
-    scenario = scenarios.make_scenario(options.scenario, dataset, seed=seeds[0], **tasks)
-    name = f"{dataset.name}-{options.scenario}-{options.method}"
+    datasets = [data.load(name, given.get("data_dir")) for name in options.dataset]
+    if (validation := given.get("validation")) is not None:
+        datasets = [data.hold_out(dataset, validation) for dataset in datasets]
+    data_name = data.joined_name(datasets)
+    config = method_config(options.method, options.scenario, data_name, **overrides)
+    scenario = scenarios.make_scenario(options.scenario, datasets, seed=seeds[0], **tasks)
+    name = f"{data_name}-{options.scenario}-{options.method}"
     several = len(seeds) > 1
     default = Path("runs") / f"{name}-seed{'s' if several else ''}{'-'.join(map(str, seeds))}"
     output = Path(given.get("output", default))
@@ -223,11 +249,13 @@ def _train(options: argparse.Namespace) -> int:
         _prepare_directory(folder)
     picture = _can_draw()
 
+    cap = "" if tasks["samples_per_task"] is None else f" (at most {tasks['samples_per_task']} per task)"
     print(
-        f"{dataset.name}: {len(dataset.y_train)} training and {len(dataset.y_test)} test samples of "
-        f"{dataset.features} features, {dataset.num_classes} classes; {options.scenario} scenario of "
+        f"{data_name}: {sum(len(dataset.y_train) for dataset in datasets)} training{cap} and "
+        f"{sum(len(dataset.y_test) for dataset in datasets)} {'test' if validation is None else 'validation'} samples "
+        f"of {scenario.features} features, {scenario.num_classes} classes; {options.scenario} scenario of "
         f"{len(scenario)} tasks; method {options.method}; "
-        f"network {'-'.join(map(str, [dataset.features, *options.hidden, dataset.num_classes]))}",
+        f"network {'-'.join(map(str, [scenario.features, *options.hidden, scenario.num_classes]))}",
         flush=True,  # before the progress on stderr, wherever both go
     )
     memory = MemoryMeter()
@@ -236,34 +264,41 @@ def _train(options: argparse.Namespace) -> int:
         if several:
             print(f"\nseed {seed}", flush=True)
         method, result = run(
-            dataset,
+            datasets,
             scenario=options.scenario,
             method=options.method,
             hidden=options.hidden,
             seed=seed,
             progress=NoProgress() if options.quiet else default_progress(),
             memory=memory,
+            evaluation=options.evaluation,
             **tasks,
             **overrides,
         )
         metrics = report.metrics_of(
             result,
             {
-                "dataset": options.dataset,
+                "dataset": options.dataset if len(datasets) > 1 else options.dataset[0],
                 "data_dir": given.get("data_dir"),
                 "scenario": options.scenario,
                 "tasks": len(scenario),
-                "classes_per_task": len(scenario.train_stream[0].classes),
+                "classes_per_task": len(scenario.test_stream[0].classes),
                 "shuffle_classes": options.shuffle_classes,
+                "max_degrees": given.get("max_degrees", scenarios.DEFAULT_MAX_DEGREES)
+                if options.scenario == "rotated"
+                else None,
+                "samples_per_task": given.get("samples_per_task"),
+                "validation": validation,
                 "method": options.method,
                 "hidden": options.hidden,
                 "seed": seed,
                 **dataclasses.asdict(config),
             },
+            chance=1 / scenario.num_classes,
         )
         written = [report.write_metrics(folders[seed], metrics)]
         if picture:
-            written.append(report.write_picture(folders[seed], metrics, chance=1 / dataset.num_classes))
+            written.append(report.write_picture(folders[seed], metrics, chance=1 / scenario.num_classes))
         if options.save_model:
             buffer = io.BytesIO()
             torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)

@@ -18,8 +18,8 @@ class Progress(Protocol):
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """One step was taken on ``task``; loss and accuracy are those of its batch, None where not computed."""
 
-    def learned(self, task: int, accuracies: list[float]) -> None:
-        """``task`` is learned; ``accuracies`` are those on all tasks now."""
+    def learned(self, task: int, accuracies: list[float | None]) -> None:
+        """``task`` is learned; ``accuracies`` are those on all tasks now, None where not evaluated."""
 
     def interrupted(self) -> None:
         """The user asked to stop; the state reached is being evaluated."""
@@ -37,7 +37,7 @@ class NoProgress:
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Ignored."""
 
-    def learned(self, task: int, accuracies: list[float]) -> None:
+    def learned(self, task: int, accuracies: list[float | None]) -> None:
         """Ignored."""
 
     def interrupted(self) -> None:
@@ -64,13 +64,14 @@ class LineProgress:
         """Count."""
         self._done += 1
 
-    def learned(self, task: int, accuracies: list[float]) -> None:
+    def learned(self, task: int, accuracies: list[float | None]) -> None:
         """Write the line."""
         seconds = time.perf_counter() - self._begun
         remaining = seconds / max(1, self._done) * (self._steps - self._done)
+        so_far = [accuracy for accuracy in accuracies[: task + 1] if accuracy is not None]
+        average = f", on the tasks so far {sum(so_far) / len(so_far):.1%}" if len(so_far) == task + 1 else ""
         self._write(
-            f"task {task + 1}/{self._tasks} learned: accuracy on this task {accuracies[task]:.1%}, "
-            f"on the tasks so far {_mean(accuracies[: task + 1]):.1%}; "
+            f"task {task + 1}/{self._tasks} learned: accuracy on this task {accuracies[task]:.1%}{average}; "
             f"{seconds:.0f} s, {remaining:.0f} s remain"
         )
 
@@ -150,7 +151,3 @@ def default_progress() -> Progress:
         except MissingExtraError:
             pass
     return LineProgress()
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .data import Dataset
+from .data import Dataset, joined_name
 from .memory import MemoryMeter
 from .methods import Method, TrainingError, build, method_config
 from .progress import NoProgress, Progress
-from .scenarios import Experience, Scenario, make_scenario, seeded_generator
+from .scenarios import Samples, Scenario, make_scenario, seeded_generator
 
 EVALUATION_BATCH = 500
+EVALUATIONS = ("all", "seen", "new")
 
 
 class Predictor(Protocol):
@@ -57,7 +58,7 @@ class TrainingResult:
     train_seconds: float = 0.0
 
 
-def evaluate(predict: Predictor, experience: Experience, batch_size: int = EVALUATION_BATCH) -> float:
+def evaluate(predict: Predictor, experience: Samples, batch_size: int = EVALUATION_BATCH) -> float:
     """Accuracy of ``predict`` on an experience, from 0 to 1, in minibatches and without gradients.
 
     ``predict`` is given the inputs and nothing else: neither labels nor which task they are from.
@@ -74,10 +75,11 @@ def train(
     method: Method,
     *,
     seed: int = 0,
+    evaluation: str = "all",
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
 ) -> TrainingResult:
-    """Train ``method`` on the train stream; after each experience evaluate it on the whole test stream.
+    """Train ``method`` on the train stream; after each experience evaluate it on the test stream.
 
     The order of the samples comes from ``seed`` alone; engrams are drawn from torch's global generator. A
     KeyboardInterrupt ends training: the half-learned state is evaluated too (a second interrupt skips that)
@@ -87,12 +89,17 @@ def train(
         scenario: the streams.
         method: what to train; its model is left in evaluation mode.
         seed: of the order of the samples.
+        evaluation: on which tasks after each: ``all``; ``seen``, those learned so far; ``new``, the one just learned,
+            and all at the end, since the time of the others grows with the square of the number of tasks.
         progress: told about steps and results; by default nobody is.
         memory: started before the model was built, to count it too; by default it starts here.
 
     Raises:
+        ValueError: unknown ``evaluation``.
         TrainingError: the loss or a weight became nan or infinite.
     """
+    if evaluation not in EVALUATIONS:
+        raise ValueError(f"evaluation: expected one of {', '.join(EVALUATIONS)}, got {evaluation!r}")
     progress = NoProgress() if progress is None else progress
     memory = MemoryMeter() if memory is None else memory
     tasks, config = len(scenario), method.config
@@ -102,27 +109,30 @@ def train(
     started = time.perf_counter()
     task = 0
 
-    def evaluate_all() -> list[float]:
+    def evaluate_row(last: bool) -> list[float | None]:
         method.model.eval()
-        row = [evaluate(method.model, experience) for experience in scenario.test_stream]
-        result.accuracy_matrix[task] = list(row)
+        first = task if evaluation == "new" and not last else 0
+        stop = tasks if evaluation == "all" else task + 1
+        row: list[float | None] = [None] * tasks
+        row[first:stop] = [evaluate(method.model, experience) for experience in scenario.test_stream[first:stop]]
+        result.accuracy_matrix[task] = row
         return row
 
     total = sum(config.epochs * -(-len(experience) // config.batch_size) for experience in scenario.train_stream)
     progress.begin(tasks, total)
     try:
-        for task, experience in enumerate(scenario.train_stream):
+        for task, new in enumerate(scenario.train_stream):
             method.model.train()
-            samples = method.before_training_exp(experience)
+            experience = method.before_training_exp(new)
             for epoch in range(config.epochs):
-                for x, y in samples.batches(config.batch_size, order):
+                for x, y in experience.batches(config.batch_size, order):
                     begun = time.perf_counter()
                     loss, accuracy = _step(method, x, y, where=f"task {task + 1}, epoch {epoch + 1}")
                     step_seconds.append(time.perf_counter() - begun)
                     progress.step(task, loss, accuracy)
                 _check_weights(method, where=f"task {task + 1}, epoch {epoch + 1}")
-            method.after_training_exp(samples)
-            row = evaluate_all()
+            method.after_training_exp(experience)
+            row = evaluate_row(last=task + 1 == tasks)
             result.tasks_completed = task + 1
             progress.learned(task, row)
         result.completed = True
@@ -130,7 +140,7 @@ def train(
         progress.interrupted()
         try:
             if step_seconds and result.tasks_completed <= task:
-                evaluate_all()
+                evaluate_row(last=True)
         except KeyboardInterrupt:
             pass
     finally:
@@ -143,7 +153,7 @@ def train(
 
 
 def run(
-    dataset: Dataset,
+    dataset: Dataset | Sequence[Dataset],
     *,
     scenario: str = "class",
     method: str = "engram",
@@ -152,11 +162,14 @@ def run(
     tasks: int | None = None,
     classes_per_task: int | None = None,
     shuffle_classes: bool = False,
+    max_degrees: float | None = None,
+    samples_per_task: int | None = None,
+    evaluation: str = "all",
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
     **overrides: Any,
 ) -> tuple[Method, TrainingResult]:
-    """Everything from a data set to a result, as ``engram-kernels train`` does it.
+    """Everything from a data set (scenario domain: a list of them) to a result, as ``engram-kernels train`` does it.
 
     Deterministic under ``seed``. Seeds torch's global generator. Several runs in one process should share
     ``memory``: a later run reuses what an earlier one gave back, and would seem to need less. ``overrides``
@@ -166,19 +179,22 @@ def run(
         ValueError: an option out of range (before any training).
         TrainingError: the loss or a weight became nan or infinite.
     """
-    config = method_config(method, scenario, dataset.name, **overrides)
+    datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
+    config = method_config(method, scenario, joined_name(datasets), **overrides)
     streams = make_scenario(
         scenario,
-        dataset,
+        datasets,
         tasks=tasks,
         classes_per_task=classes_per_task,
         shuffle_classes=shuffle_classes,
+        max_degrees=max_degrees,
+        samples_per_task=samples_per_task,
         seed=seed,
     )
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
-    learner = build(method, config, dataset.features, hidden, dataset.num_classes)
-    return learner, train(streams, learner, seed=seed, progress=progress, memory=memory)
+    learner = build(method, config, streams.features, hidden, streams.num_classes)
+    return learner, train(streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory)
 
 
 def _step(method: Method, x: Tensor, y: Tensor, where: str) -> tuple[float | None, float | None]:

@@ -115,10 +115,10 @@ ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
             {"method": "engram", "readout": readout},
             {
                 "readout": readout, "temperature": 0.0, "train_hidden": False, "balanced": True, "batch_size": 500,
-                "epochs": 1, "loss": "all",
+                "epochs": 1, "loss": "all", "rate": rate,
             },
         )
-        for readout in ("prototype", "ridge")
+        for readout, rate in (("prototype", 0.05), ("ridge", 0.3))
     ),
 )  # fmt: skip
 

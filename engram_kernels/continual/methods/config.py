@@ -67,7 +67,7 @@ class BinaryConfig(MethodConfig):
         segments: of each class of a dendritic read-out.
         conscience: of its local loss: how strongly segments that win seldom are preferred, at least 0.
         cross_entropy_weight: weight of the batch's cross-entropy beside the local loss, at least 0.
-        penalty: of a ridge read-out, above 0.
+        penalty: of a ridge read-out, a share of the mean variance, above 0.
         weight_decay: coupled L2 decay of the hidden weights.
         ste_window: the straight-through estimator passes gradient to units whose pre-activation is at most this
             in magnitude (before a dendritic read-out: this far above the weakest recruited unit's); inf to all.
@@ -87,7 +87,7 @@ class BinaryConfig(MethodConfig):
     segments: int = 100
     conscience: float = 5.0
     cross_entropy_weight: float = 0.0
-    penalty: float = 1.0
+    penalty: float = 0.01
     weight_decay: float = 0.0
     ste_window: float = 1.0
     logit_scale: float = 1.0

@@ -352,7 +352,7 @@ class JointTraining(FullPrecisionMethod):
         return Joint(self.experiences)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adds the experiences, and so all their data. They are no tensors: load with ``weights_only=False``."""
+        """Adds the experiences, and so all their data."""
         return super().state_dict() | {"experiences": self.experiences}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -205,7 +205,7 @@ def test_a_method_goes_on_from_its_saved_state_to_the_bit(name, learned, within)
 
     wanted = go_on(method)
     file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=False))
+    other.load_state_dict(torch.load(file, weights_only=True))
     assert same(go_on(other), wanted)
 
 
@@ -220,6 +220,6 @@ def test_loading_a_state_shares_no_memory_with_it(name):
     file.seek(0)
     other.load_state_dict(method.state_dict())
     learn(other, stream[1])
-    now, saved = method.state_dict(), torch.load(file, weights_only=False)
+    now, saved = method.state_dict(), torch.load(file, weights_only=True)
     assert now.keys() == saved.keys()
     assert all(same(now[key], saved[key]) for key in now if key != "optimizer")
