@@ -151,6 +151,10 @@ class Experience(Samples):
         return standardize(x), self.y[rows]
 
 
+# What a method remembers of experiences is part of its state, which is loaded with weights_only=True.
+torch.serialization.add_safe_globals([Experience, Permutation, Rotation])
+
+
 @dataclass(frozen=True)
 class Joint(Samples):
     """Several experiences as one, without a copy of their data: all data so far (Avalanche's Cumulative).

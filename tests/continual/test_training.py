@@ -9,7 +9,7 @@ from torch import nn
 
 from engram_kernels.continual.data import Dataset
 from engram_kernels.continual.memory import MemoryMeter
-from engram_kernels.continual.methods import METHODS, Method, MethodConfig, build
+from engram_kernels.continual.methods import METHODS, BinaryConfig, Method, MethodConfig, build
 from engram_kernels.continual.progress import BarProgress, LineProgress, NoProgress, RunningMean
 from engram_kernels.continual.scenarios import SCENARIOS, Experience, class_scenario, make_scenario
 from engram_kernels.continual.training import TrainingError, evaluate, run, train
@@ -31,7 +31,7 @@ def linear_method(dataset, lr=0.05, epochs=2, **config):
     """A plain float model: the loop must not care."""
     torch.manual_seed(0)
     model = nn.Linear(dataset.features, dataset.num_classes)
-    config = MethodConfig(lr=lr, metaplasticity=0.0, batch_size=10, epochs=epochs, **config)
+    config = MethodConfig(lr=lr, batch_size=10, epochs=epochs, **config)
     return Method(config, model, torch.optim.Adam(model.parameters(), lr=lr))
 
 
@@ -67,15 +67,18 @@ def one_thread():
 def test_a_run_learns_and_is_reproducible(method, scenario):
     options = {
         "scenario": scenario, "method": method, "hidden": (96, 64), "epochs": 5, "batch_size": 10, "loss": "all",
-        "lr": 0.005, "train_hidden": True, **({} if scenario == "domain" else {"tasks": 2}),
+        "lr": 0.005, **({} if scenario == "domain" else {"tasks": 2}),
     }  # fmt: skip
+    if isinstance(METHODS[method].config, BinaryConfig):
+        options["train_hidden"] = True
     data = [clusters(), clusters(spread=0.4)] if scenario == "domain" else clusters()
     (model, first), (same_model, again), (other_model, _) = (run(data, seed=seed, **options) for seed in (3, 3, 4))
     assert first.completed
     assert first.tasks_completed == 2
     assert first.accuracy_matrix[0][0] > (0.7 if scenario == "class" else 0.45)
     assert first.accuracy_matrix == again.accuracy_matrix
-    assert first.steps == 2 * 5 * (80 if scenario == "class" else 160) / 10
+    tasks_trained_on = 1 + 2 if method == "joint" else 2
+    assert first.steps == tasks_trained_on * 5 * (80 if scenario == "class" else 160) / 10
     assert first.step_milliseconds > 0
     weights, same, other = (m.model.state_dict() for m in (model, same_model, other_model))
     assert all(torch.equal(weights[key], same[key]) for key in weights)
@@ -128,7 +131,7 @@ def test_evaluation_does_not_depend_on_the_batch_size_and_leaves_the_model_alone
     """Nor on the company a sample is in: no statistics over the test batch."""
     torch.manual_seed(0)
     dataset = clusters()
-    method = build(METHODS["engram"], dataset.features, (64, 48), dataset.num_classes)
+    method = build("engram", METHODS["engram"].config, dataset.features, (64, 48), dataset.num_classes)
     train(class_scenario(dataset), method)
     before = {key: value.clone() for key, value in method.model.state_dict().items()}
     whole = Experience(dataset.x_test, dataset.y_test, (0, 1, 2, 3))
@@ -192,7 +195,7 @@ def test_a_nan_that_the_loss_does_not_see_is_found():
 
 def test_a_nan_that_an_operator_refuses_is_a_training_error():
     dataset = clusters()
-    method = build(METHODS["engram"], dataset.features, [16], dataset.num_classes)
+    method = build("engram", METHODS["engram"].config, dataset.features, [16], dataset.num_classes)
     method.model.layers[1].weight.data[0, 0] = math.nan
     with pytest.raises(TrainingError, match=r"NaN.* in task 1, epoch 1; a lower lr may help"):
         train(class_scenario(dataset), method)

@@ -215,10 +215,11 @@ class SynapticIntelligence(QuadraticPenalty):
 class LwF(FullPrecisionMethod):
     """Learning without forgetting: the outputs for earlier classes stay what the network before would have said.
 
-    ``cross-entropy + strength T^2 * -sum softmax(before / T) log softmax(scores / T)``, both softmaxes over the
-    classes seen before this experience, T the distillation temperature; T^2 makes the gradient's size independent of
-    it (Hinton et al. 2015). With loss ``all`` the cross-entropy is over the classes seen so far, as van de Ven et al.
-    2022 report it for class-incremental learning. Scores of other classes are -inf.
+    ``cross-entropy + strength * mean of -sum_c before_c log now_c``, before and now the softmax of the old and of the
+    new network's ``scores / T`` over the classes seen so far, T the distillation temperature (Li and Hoiem 2017). With
+    loss ``all`` the cross-entropy is over these classes too. Of classes new in this experience the old network says 0,
+    as van de Ven et al. 2022 have it; that is what holds the others up, for if both softmaxes were over the earlier
+    classes alone, their scores could sink together. Scores of classes not seen yet are -inf.
 
     Attributes:
         teacher: the network before this experience; None in the first one.
@@ -243,11 +244,11 @@ class LwF(FullPrecisionMethod):
         """Cross-entropy and distillation, and the scores (B, classes)."""
         loss, scores = super().loss(x, y)
         if self.teacher is not None and self.config.strength > 0.0:
-            before, temperature = self.teacher.seen, self.config.distillation_temperature
+            seen, temperature = self.model.seen, self.config.distillation_temperature
             with torch.no_grad():
-                targets = (self.teacher(x)[:, before] / temperature).softmax(dim=1)
-            distillation = F.cross_entropy(scores[:, before] / temperature, targets)
-            loss = loss + self.config.strength * temperature**2 * distillation
+                targets = (self.teacher(x)[:, seen] / temperature).softmax(dim=1)  # 0 for the classes new to it
+            distillation = F.cross_entropy(scores[:, seen] / temperature, targets)
+            loss = loss + self.config.strength * distillation
         return loss, scores
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,7 +294,8 @@ class ReplayBuffer:
         """Shows samples, x float32 (B, features), y int64 (B,); draws their keys from torch's global generator."""
         y, keys = torch.cat([self.y, y]), torch.cat([self.keys, torch.rand(len(y), dtype=torch.float64)])
         by_key = keys.argsort()
-        rank = F.one_hot(y[by_key]).cumsum(dim=0).gather(1, y[by_key, None])[:, 0]  # within its class, from 1
+        classes, number = y[by_key].unique(return_inverse=True)
+        rank = F.one_hot(number, max(1, len(classes))).cumsum(dim=0).gather(1, number[:, None])[:, 0]  # in its class
         kept = by_key[rank.argsort(stable=True)[: self.size]]
         self.x, self.y, self.keys = torch.cat([self.x, x])[kept], y[kept], keys[kept]
 
@@ -350,7 +352,7 @@ class JointTraining(FullPrecisionMethod):
         return Joint(self.experiences)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adds the experiences, and so all their data. They are no tensors: load with ``weights_only=False``."""
+        """Adds the experiences, and so all their data."""
         return super().state_dict() | {"experiences": self.experiences}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
