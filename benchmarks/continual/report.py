@@ -1,4 +1,4 @@
-"""Makes RESULTS.md, SEARCH.md and their pictures of what lies in results/: ``python benchmarks/continual/report.py``."""
+"""Makes RESULTS.md, SEARCH.md and pictures of what lies in results/: ``python benchmarks/continual/report.py``."""
 
 from __future__ import annotations
 
