@@ -118,7 +118,8 @@ def train(
         result.accuracy_matrix[task] = row
         return row
 
-    total = sum(config.epochs * -(-len(experience) // config.batch_size) for experience in scenario.train_stream)
+    passes = [-(-samples // config.batch_size) for samples in method.samples_of(scenario.train_stream)]
+    total = config.epochs * sum(passes)
     progress.begin(tasks, total)
     try:
         for task, new in enumerate(scenario.train_stream):
