@@ -109,7 +109,6 @@ def build_parser() -> argparse.ArgumentParser:
         ("--ste-window", float, "largest pre-activation that passes gradient (straight-through estimator)"),
         ("--logit-scale", float, "factor on the logits before the softmax"),
         ("--weight-decay", float, "L2 decay of the hidden weights"),
-        ("--weight-bound", float, "largest magnitude of a hidden weight, which bounds its consolidation"),
         ("--segments", int, "dendritic segments per class"),
         ("--conscience", float, "of the local loss: preference for segments that win seldom"),
         ("--cross-entropy-weight", float, "of the batch's cross-entropy beside the local loss"),
@@ -128,6 +127,10 @@ def build_parser() -> argparse.ArgumentParser:
             "step size of metaplastic Adam; one value, three (first, between, output layer) or one per weight matrix",
         ),
         ("--metaplasticity", "resistance of large weights to shrinking; one value or several, like --lr"),
+        (
+            "--weight-bound",
+            "largest magnitude of a hidden weight, which bounds its consolidation; one value or several, like --lr",
+        ),
     ):
         group.add_argument(option, type=float, nargs="+", metavar="X", default=argparse.SUPPRESS, help=text)
     group.add_argument(

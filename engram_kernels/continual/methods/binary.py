@@ -104,18 +104,16 @@ def build_optimizer(config: BinaryConfig, model: nn.Module) -> torch.optim.Optim
         if not groups or (parameter.ndim >= 2 and any(p.ndim >= 2 for p in groups[-1])):
             groups.append([])
         groups[-1].append(parameter)
-    lr, metaplasticity = (_per_layer(name, getattr(config, name), len(groups)) for name in ("lr", "metaplasticity"))
-    if len(set(zip(lr, metaplasticity, strict=True))) == 1:
-        groups, lr, metaplasticity = [[p for group in groups for p in group]], lr[:1], metaplasticity[:1]
+    names = ("lr", "metaplasticity", "weight_bound")
+    of_groups = [
+        dict(zip(names, own, strict=True))
+        for own in zip(*(_per_layer(name, getattr(config, name), len(groups)) for name in names), strict=True)
+    ]
+    if all(own == of_groups[0] for own in of_groups):
+        groups, of_groups = [[p for group in groups for p in group]], of_groups[:1]
     return ek.MetaplasticAdam(
-        [
-            {"params": group, "lr": group_lr, "metaplasticity": group_m}
-            for group, group_lr, group_m in zip(groups, lr, metaplasticity, strict=True)
-        ],
-        lr=lr[0],
-        metaplasticity=metaplasticity[0],
+        [{"params": group, **own} for group, own in zip(groups, of_groups, strict=True)],
         weight_decay=config.weight_decay,
-        weight_bound=config.weight_bound,
         state_dtype=getattr(torch, config.state_dtype),
         fuse_backward=config.fuse_backward,
     )

@@ -57,7 +57,8 @@ class BinaryConfig(MethodConfig):
 
     Attributes:
         metaplasticity: m of the metaplastic rule, 0 for plain Adam; one value or several, as for ``lr``.
-        weight_bound: largest magnitude of a hidden weight, which bounds its consolidation; inf for none.
+        weight_bound: largest magnitude of a hidden weight, which bounds its consolidation, inf for none; one value
+            or several, as for ``lr``.
         rate: share of each layer's input units recruited per sample, in (0, 1]; None for a method without
             gates.
         temperature: of the Gumbel noise in `StochasticEngram`; 0 is k-winners-take-all, inf uniformly random.
@@ -80,7 +81,7 @@ class BinaryConfig(MethodConfig):
     """
 
     metaplasticity: PerLayer = 0.0
-    weight_bound: float = math.inf
+    weight_bound: PerLayer = math.inf
     rate: float | None = None
     temperature: float | None = None
     readout: str = "linear"
@@ -110,7 +111,9 @@ class BinaryConfig(MethodConfig):
         # inf is a uniformly random engram
         _check("temperature", temperature, "a number >= 0", temperature is None or temperature >= 0.0)
         _check("segments", self.segments, "an integer >= 1", self.segments >= 1)
-        for name in ("ste_window", "logit_scale", "weight_bound"):
+        for value in values(self.weight_bound):
+            _check("weight_bound", value, "a number > 0", value > 0.0)
+        for name in ("ste_window", "logit_scale"):
             _check(name, getattr(self, name), "a number > 0", getattr(self, name) > 0.0)
         for name in ("weight_decay", "conscience", "cross_entropy_weight"):
             value = getattr(self, name)
