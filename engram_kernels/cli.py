@@ -16,9 +16,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from .continual.data import Dataset
+    from .continual.scenarios import Scenario
 
 PROGRAM = "engram-kernels"
+MODEL_FILE = "model.pt"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -148,6 +153,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--threads", type=int, metavar="N", default=argparse.SUPPRESS, help="CPU threads (default: torch's)"
     )
     group.add_argument("--save-model", action="store_true", help="also write the trained weights, model.pt")
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on after the last finished task of an interrupted or killed run with the same output and options",
+    )  # fmt: skip
     group.add_argument("--quiet", action="store_true", help="no progress")
     train.set_defaults(run=_train)
 
@@ -182,14 +191,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_USER_ERROR
 
 
-def _train(options: argparse.Namespace) -> int:
-    import torch
+class _Plan(NamedTuple):
+    """What the options of ``train`` ask for, all of it checked."""
 
-    from .continual import data, report, scenarios
-    from .continual.memory import MemoryMeter
+    dataset: Dataset
+    scenario: Scenario  # of the first seed
+    arguments: dict[str, Any]  # of training.run, besides data set and seed
+    seeds: list[int]
+    config: dict[str, Any]  # for metrics.json; the seed is each run's own
+    output: Path
+
+    def folder(self, seed: int) -> Path:
+        """Where a seed's results go."""
+        return self.output / f"seed{seed}" if len(self.seeds) > 1 else self.output
+
+    def config_of(self, seed: int) -> dict[str, Any]:
+        """Every option that a seed's numbers follow from."""
+        return {**self.config, "seed": seed}
+
+
+def _plan(options: argparse.Namespace) -> _Plan:
+    """Everything that can be wrong is looked at here, before the first minute of training.
+
+    Raises:
+        ValueError: names the option, what it got and what it needs.
+    """
+    from .continual import data, scenarios
     from .continual.methods import METHODS, method_config
-    from .continual.progress import NoProgress, default_progress
-    from .continual.training import run
 
     given = vars(options)
     seeds: list[int] = given.get("seeds", [options.seed])
@@ -197,10 +225,8 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError(f"seeds: expected different seeds, got {' '.join(map(str, seeds))}")
     for seed in seeds:
         scenarios.seeded_generator(seed, "check")
-    if (threads := given.get("threads")) is not None:
-        if threads < 1:
-            raise ValueError(f"threads: expected an integer >= 1, got {threads}")
-        torch.set_num_threads(threads)
+    if (threads := given.get("threads")) is not None and threads < 1:
+        raise ValueError(f"threads: expected an integer >= 1, got {threads}")
     overrides: dict[str, Any] = {
         field.name: tuple(value) if isinstance(value := given[field.name], list) and len(value) > 1
         else value[0] if isinstance(value, list) else value
@@ -209,78 +235,144 @@ def _train(options: argparse.Namespace) -> int:
         if field.name in given
     }  # fmt: skip
     tasks: dict[str, Any] = {name: given.get(name) for name in ("tasks", "classes_per_task", "shuffle_classes")}
-
-    # Everything that can be wrong is looked at before the first minute of training.
     dataset = data.load(options.dataset, given.get("data_dir"))
     config = method_config(options.method, options.scenario, dataset.name, **overrides)
     scenario = scenarios.make_scenario(options.scenario, dataset, seed=seeds[0], **tasks)
-    name = f"{dataset.name}-{options.scenario}-{options.method}"
-    several = len(seeds) > 1
-    default = Path("runs") / f"{name}-seed{'s' if several else ''}{'-'.join(map(str, seeds))}"
-    output = Path(given.get("output", default))
-    folders = {seed: output / f"seed{seed}" if several else output for seed in seeds}
-    for folder in folders.values():
-        _prepare_directory(folder)
+    several = "s" if len(seeds) > 1 else ""
+    name = f"{dataset.name}-{options.scenario}-{options.method}-seed{several}{'-'.join(map(str, seeds))}"
+    return _Plan(
+        dataset=dataset,
+        scenario=scenario,
+        arguments={
+            "scenario": options.scenario,
+            "method": options.method,
+            "hidden": options.hidden,
+            **tasks,
+            **overrides,
+        },
+        seeds=seeds,
+        config={
+            "dataset": options.dataset,
+            "data_dir": given.get("data_dir"),
+            "scenario": options.scenario,
+            "tasks": len(scenario),
+            "classes_per_task": len(scenario.train_stream[0].classes),
+            "shuffle_classes": options.shuffle_classes,
+            "method": options.method,
+            "hidden": options.hidden,
+            **dataclasses.asdict(config),
+        },
+        output=Path(given.get("output", Path("runs") / name)),
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    import torch
+
+    from .continual import report
+    from .continual.checkpoint import Checkpoint
+    from .continual.memory import MemoryMeter
+    from .continual.progress import NoProgress, default_progress
+    from .continual.training import run
+
+    plan = _plan(options)
+    if "threads" in options:
+        torch.set_num_threads(options.threads)
+    for seed in plan.seeds:
+        _prepare_directory(plan.folder(seed))
+    complete = {seed: metrics for seed in plan.seeds if options.resume and (metrics := _complete(plan, seed, options))}
     picture = _can_draw()
+    dataset, several = plan.dataset, len(plan.seeds) > 1
 
     print(
         f"{dataset.name}: {len(dataset.y_train)} training and {len(dataset.y_test)} test samples of "
         f"{dataset.features} features, {dataset.num_classes} classes; {options.scenario} scenario of "
-        f"{len(scenario)} tasks; method {options.method}; "
+        f"{len(plan.scenario)} tasks; method {options.method}; "
         f"network {'-'.join(map(str, [dataset.features, *options.hidden, dataset.num_classes]))}",
         flush=True,  # before the progress on stderr, wherever both go
     )
     memory = MemoryMeter()
     results = []
-    for seed in seeds:
+    for seed in plan.seeds:
         if several:
             print(f"\nseed {seed}", flush=True)
-        method, result = run(
-            dataset,
-            scenario=options.scenario,
-            method=options.method,
-            hidden=options.hidden,
-            seed=seed,
-            progress=NoProgress() if options.quiet else default_progress(),
-            memory=memory,
-            **tasks,
-            **overrides,
-        )
-        metrics = report.metrics_of(
-            result,
-            {
-                "dataset": options.dataset,
-                "data_dir": given.get("data_dir"),
-                "scenario": options.scenario,
-                "tasks": len(scenario),
-                "classes_per_task": len(scenario.train_stream[0].classes),
-                "shuffle_classes": options.shuffle_classes,
-                "method": options.method,
-                "hidden": options.hidden,
-                "seed": seed,
-                **dataclasses.asdict(config),
-            },
-        )
-        written = [report.write_metrics(folders[seed], metrics)]
-        if picture:
-            written.append(report.write_picture(folders[seed], metrics, chance=1 / dataset.num_classes))
-        if options.save_model:
-            buffer = io.BytesIO()
-            torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
-            written.append(folders[seed] / "model.pt")
-            report.write_atomically(written[-1], buffer.getvalue())
+        folder, written = plan.folder(seed), []
+        checkpoint = Checkpoint(folder, plan.config_of(seed), resume=options.resume)
+        if seed in complete:
+            print(f"{folder} is complete: nothing is left to train", flush=True)
+            metrics = complete[seed]
+            result = report.result_of(metrics)
+            if picture and not (folder / report.PICTURE_FILE).exists():
+                written.append(report.write_picture(folder, metrics, chance=1 / dataset.num_classes))
+        else:
+            if options.resume:
+                tasks = checkpoint.tasks_completed()
+                print(
+                    f"nothing to resume in {folder}: starting from the beginning"
+                    if tasks is None
+                    else f"resuming {folder} after task {tasks} of {len(plan.scenario)}",
+                    flush=True,
+                )
+            else:
+                checkpoint.remove()
+            method, result = run(
+                dataset,
+                seed=seed,
+                progress=NoProgress() if options.quiet else default_progress(),
+                memory=memory,
+                checkpoint=checkpoint,
+                **plan.arguments,
+            )
+            metrics = report.metrics_of(result, plan.config_of(seed))
+            if options.save_model:  # first: metrics.json says that a run is complete
+                buffer = io.BytesIO()
+                torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
+                written.append(folder / MODEL_FILE)
+                report.write_atomically(written[-1], buffer.getvalue())
+            written.append(report.write_metrics(folder, metrics))
+            if picture:
+                written.append(report.write_picture(folder, metrics, chance=1 / dataset.num_classes))
+        if result.completed:
+            checkpoint.remove()
         print("\n".join(("", report.table(result.accuracy_matrix, result.tasks_completed), "", report.summary(result))))
-        print("\n" + "\n".join(f"wrote {path}" for path in written))
+        if written:
+            print("\n" + "\n".join(f"wrote {path}" for path in written))
         results.append(result)
         if not result.completed:
-            print(f"{PROGRAM}: interrupted; the files hold what was learned so far", file=sys.stderr)
+            print(
+                f"{PROGRAM}: interrupted; the files hold what was learned so far, and --resume goes on from it",
+                file=sys.stderr,
+            )
             break
-    finished = [(seed, result) for seed, result in zip(seeds, results, strict=False) if result.completed]
+    finished = [(seed, result) for seed, result in zip(plan.seeds, results, strict=False) if result.completed]
     if several and finished:
         content = report.summarize_seeds([seed for seed, _ in finished], [result for _, result in finished])
-        path = report.write_metrics(output, content, "summary.json")
+        path = report.write_metrics(plan.output, content, "summary.json")
         print(f"\n{report.seeds_table(content)}\n\nwrote {path}")
     return 0 if results[-1].completed else EXIT_INTERRUPTED
+
+
+def _complete(plan: _Plan, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The metrics of a finished run of a seed; None if there is something to train.
+
+    Raises:
+        ValueError: what lies there is damaged or of a run with other options, or lacks the model asked for.
+    """
+    from .continual import report
+    from .continual.checkpoint import Checkpoint, check_same_options, plain
+
+    folder, config = plan.folder(seed), plan.config_of(seed)
+    if Checkpoint(folder, config).tasks_completed() is not None:
+        return None
+    metrics = report.read_metrics(folder)
+    if metrics is None or not metrics["completed"]:
+        return None
+    check_same_options(metrics["config"], plain(config), folder / report.METRICS_FILE)
+    if options.save_model and not (folder / MODEL_FILE).exists():
+        raise ValueError(
+            f"save_model: {folder} is complete and its model was not saved; without --resume training begins anew"
+        )
+    return metrics
 
 
 def _prepare_directory(path: Path) -> None:

@@ -256,6 +256,188 @@ def test_interrupt_writes_what_was_learned(npz):
     assert "average accuracy" in printed
 
 
+FOUR_TASKS = ["--scenario", "permuted", "--tasks", "4", "--batch-size", "10"]
+KILLED = """
+import os, signal, sys
+from engram_kernels import cli
+from engram_kernels.continual import training
+
+steps, step = 0, training._step
+
+def killed(*arguments, **named):
+    global steps
+    steps += 1
+    if steps == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments, **named)
+
+training._step = killed
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--fuse-backward", "--state-dtype", "bfloat16", "--weight-dtype", "bfloat16"],
+        ["--state-dtype", "int8"],
+        ["--method", "mbnn", "--fuse-backward", "--state-dtype", "int8"],
+        ["--readout", "dendritic", "--segments", "3"],
+        ["--readout", "dendritic", "--segments", "3", "--train-hidden", "--loss", "batch", "--temperature", "1"],
+        ["--readout", "prototype"],
+        ["--readout", "ridge"],
+    ],
+    ids=" ".join,
+)
+def test_a_killed_run_goes_on_to_the_numbers_of_an_unbroken_one(npz, capsys, options):
+    """For real: a process that dies in the third of four tasks of 16 steps."""
+    options = [
+        "--scenario",
+        "permuted",
+        "--tasks",
+        "4",
+        "--batch-size",
+        "10",
+        "--save-model",
+        "--threads",
+        "1",
+        *options,
+    ]
+    command = ["train", "--dataset", npz, "--hidden", "32", "--epochs", "2", *options]
+    process = subprocess.run([sys.executable, "-c", KILLED, *command, "--output", "broken"], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert os.listdir("broken") == ["checkpoint.pt"]
+    assert train(npz, *options, "--output", "broken", "--resume") == 0
+    printed = capsys.readouterr()
+    assert "resuming broken after task 2 of 4" in printed.out
+    assert "resumed after task 2/4\n" in printed.err
+    assert "task 2/4 learned" not in printed.err
+    assert "checkpoint.pt" not in os.listdir("broken")
+
+    assert train(npz, *options, "--output", "whole") == 0
+    broken, whole = read("broken/metrics.json"), read("whole/metrics.json")
+    for name in ("accuracy_matrix", "average_accuracy", "steps", "tasks_completed", "completed", "config"):
+        assert broken[name] == whole[name]
+    weights = [torch.load(f"{folder}/model.pt", weights_only=True)["state_dict"] for folder in ("broken", "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+
+
+def interrupted(npz, monkeypatch, *options, step=40):
+    """Ctrl-C at a step of a run of four tasks of 16 steps."""
+    from engram_kernels.continual import training
+
+    steps, observe = 0, training._step
+
+    def stopped(*arguments, **named):
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            raise KeyboardInterrupt
+        return observe(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_step", stopped)
+        return train(npz, *FOUR_TASKS, *options)
+
+
+def test_an_interrupted_run_goes_on_after_its_last_finished_task(npz, capsys, monkeypatch):
+    assert interrupted(npz, monkeypatch, "--output", "out") == 130
+    assert "--resume" in capsys.readouterr().err
+    assert read("out/metrics.json")["tasks_completed"] == 2
+    assert train(npz, *FOUR_TASKS, "--output", "out", "--resume") == 0
+    assert train(npz, *FOUR_TASKS, "--output", "whole") == 0
+    assert read("out/metrics.json")["accuracy_matrix"] == read("whole/metrics.json")["accuracy_matrix"]
+
+
+def test_nothing_to_resume_is_said(npz, capsys, monkeypatch):
+    assert train(npz, "--output", "out", "--resume") == 0
+    assert "nothing to resume in out: starting from the beginning" in capsys.readouterr().out
+    assert interrupted(npz, monkeypatch, "--output", "early", step=5) == 130
+    assert train(npz, *FOUR_TASKS, "--output", "early", "--resume") == 0
+    assert "nothing to resume in early" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_complete(npz, capsys, monkeypatch):
+    assert train(npz, "--output", "out") == 0
+    before, table = Path("out/metrics.json").read_bytes(), capsys.readouterr().out.split("\n\n")[1]
+    Path("out/report.png").unlink(missing_ok=True)
+    monkeypatch.setattr("engram_kernels.continual.training.train", None)
+    assert train(npz, "--output", "out", "--resume") == 0
+    printed = capsys.readouterr().out
+    assert "out is complete: nothing is left to train" in printed
+    assert table in printed
+    assert Path("out/metrics.json").read_bytes() == before
+    assert cli._can_draw() == Path("out/report.png").exists()
+    assert train(npz, "--output", "out", "--resume", "--save-model") == 2
+    refused(capsys, ["save_model", "out"])
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--hidden", "48"], ["hidden", "expected [32]", "got [48]"]),
+        (["--seed", "3"], ["seed", "expected 0", "got 3"]),
+        (["--lr", "0.1", "0.2"], ["lr", "got [0.1, 0.2]"]),
+        (["--tasks", "5"], ["tasks", "expected 4", "got 5"]),
+        (["--method", "mbnn"], ["method", "expected engram", "got mbnn"]),
+    ],
+)
+def test_resuming_with_other_options_is_refused(npz, capsys, monkeypatch, options, wanted):
+    """Of what was interrupted, and of what is complete."""
+    assert interrupted(npz, monkeypatch, "--output", "out") == 130
+    for file in ("checkpoint.pt", "metrics.json"):
+        capsys.readouterr()
+        assert train(npz, *FOUR_TASKS, "--output", "out", "--resume", *options) == 2
+        refused(capsys, [*wanted, f"out/{file}"])
+        assert train(npz, *FOUR_TASKS, "--output", "out", "--resume") == 0
+
+
+def test_without_resume_training_begins_anew(npz, capsys, monkeypatch):
+    assert interrupted(npz, monkeypatch, "--output", "out") == 130
+    assert train(npz, "--output", "out", "--seed", "1") == 0
+    assert "checkpoint.pt" not in os.listdir("out")
+    assert read("out/metrics.json")["seed"] == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "other"])
+def test_a_damaged_checkpoint(npz, capsys, monkeypatch, damage):
+    assert interrupted(npz, monkeypatch, "--output", "out") == 130
+    path = Path("out/checkpoint.pt")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes({
+        "cut": content[:-100],
+        "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "empty": b"",
+        "other": b"PK of something else",
+    }[damage])  # fmt: skip
+    assert train(npz, *FOUR_TASKS, "--output", "out", "--resume") == 2
+    refused(capsys, ["checkpoint", "out/checkpoint.pt", "damaged"])
+
+
+def test_damaged_metrics(npz, capsys):
+    Path("out").mkdir()
+    Path("out/metrics.json").write_text('{"completed": true}')
+    assert train(npz, "--output", "out", "--resume") == 2
+    refused(capsys, ["metrics", "out/metrics.json"])
+
+
+def test_resuming_several_seeds_skips_the_finished(npz, capsys, monkeypatch):
+    seeds = ["--seeds", "0", "1", "2"]
+    assert interrupted(npz, monkeypatch, "--output", "out", *seeds, step=64 + 40) == 130
+    first = Path("out/seed0/metrics.json").read_bytes()
+    capsys.readouterr()
+    assert train(npz, *FOUR_TASKS, "--output", "out", "--resume", *seeds) == 0
+    printed = capsys.readouterr().out
+    for piece in ("out/seed0 is complete", "resuming out/seed1 after task 2 of 4", "nothing to resume in out/seed2"):
+        assert piece in printed
+    assert Path("out/seed0/metrics.json").read_bytes() == first
+    assert train(npz, *FOUR_TASKS, "--output", "whole", *seeds) == 0
+    values = [read(f"{folder}/summary.json")["average_accuracy"] for folder in ("out", "whole")]
+    assert values[0] == values[1]
+
+
 def test_info(capsys, monkeypatch):
     monkeypatch.setenv("ENGRAM_SOMETHING", "1")
     assert cli.main(["info"]) == 0

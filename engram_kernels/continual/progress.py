@@ -10,10 +10,13 @@ from .extras import MissingExtraError, require
 
 
 class Progress(Protocol):
-    """What the training loop reports, in this order: begin, (step..., learned)..., [interrupted,] end."""
+    """What the training loop reports, in this order: begin, [resumed,] (step..., learned)..., [interrupted,] end."""
 
     def begin(self, tasks: int, steps: int) -> None:
         """Training starts: so many tasks, so many steps altogether."""
+
+    def resumed(self, tasks: int, steps: int) -> None:
+        """So many tasks were learned, in so many steps, before this process."""
 
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """One step was taken on ``task``; loss and accuracy are those of its batch, None where not computed."""
@@ -32,6 +35,9 @@ class NoProgress:
     """Says nothing."""
 
     def begin(self, tasks: int, steps: int) -> None:
+        """Ignored."""
+
+    def resumed(self, tasks: int, steps: int) -> None:
         """Ignored."""
 
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
@@ -54,11 +60,16 @@ class LineProgress:
         """Write to ``stream``, by default stderr."""
         self._stream = sys.stderr if stream is None else stream
         self._begun = time.perf_counter()
-        self._tasks = self._steps = self._done = 0
+        self._tasks = self._steps = self._done = self._before = 0
 
     def begin(self, tasks: int, steps: int) -> None:
         """Remember the extent."""
         self._tasks, self._steps, self._begun = tasks, steps, time.perf_counter()
+
+    def resumed(self, tasks: int, steps: int) -> None:
+        """Say so; the remaining time follows from the steps of this process."""
+        self._done = self._before = steps
+        self._write(f"resumed after task {tasks}/{self._tasks}")
 
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Count."""
@@ -67,7 +78,7 @@ class LineProgress:
     def learned(self, task: int, accuracies: list[float]) -> None:
         """Write the line."""
         seconds = time.perf_counter() - self._begun
-        remaining = seconds / max(1, self._done) * (self._steps - self._done)
+        remaining = seconds / max(1, self._done - self._before) * (self._steps - self._done)
         self._write(
             f"task {task + 1}/{self._tasks} learned: accuracy on this task {accuracies[task]:.1%}, "
             f"on the tasks so far {_mean(accuracies[: task + 1]):.1%}; "
@@ -104,6 +115,12 @@ class BarProgress(LineProgress):
         super().begin(tasks, steps)
         self._bar = self._tqdm(total=steps, file=self._stream, unit="step", dynamic_ncols=True, leave=False)
         self._bar.set_description(f"task 1/{tasks}")
+
+    def resumed(self, tasks: int, steps: int) -> None:
+        """Begin where the earlier process ended."""
+        super().resumed(tasks, steps)
+        self._bar.initial = self._bar.n = steps  # tqdm reckons the rate from what comes after ``initial``
+        self._bar.set_description(f"task {tasks + 1}/{self._tasks}")
 
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Advance the bar; tqdm limits how often it is drawn."""

@@ -5,6 +5,7 @@ Files are written beside their place and renamed into it, so that a reader never
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -75,6 +76,33 @@ def write_metrics(directory: str | os.PathLike[str], metrics: dict[str, Any], na
     path = Path(directory) / name
     write_atomically(path, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
     return path
+
+
+def read_metrics(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What :func:`write_metrics` wrote of :func:`metrics_of`; None without the file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(directory) / METRICS_FILE
+    try:
+        metrics = json.loads(path.read_bytes())
+        result_of(metrics)
+        metrics["config"].keys()
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"metrics: expected the {METRICS_FILE} of a run, got {path} ({reason})") from None
+    return dict(metrics)
+
+
+def result_of(metrics: dict[str, Any]) -> TrainingResult:
+    """The result that :func:`metrics_of` was given."""
+    values = {field.name: metrics[field.name] for field in dataclasses.fields(TrainingResult)}
+    if values["step_milliseconds"] is None:
+        values["step_milliseconds"] = math.nan
+    return TrainingResult(**values)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
