@@ -1,7 +1,7 @@
 """The command ``engram-kernels``: train a network on task after task; describe the installation.
 
-Exit codes: 0 done; 2 the user's input can't be used (one line on stderr says what was got and what is
-needed); 130 interrupted (what was learned so far is written).
+Exit codes: 0 done; 1 some runs of a comparison failed; 2 the user's input can't be used (one line on stderr
+says what was got and what is needed); 130 interrupted (what was learned so far is written).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import importlib.metadata
 import io
 import os
 import platform
+import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "engram-kernels"
 MODEL_FILE = "model.pt"
+EXIT_FAILURES = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -37,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All options of the command line."""
-    from .continual import data, methods, scenarios
+    from .continual import methods
 
     parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -50,6 +53,71 @@ def build_parser() -> argparse.ArgumentParser:
         "Writes metrics.json and report.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    group = train.add_argument_group("which run")
+    group.add_argument(
+        "--method", choices=tuple(methods.METHODS), default="engram",
+        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; the others: full precision",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, engrams, sample order and tasks")
+    group.add_argument(
+        "--seeds", type=int, nargs="+", metavar="S", default=argparse.SUPPRESS,
+        help="one run per seed; prints mean and deviation too",
+    )  # fmt: skip
+    _add_training_options(train)
+    group = train.add_argument_group("results")
+    group.add_argument(
+        "--output", metavar="DIR", default=argparse.SUPPRESS,
+        help="where the results go (default: runs/DATASET-SCENARIO-METHOD-seedS); with --seeds, in DIR/seedS",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on after the last finished task of an interrupted or killed run with the same output and options",
+    )  # fmt: skip
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    train.set_defaults(run=_train)
+
+    compare = commands.add_parser(
+        "compare",
+        help="train several methods side by side and show them on one page",
+        description="Train several methods, each run in a process of its own, and write report.html and compare.json. "
+        "The same command again goes on with what is not complete.",
+        epilog="A method may have options of its own and a label: "
+        "--methods mbnn 'dendrites=engram --readout dendritic --segments 50'. All other options are those of train and "
+        "hold for every method that has none of its own.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = compare.add_argument_group("which runs")
+    group.add_argument(
+        "--methods", nargs="+", default=list(methods.METHODS), metavar="METHOD",
+        help="METHOD, 'METHOD --OPTION VALUE...' or 'LABEL=METHOD --OPTION VALUE...'",
+    )  # fmt: skip
+    group.add_argument("--seeds", type=int, nargs="+", metavar="S", default=[0], help="every method runs with each")
+    _add_training_options(compare)
+    group = compare.add_argument_group("how the runs are made")
+    group.add_argument(
+        "--output", metavar="DIR", default=argparse.SUPPRESS,
+        help="where the results go (default: runs/compare-DATASET-SCENARIO)",
+    )  # fmt: skip
+    group.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at once; with more than one, each has --threads 1"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    compare.set_defaults(run=_compare)
+
+    info = commands.add_parser(
+        "info",
+        help="versions, instruction set, threads, CUDA and Triton: what a bug report needs",
+        description="Print what a bug report needs to say about the installation.",
+    )
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The options that `train` and every method of `compare` have; returns them."""
+    from .continual import data, methods, scenarios
+
+    before = len(train._actions)
     group = train.add_argument_group("what")
     group.add_argument(
         "--dataset", default="digits", metavar="NAME",
@@ -62,10 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--scenario", choices=scenarios.SCENARIOS, default="class",
         help="class: every task brings new classes; permuted: every task has its own order of the pixels",
-    )  # fmt: skip
-    group.add_argument(
-        "--method", choices=tuple(methods.METHODS), default="engram",
-        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; the others: full precision",
     )  # fmt: skip
     group.add_argument(
         "--readout", choices=methods.READOUTS, default=argparse.SUPPRESS,
@@ -83,11 +147,6 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--shuffle-classes", action="store_true", help="order the classes by the seed instead of by label"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, engrams, sample order and tasks")
-    group.add_argument(
-        "--seeds", type=int, nargs="+", metavar="S", default=argparse.SUPPRESS,
-        help="one run per seed; prints mean and deviation too",
-    )  # fmt: skip
 
     group = train.add_argument_group("hyper-parameters (the default depends on method, scenario and dataset)")
     for option, kind, text in (
@@ -146,27 +205,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = train.add_argument_group("how")
     group.add_argument(
-        "--output", metavar="DIR", default=argparse.SUPPRESS,
-        help="where the results go (default: runs/DATASET-SCENARIO-METHOD-seedS); with --seeds, in DIR/seedS",
-    )  # fmt: skip
-    group.add_argument(
         "--threads", type=int, metavar="N", default=argparse.SUPPRESS, help="CPU threads (default: torch's)"
     )
     group.add_argument("--save-model", action="store_true", help="also write the trained weights, model.pt")
-    group.add_argument(
-        "--resume", action="store_true",
-        help="go on after the last finished task of an interrupted or killed run with the same output and options",
-    )  # fmt: skip
-    group.add_argument("--quiet", action="store_true", help="no progress")
-    train.set_defaults(run=_train)
-
-    info = commands.add_parser(
-        "info",
-        help="versions, instruction set, threads, CUDA and Triton: what a bug report needs",
-        description="Print what a bug report needs to say about the installation.",
-    )
-    info.set_defaults(run=_info)
-    return parser
+    return train._actions[before:]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .continual.extras import MissingExtraError
     from .continual.methods import TrainingError
 
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = build_parser().parse_args(arguments)
+    options.command_line = shlex.join([PROGRAM, *arguments])
     try:
         code: int = options.run(options)
         return code
@@ -220,7 +264,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
     from .continual.methods import METHODS, method_config
 
     given = vars(options)
-    seeds: list[int] = given.get("seeds", [options.seed])
+    seeds: list[int] = given.get("seeds") or [options.seed]
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: expected different seeds, got {' '.join(map(str, seeds))}")
     for seed in seeds:
@@ -373,6 +417,123 @@ def _complete(plan: _Plan, seed: int, options: argparse.Namespace) -> dict[str, 
             f"save_model: {folder} is complete and its model was not saved; without --resume training begins anew"
         )
     return metrics
+
+
+def _compare(options: argparse.Namespace) -> int:
+    import datetime
+
+    from .continual import compare
+
+    if options.jobs < 1:
+        raise ValueError(f"jobs: expected an integer >= 1, got {options.jobs}")
+    plans = _plans(options)
+    first = next(iter(plans.values()))
+    default = Path("runs") / f"compare-{first.dataset}-{options.scenario}"
+    output = Path(vars(options).get("output", default))
+    _prepare_directory(output)
+    runs = [
+        compare.Run(
+            label=label,
+            seed=seed,
+            folder=output / folder / f"seed{seed}",
+            arguments=plan.arguments,
+            config={**plan.config, "seed": seed},
+            threads=plan.threads,
+        )
+        for (label, plan), folder in zip(plans.items(), compare.folder_names(list(plans)), strict=True)
+        for seed in options.seeds
+    ]
+    sizes = " or ".join(dict.fromkeys("-".join(map(str, plan.config["hidden"])) for plan in plans.values()))
+    about = {
+        "dataset": first.dataset,
+        "chance": first.chance,
+        "seeds": options.seeds,
+        "jobs": options.jobs,
+        "facts": [
+            f"{options.scenario} scenario",
+            f"{first.config['tasks']} tasks",
+            f"hidden layers {sizes}",
+            f"{len(options.seeds)} seed{'s' if len(options.seeds) > 1 else ''}",
+        ],
+        "command": options.command_line,
+        "processor": _processor(),
+    }
+
+    def write() -> list[Path]:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
+        return compare.write(output, compare.content_of(runs, {**about, "created": now}))
+
+    write()  # early, so that what can't be written is known, and there is a page to look at
+    done = compare.run_all(runs, options.jobs, compare.default_display(options.quiet), write)
+    written = write()
+    print(compare.table(compare.content_of(runs, about)))
+    print("\n" + "\n".join(f"wrote {path}" for path in written))
+    if not done:
+        print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_FAILURES if any(run.status != "complete" for run in runs) else 0
+
+
+class _MethodPlan(NamedTuple):
+    """What a method of `compare` asks for."""
+
+    dataset: str
+    chance: float  # of guessing right
+    config: dict[str, Any]
+    arguments: list[str]  # of train, but for seed, output and threads
+    threads: int | None
+
+
+def _plans(options: argparse.Namespace) -> dict[str, _MethodPlan]:
+    """Every method by its label, checked before the first of them runs.
+
+    Raises:
+        ValueError: names the method, and the option, what it got and what it needs.
+    """
+    from .continual.methods import METHODS
+
+    parser = _Parser(prog=f"{PROGRAM} compare", add_help=False, allow_abbrev=False)
+    parser.add_argument("method", choices=tuple(METHODS))
+    actions = _add_training_options(parser)
+    shared = {action.dest for action in actions} & vars(options).keys()
+    plans: dict[str, _MethodPlan] = {}
+    for text in options.methods:
+        named = re.fullmatch(r"\s*((?:(?!--)[^=])+?)\s*=(.*)", text, re.DOTALL)
+        label, method = (named[1], named[2]) if named else (text.strip(), text)
+        if label in plans:
+            raise ValueError(f"methods: expected a label for each, got {label!r} twice")
+        try:
+            words = shlex.split(method)
+        except ValueError as error:
+            raise ValueError(f"methods: expected words as in a shell, got {method!r} ({error})") from None
+        own = parser.parse_args(words, argparse.Namespace(**{name: getattr(options, name) for name in shared}))
+        threads = getattr(own, "threads", 1 if options.jobs > 1 else None)
+        arguments = ["--method", own.method]
+        for action in actions:
+            if action.dest != "threads" and hasattr(own, action.dest):
+                arguments += _as_arguments(action, getattr(own, action.dest))
+        own.seeds = options.seeds
+        try:
+            plan = _plan(own)
+        except ValueError as error:
+            raise ValueError(f"{error} (method {label!r})") from None
+        # the data stay behind: a process that only waits for others needs none
+        plans[label] = _MethodPlan(plan.dataset.name, 1 / plan.dataset.num_classes, plan.config, arguments, threads)
+    return plans
+
+
+def _as_arguments(action: argparse.Action, value: Any) -> list[str]:
+    """What to write on a command line for an option to have a value; nothing if it has it anyway."""
+    if value == action.default:
+        return []
+    option = action.option_strings[0]
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [option if value else action.option_strings[1]]
+    if action.nargs == 0:
+        return [option]
+    if isinstance(value, list):
+        return [option, *map(str, value)]
+    return [f"{option}={value}"]
 
 
 def _prepare_directory(path: Path) -> None:

@@ -438,6 +438,125 @@ def test_resuming_several_seeds_skips_the_finished(npz, capsys, monkeypatch):
     assert values[0] == values[1]
 
 
+def compare(npz, *options):
+    """Run in this process; the runs are processes of their own."""
+    return cli.main(["compare", "--dataset", npz, "--hidden", "32", "--epochs", "2", "--threads", "1", *options])
+
+
+def test_compare_runs_methods_and_shows_them_on_one_page(npz, capsys):
+    methods = ["--methods", "few=engram --readout dendritic --segments 3", "wild=bnn --lr 1e38"]
+    assert compare(npz, *methods, "--seeds", "0", "3", "--output", "out") == 1
+    printed = capsys.readouterr()
+    for piece in ("wild, seed 0: failed", "few, seed 3: 2 of 2 tasks", "few, seed 0: complete"):
+        assert piece in printed.err
+    for piece in ("accuracy in %", "out/report.html", "out/compare.json"):
+        assert piece in printed.out
+    content = read("out/compare.json")
+    assert [method["label"] for method in content["methods"]] == ["few", "wild"]
+    assert content["methods"][0]["config"]["segments"] == 3
+    assert content["command"].startswith("engram-kernels compare --dataset small.npz")
+    alone = read("out/few/seed3/metrics.json")
+    assert content["methods"][0]["runs"][1]["metrics"] == alone
+    assert alone["config"]["readout"] == "dendritic"
+    assert alone["threads"] == 1
+    page = Path("out/report.html").read_text()
+    for piece in ("few", "wild", f"{100 * content['methods'][0]['summary']['average_accuracy']['mean']:.1f}"):
+        assert piece in page
+
+    # again, without what can't succeed: nothing is left to run
+    assert compare(npz, *methods[:-1], "--seeds", "0", "3", "--output", "out", "--quiet") == 0
+    assert read("out/few/seed3/metrics.json")["train_seconds"] == alone["train_seconds"]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupted_comparison_goes_on(npz, capsys):
+    """For real: a process with two runs in progress, and a SIGINT to it alone."""
+    options = [
+        "compare", "--methods", "mbnn", "bnn", "--dataset", npz, "--hidden", "32", "--epochs", "2", "--batch-size", "4",
+        "--scenario", "permuted", "--tasks", "40", "--jobs", "2", "--output", "out",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engram_kernels.cli", *options],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        heard = set()
+        for line in process.stderr:
+            if " of 40 tasks" in line:
+                heard.add(line.split(",")[0])
+            if len(heard) == 2:
+                break
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    for label in ("mbnn", "bnn"):
+        assert f"{label}, seed 0: interrupted" in error
+        assert (Path("out") / label / "seed0" / "checkpoint.pt").exists()
+    assert "was interrupted after" in Path("out/report.html").read_text()
+    assert cli.main(options) == 0
+    assert "mbnn, seed 0: complete in" in capsys.readouterr().err
+    before = {label: read(f"out/{label}/seed0/metrics.json") for label in ("mbnn", "bnn")}
+    whole = [*options[4:-4], "--method", "mbnn", "--threads", "1", "--output", "whole"]
+    assert cli.main(["train", *whole]) == 0
+    assert read("whole/metrics.json")["accuracy_matrix"] == before["mbnn"]["accuracy_matrix"]
+    assert before["bnn"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--methods", "engram", "engram"], ["methods", "'engram' twice"]),
+        (["--methods", "a=bnn", "a=mbnn"], ["methods", "'a' twice"]),
+        (["--methods", "engram --rate 'x"], ["methods", "as in a shell"]),
+        (["--methods", "bnn", "e=engram --rate 7"], ["rate", "7.0", "method 'e'"]),
+        (["--methods", "bnn", "mbnn", "--rate", "0.5"], ["rate", "method 'bnn'"]),
+        (["--jobs", "0"], ["jobs", "got 0"]),
+        (["--seeds", "1", "1"], ["seeds", "1 1"]),
+        (["--dataset", "missing.npz"], ["missing.npz", "does not exist"]),
+    ],
+)
+def test_bad_comparisons_are_refused_before_the_first_run(npz, capsys, options, wanted):
+    assert compare(npz, *options) == 2
+    refused(capsys, wanted)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        ("fly", "fly"),
+        ("bnn --wings 2", "--wings"),
+        ("bnn --seed 2", "--seed"),
+        ("bnn --output x", "--output"),
+        ("", "method"),
+    ],
+)
+def test_bad_methods_of_a_comparison(npz, capsys, method, wanted):
+    with pytest.raises(SystemExit) as caught:
+        compare(npz, "--methods", method)
+    assert caught.value.code == 2
+    refused(capsys, wanted)
+
+
+def test_options_of_a_comparison_reach_every_run_as_they_are():
+    """All kinds that argparse has: values, lists, flags, flags with a negative; own ones win."""
+    common = [
+        "--hidden", "5", "6", "--shuffle-classes", "--no-balanced", "--ste-window", "inf", "--lr", "1e-05", "0.3",
+        "--weight-decay", "1e-07", "--train-hidden", "--state-dtype", "int8", "--threads", "3", "--save-model",
+    ]  # fmt: skip
+    own = ["--hidden", "7", "--balanced", "--ste-window", "2.5"]
+    options = cli.build_parser().parse_args(["compare", *common, "--methods", f"x=engram {' '.join(own)}"])
+    plan = cli._plans(options)["x"]
+    run = ["train", *plan.arguments, "--threads", str(plan.threads), "--seed", "0"]
+    wanted, got = (
+        vars(cli.build_parser().parse_args(a)) for a in (["train", *common, *own, "--method", "engram"], run)
+    )
+    assert got == wanted
+
+
 def test_info(capsys, monkeypatch):
     monkeypatch.setenv("ENGRAM_SOMETHING", "1")
     assert cli.main(["info"]) == 0
@@ -447,7 +566,7 @@ def test_info(capsys, monkeypatch):
         assert piece in printed
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["info", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "--help"], ["info", "--help"]])
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from .extras import MissingExtraError, require
 
@@ -94,6 +95,31 @@ class LineProgress:
 
     def _write(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+class Told(NamedTuple):
+    """What a line of :class:`LineProgress` says: tasks learned of all; the rest None where it does not say."""
+
+    learned: int
+    tasks: int
+    accuracy: float | None = None  # on the tasks so far, 0 to 1
+    remaining_seconds: float | None = None
+
+
+_TOLD = re.compile(
+    r"task (?P<learned>\d+)/(?P<tasks>\d+) learned: .* on the tasks so far (?P<percent>[\d.]+)%; \d+ s, (?P<left>\d+) s"
+    r"|resumed after task (?P<resumed>\d+)/(?P<of>\d+)$"
+)
+
+
+def told(line: str) -> Told | None:
+    """Reads a line that :class:`LineProgress` wrote in another process; None for every other line."""
+    match = _TOLD.match(line.rstrip())
+    if match is None:
+        return None
+    if match["resumed"]:
+        return Told(int(match["resumed"]), int(match["of"]))
+    return Told(int(match["learned"]), int(match["tasks"]), float(match["percent"]) / 100, float(match["left"]))
 
 
 class BarProgress(LineProgress):

@@ -164,13 +164,16 @@ def summarize_seeds(seeds: Sequence[int], results: Sequence[TrainingResult]) -> 
         "step_milliseconds": [result.step_milliseconds for result in results],
     }
     content: dict[str, Any] = {"seeds": list(seeds)}
-    for name, numbers in values.items():
-        content[name] = {
-            "mean": _json_number(statistics.fmean(numbers)) if numbers else None,
-            "deviation": _json_number(statistics.stdev(numbers)) if len(numbers) > 1 else None,
-            "values": [_json_number(number) for number in numbers],
-        }
-    return content
+    return content | {name: mean_and_deviation(numbers) for name, numbers in values.items()}
+
+
+def mean_and_deviation(numbers: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation (of a sample, n - 1) and the values; None for what is not defined, as JSON wants it."""
+    return {
+        "mean": _json_number(statistics.fmean(numbers)) if numbers else None,
+        "deviation": _json_number(statistics.stdev(numbers)) if len(numbers) > 1 else None,
+        "values": [_json_number(number) for number in numbers],
+    }
 
 
 def seeds_table(content: dict[str, Any]) -> str:
@@ -317,7 +320,7 @@ def _draw_curves(axes: Axes, matrix: np.ndarray, chance: float | None) -> None:
 def _label_ends(axes: Axes, ends: list[tuple[float, str, Any]], x: int) -> None:
     """Name each line at its right end, labels pushed apart so that none covers another."""
     ordered = sorted(ends, key=lambda end: end[0])
-    placed = _spread([value for value, _, _ in ordered], gap=5.0, lowest=0.0, highest=100.0)
+    placed = spread([value for value, _, _ in ordered], gap=5.0, lowest=0.0, highest=100.0)
     for (value, name, color), y in zip(ordered, placed, strict=True):
         axes.annotate(
             f"{name}: {value:.0f}",
@@ -339,7 +342,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, Any]], x: int) -> None:
         )
 
 
-def _spread(values: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
+def spread(values: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
     """Move ascending values as little as needed for neighbours to be ``gap`` apart, within the two bounds."""
     groups: list[tuple[float, int]] = []  # (centre, members), each a run of values exactly a gap apart
     for value in values:

@@ -144,10 +144,10 @@ def train(
             method.after_training_exp(experience)
             row = evaluate_all()
             result.tasks_completed = task + 1
-            progress.learned(task, row)
             if checkpoint is not None and task + 1 < tasks:
-                measure()
+                measure()  # before the writing, which is no part of training
                 checkpoint.save(_state(method, result, order, step_seconds))
+            progress.learned(task, row)
         result.completed = True
     except KeyboardInterrupt:
         progress.interrupted()
