@@ -446,7 +446,11 @@ def _share(run: Run) -> float:
 
 def _time(run: Run) -> str:
     remaining = run.remaining_seconds
-    return _duration(run.seconds) + ("" if remaining is None else f", {_duration(remaining)} remain")
+    if remaining is None:
+        return _duration(run.seconds)
+    if run.told is not None and run.told.learned == run.told.tasks:
+        return f"{_duration(run.seconds)}, writing its results"
+    return f"{_duration(run.seconds)}, {_duration(remaining)} remain"
 
 
 def _duration(seconds: float) -> str:
