@@ -37,9 +37,10 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
       "int first_row=0) -> Tensor");
-#define ENGRAM_UPDATE_ARGUMENTS                                                                  \
-  "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? sign_bits, *, float lr, float beta1, " \
-  "float beta2, float eps, float weight_decay, float metaplasticity, int step, "                 \
+// 1e39 is infinity in float32: a schema cannot say inf.
+#define ENGRAM_UPDATE_ARGUMENTS                                                                           \
+  "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? sign_bits, *, float lr, float beta1, "          \
+  "float beta2, float eps, float weight_decay, float metaplasticity, int step, float weight_bound=1e39, " \
   "Tensor(e!)? exp_avg_scale=None, Tensor(f!)? exp_avg_sq_scale=None, Tensor? seed=None, int first_row=0) -> ()"
   m.def("metaplastic_adam_(Tensor(a!) weight, Tensor grad, " ENGRAM_UPDATE_ARGUMENTS);
   m.def(
@@ -51,7 +52,8 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       "_check_update(Tensor weight, Tensor? grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor? sign_bits, *, float lr, "
       "float beta1, float beta2, float eps, float weight_decay, float metaplasticity, int step, "
-      "Tensor? exp_avg_scale=None, Tensor? exp_avg_sq_scale=None, Tensor? seed=None, int first_row=0) -> float");
+      "float weight_bound=1e39, Tensor? exp_avg_scale=None, Tensor? exp_avg_sq_scale=None, Tensor? seed=None, "
+      "int first_row=0) -> float");
   m.def("_has_cuda() -> bool");
   m.def("_cuda_error(int device) -> str");
   m.def("_check_nan_flags() -> ()");
@@ -650,8 +652,9 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
 engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tensor& exp_avg_sq,
                                           std::optional<Tensor>& sign_bits, double lr, double beta1, double beta2,
                                           double eps, double weight_decay, double metaplasticity, int64_t step,
-                                          std::optional<Tensor>& exp_avg_scale, std::optional<Tensor>& exp_avg_sq_scale,
-                                          const std::optional<Tensor>& seed, int64_t first_row) {
+                                          double weight_bound, std::optional<Tensor>& exp_avg_scale,
+                                          std::optional<Tensor>& exp_avg_sq_scale, const std::optional<Tensor>& seed,
+                                          int64_t first_row) {
   const Place place = place_of(weight);
   const ScalarType weight_dtype = weight.scalar_type(), state_dtype = exp_avg.scalar_type();
   require((weight_dtype == ScalarType::Float || weight_dtype == ScalarType::BFloat16) && weight.dim() == 2 &&
@@ -689,6 +692,8 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
   require(eps >= 0, "eps: expected at least 0, got ", eps);
   require(weight_decay >= 0, "weight_decay: expected at least 0, got ", weight_decay);
   require(metaplasticity >= 0, "metaplasticity: expected at least 0, got ", metaplasticity);
+  const auto float_bound = static_cast<float>(weight_bound);
+  require(float_bound > 0, "weight_bound: expected above 0 in float32, got ", weight_bound);
   require(step >= 1, "step: expected at least 1, got ", step);
   const double t = static_cast<double>(step);
   const double step_size = lr * std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t));
@@ -708,6 +713,7 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
   p.beta2 = static_cast<float>(beta2), p.one_minus_beta2 = static_cast<float>(1 - beta2);
   p.eps = static_cast<float>(eps), p.weight_decay = static_cast<float>(weight_decay);
   p.metaplasticity = static_cast<float>(metaplasticity), p.step_size = static_cast<float>(step_size);
+  p.weight_bound = float_bound;
   p.seed = key.key, p.offset = key.offset, p.first_row = static_cast<uint64_t>(first_row);
   return p;
 }
@@ -723,11 +729,12 @@ void check_grad(const Tensor& grad, const Tensor& weight) {
 // For updates outside this library: checks as metaplastic_adam_ does. Returns the step size of this step.
 double check_update_of(Tensor weight, std::optional<Tensor> grad, Tensor exp_avg, Tensor exp_avg_sq,
                        std::optional<Tensor> sign_bits, double lr, double beta1, double beta2, double eps,
-                       double weight_decay, double metaplasticity, int64_t step, std::optional<Tensor> exp_avg_scale,
-                       std::optional<Tensor> exp_avg_sq_scale, std::optional<Tensor> seed, int64_t first_row) {
+                       double weight_decay, double metaplasticity, int64_t step, double weight_bound,
+                       std::optional<Tensor> exp_avg_scale, std::optional<Tensor> exp_avg_sq_scale,
+                       std::optional<Tensor> seed, int64_t first_row) {
   const engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
-                   exp_avg_scale, exp_avg_sq_scale, seed, first_row);
+                   weight_bound, exp_avg_scale, exp_avg_sq_scale, seed, first_row);
   if (grad) check_grad(*grad, weight);
   return p.step_size;
 }
@@ -736,11 +743,12 @@ constexpr const char* kNaNWeight = "grad: expected finite numbers, got values th
 
 void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
                        std::optional<Tensor> sign_bits, double lr, double beta1, double beta2, double eps,
-                       double weight_decay, double metaplasticity, int64_t step, std::optional<Tensor> exp_avg_scale,
-                       std::optional<Tensor> exp_avg_sq_scale, std::optional<Tensor> seed, int64_t first_row) {
+                       double weight_decay, double metaplasticity, int64_t step, double weight_bound,
+                       std::optional<Tensor> exp_avg_scale, std::optional<Tensor> exp_avg_sq_scale,
+                       std::optional<Tensor> seed, int64_t first_row) {
   engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
-                   exp_avg_scale, exp_avg_sq_scale, seed, first_row);
+                   weight_bound, exp_avg_scale, exp_avg_sq_scale, seed, first_row);
   check_grad(grad, weight);
   const Tensor g = as_contiguous(grad);
   p.grad = g.const_data_ptr();
@@ -753,11 +761,11 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
 void gated_metaplastic_adam_(const Tensor& d, const Tensor& x_bits, std::optional<Tensor> gate_bits, Tensor weight,
                              Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> sign_bits, double lr,
                              double beta1, double beta2, double eps, double weight_decay, double metaplasticity,
-                             int64_t step, std::optional<Tensor> exp_avg_scale, std::optional<Tensor> exp_avg_sq_scale,
-                             std::optional<Tensor> seed, int64_t first_row) {
+                             int64_t step, double weight_bound, std::optional<Tensor> exp_avg_scale,
+                             std::optional<Tensor> exp_avg_sq_scale, std::optional<Tensor> seed, int64_t first_row) {
   const engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
-                   exp_avg_scale, exp_avg_sq_scale, seed, first_row);
+                   weight_bound, exp_avg_scale, exp_avg_sq_scale, seed, first_row);
   const Place place = place_of(weight);
   check_matrix("d", d, place);
   check_packed("x_bits", x_bits, p.K, place);

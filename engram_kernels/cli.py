@@ -115,13 +115,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Action]:
     """The options that `train` and every method of `compare` have; returns them."""
-    from .continual import data, methods, scenarios
+    from .continual import data, methods, scenarios, training
 
     before = len(train._actions)
     group = train.add_argument_group("what")
     group.add_argument(
-        "--dataset", default="digits", metavar="NAME",
-        help=f"{', '.join(data.names())}, or the path of an .npz file with x_train, y_train, x_test, y_test",
+        "--dataset", nargs="+", default=["digits"], metavar="NAME",
+        help=f"{', '.join(data.names())}, or the path of an .npz file with x_train, y_train, x_test, y_test; "
+        "with --scenario domain two or more",
     )  # fmt: skip
     group.add_argument(
         "--data-dir", metavar="DIR", default=argparse.SUPPRESS,
@@ -129,7 +130,9 @@ def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Actio
     )  # fmt: skip
     group.add_argument(
         "--scenario", choices=scenarios.SCENARIOS, default="class",
-        help="class: every task brings new classes; permuted: every task has its own order of the pixels",
+        help="class: every task brings new classes; permuted: every task has its own order of the pixels; "
+        "rotated: every task turns the images by another angle; domain: every task is another data set with the same "
+        "labels",
     )  # fmt: skip
     group.add_argument(
         "--readout", choices=methods.READOUTS, default=argparse.SUPPRESS,
@@ -138,7 +141,8 @@ def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Actio
     group.add_argument("--hidden", type=int, nargs="+", default=[2048, 2048], metavar="N", help="hidden layer widths")
     group.add_argument(
         "--tasks", type=int, metavar="N", default=argparse.SUPPRESS,
-        help=f"number of tasks (default: all classes; permuted: {scenarios.DEFAULT_PERMUTED_TASKS})",
+        help=f"number of tasks (default: all classes; permuted: {scenarios.DEFAULT_PERMUTED_TASKS}; "
+        f"rotated: {scenarios.DEFAULT_ROTATED_TASKS}; domain: always one per data set)",
     )  # fmt: skip
     group.add_argument(
         "--classes-per-task", type=int, metavar="N", default=argparse.SUPPRESS,
@@ -147,6 +151,18 @@ def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Actio
     group.add_argument(
         "--shuffle-classes", action="store_true", help="order the classes by the seed instead of by label"
     )
+    group.add_argument(
+        "--max-degrees", type=float, metavar="X", default=argparse.SUPPRESS,
+        help=f"angle of the last task, scenario rotated (default: {scenarios.DEFAULT_MAX_DEGREES})",
+    )  # fmt: skip
+    group.add_argument(
+        "--samples-per-task", type=int, metavar="N", default=argparse.SUPPRESS,
+        help="train each task on at most N samples; not with scenario class (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--validation", type=int, metavar="N", default=argparse.SUPPRESS,
+        help="test on the last N training samples and train on the rest, to choose hyper-parameters",
+    )  # fmt: skip
 
     group = train.add_argument_group("hyper-parameters (the default depends on method, scenario and dataset)")
     for option, kind, text in (
@@ -205,6 +221,10 @@ def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Actio
 
     group = train.add_argument_group("how")
     group.add_argument(
+        "--evaluation", choices=training.EVALUATIONS, default="all",
+        help="after each task test on all, on those seen so far, or on the new one (and on all at the end)",
+    )  # fmt: skip
+    group.add_argument(
         "--threads", type=int, metavar="N", default=argparse.SUPPRESS, help="CPU threads (default: torch's)"
     )
     group.add_argument("--save-model", action="store_true", help="also write the trained weights, model.pt")
@@ -238,9 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Plan(NamedTuple):
     """What the options of ``train`` ask for, all of it checked."""
 
-    dataset: Dataset
+    datasets: list[Dataset]
+    data_name: str
     scenario: Scenario  # of the first seed
-    arguments: dict[str, Any]  # of training.run, besides data set and seed
+    arguments: dict[str, Any]  # of training.run, besides data sets and seed
     seeds: list[int]
     config: dict[str, Any]  # for metrics.json; the seed is each run's own
     output: Path
@@ -278,30 +299,44 @@ def _plan(options: argparse.Namespace) -> _Plan:
         for field in dataclasses.fields(preset.config)
         if field.name in given
     }  # fmt: skip
-    tasks: dict[str, Any] = {name: given.get(name) for name in ("tasks", "classes_per_task", "shuffle_classes")}
-    dataset = data.load(options.dataset, given.get("data_dir"))
-    config = method_config(options.method, options.scenario, dataset.name, **overrides)
-    scenario = scenarios.make_scenario(options.scenario, dataset, seed=seeds[0], **tasks)
+    tasks: dict[str, Any] = {
+        name: given.get(name)
+        for name in ("tasks", "classes_per_task", "shuffle_classes", "max_degrees", "samples_per_task")
+    }
+    datasets = [data.load(name, given.get("data_dir")) for name in options.dataset]
+    if (validation := given.get("validation")) is not None:
+        datasets = [data.hold_out(dataset, validation) for dataset in datasets]
+    data_name = data.joined_name(datasets)
+    config = method_config(options.method, options.scenario, data_name, **overrides)
+    scenario = scenarios.make_scenario(options.scenario, datasets, seed=seeds[0], **tasks)
     several = "s" if len(seeds) > 1 else ""
-    name = f"{dataset.name}-{options.scenario}-{options.method}-seed{several}{'-'.join(map(str, seeds))}"
+    name = f"{data_name}-{options.scenario}-{options.method}-seed{several}{'-'.join(map(str, seeds))}"
     return _Plan(
-        dataset=dataset,
+        datasets=datasets,
+        data_name=data_name,
         scenario=scenario,
         arguments={
             "scenario": options.scenario,
             "method": options.method,
             "hidden": options.hidden,
+            "evaluation": options.evaluation,
             **tasks,
             **overrides,
         },
         seeds=seeds,
         config={
-            "dataset": options.dataset,
+            "dataset": options.dataset if len(datasets) > 1 else options.dataset[0],
             "data_dir": given.get("data_dir"),
             "scenario": options.scenario,
             "tasks": len(scenario),
-            "classes_per_task": len(scenario.train_stream[0].classes),
+            "classes_per_task": len(scenario.test_stream[0].classes),
             "shuffle_classes": options.shuffle_classes,
+            "max_degrees": given.get("max_degrees", scenarios.DEFAULT_MAX_DEGREES)
+            if options.scenario == "rotated"
+            else None,
+            "samples_per_task": given.get("samples_per_task"),
+            "validation": validation,
+            "evaluation": options.evaluation,
             "method": options.method,
             "hidden": options.hidden,
             **dataclasses.asdict(config),
@@ -326,13 +361,17 @@ def _train(options: argparse.Namespace) -> int:
         _prepare_directory(plan.folder(seed))
     complete = {seed: metrics for seed in plan.seeds if options.resume and (metrics := _complete(plan, seed, options))}
     picture = _can_draw()
-    dataset, several = plan.dataset, len(plan.seeds) > 1
+    scenario, datasets, several = plan.scenario, plan.datasets, len(plan.seeds) > 1
+    chance = 1 / scenario.num_classes
 
+    cap = "" if (samples := plan.config["samples_per_task"]) is None else f" (at most {samples} per task)"
+    kind = "test" if plan.config["validation"] is None else "validation"
     print(
-        f"{dataset.name}: {len(dataset.y_train)} training and {len(dataset.y_test)} test samples of "
-        f"{dataset.features} features, {dataset.num_classes} classes; {options.scenario} scenario of "
-        f"{len(plan.scenario)} tasks; method {options.method}; "
-        f"network {'-'.join(map(str, [dataset.features, *options.hidden, dataset.num_classes]))}",
+        f"{plan.data_name}: {sum(len(dataset.y_train) for dataset in datasets)} training{cap} and "
+        f"{sum(len(dataset.y_test) for dataset in datasets)} {kind} samples "
+        f"of {scenario.features} features, {scenario.num_classes} classes; {options.scenario} scenario of "
+        f"{len(scenario)} tasks; method {options.method}; "
+        f"network {'-'.join(map(str, [scenario.features, *options.hidden, scenario.num_classes]))}",
         flush=True,  # before the progress on stderr, wherever both go
     )
     memory = MemoryMeter()
@@ -347,27 +386,27 @@ def _train(options: argparse.Namespace) -> int:
             metrics = complete[seed]
             result = report.result_of(metrics)
             if picture and not (folder / report.PICTURE_FILE).exists():
-                written.append(report.write_picture(folder, metrics, chance=1 / dataset.num_classes))
+                written.append(report.write_picture(folder, metrics, chance=chance))
         else:
             if options.resume:
                 tasks = checkpoint.tasks_completed()
                 print(
                     f"nothing to resume in {folder}: starting from the beginning"
                     if tasks is None
-                    else f"resuming {folder} after task {tasks} of {len(plan.scenario)}",
+                    else f"resuming {folder} after task {tasks} of {len(scenario)}",
                     flush=True,
                 )
             else:
                 checkpoint.remove()
             method, result = run(
-                dataset,
+                datasets,
                 seed=seed,
                 progress=NoProgress() if options.quiet else default_progress(),
                 memory=memory,
                 checkpoint=checkpoint,
                 **plan.arguments,
             )
-            metrics = report.metrics_of(result, plan.config_of(seed))
+            metrics = report.metrics_of(result, plan.config_of(seed), chance=chance)
             if options.save_model:  # first: metrics.json says that a run is complete
                 buffer = io.BytesIO()
                 torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
@@ -375,7 +414,7 @@ def _train(options: argparse.Namespace) -> int:
                 report.write_atomically(written[-1], buffer.getvalue())
             written.append(report.write_metrics(folder, metrics))
             if picture:
-                written.append(report.write_picture(folder, metrics, chance=1 / dataset.num_classes))
+                written.append(report.write_picture(folder, metrics, chance=chance))
         if result.completed:
             checkpoint.remove()
         print("\n".join(("", report.table(result.accuracy_matrix, result.tasks_completed), "", report.summary(result))))
@@ -518,7 +557,7 @@ def _plans(options: argparse.Namespace) -> dict[str, _MethodPlan]:
         except ValueError as error:
             raise ValueError(f"{error} (method {label!r})") from None
         # the data stay behind: a process that only waits for others needs none
-        plans[label] = _MethodPlan(plan.dataset.name, 1 / plan.dataset.num_classes, plan.config, arguments, threads)
+        plans[label] = _MethodPlan(plan.data_name, 1 / plan.scenario.num_classes, plan.config, arguments, threads)
     return plans
 
 

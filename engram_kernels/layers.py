@@ -122,17 +122,20 @@ class CodeProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, w_bits, gate_bits, mask_bits, rate, consumed):
+        """Floats (M, K), hidden weights (N, K), bits (N, words), (M, words), (M, words) -> (M, N)."""
         ctx.save_for_backward(w_bits, gate_bits, mask_bits)
         ctx.k, ctx.rate, ctx.dtype = weight.shape[1], rate, x.dtype
         ctx.weight_dtype, ctx.weight = weight.dtype, weight if consumed else None
         # a recruited unit counts +1: its gate's bit is its sign too
         recruited = ops.binary_matmul(gate_bits, w_bits, ctx.k, gate_bits)
-        every = ops.binary_matmul(torch.full_like(w_bits[:1], -1), w_bits, ctx.k)
+        ones = ops.pack_signs(torch.ones(1, ctx.k, device=w_bits.device))
+        every = ops.binary_matmul(ones, w_bits, ctx.k)
         return recruited.to(x.dtype) - rate * every.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
+        """Gradients of x, by the mask, and of the hidden weights."""
         if ctx.weight is not None:
             ctx.weight.refuse_second_gradient()
         w_bits, gate_bits, mask_bits = ctx.saved_tensors

@@ -196,6 +196,7 @@ def metaplastic_adam_(
     weight_decay: float,
     metaplasticity: float,
     step: int,
+    weight_bound: float = float("inf"),
     exp_avg_scale: Tensor | None = None,
     exp_avg_sq_scale: Tensor | None = None,
     seed: Tensor | None = None,
@@ -205,7 +206,8 @@ def metaplastic_adam_(
 
     Shapes: all (N, K), ``sign_bits`` (N, words) or None. ``weight`` is float32 or bfloat16, ``grad`` float32 or like
     the weight, the moments float32, bfloat16, or int8 and uint8 with scales (N, ceil(K / 64)). ``step`` counts from 1;
-    ``seed`` as in :func:`sample_engram`, needed for everything that is not float32. Formula, formats and source in
+    the weight is clipped to ``[-weight_bound, weight_bound]``, in float32 before it is rounded; ``seed`` as in
+    :func:`sample_engram`, needed for everything that is not float32. Formula, formats and source in
     :func:`engram_kernels.reference.metaplastic_adam_`.
     """
     _ops.metaplastic_adam_(
@@ -221,6 +223,7 @@ def metaplastic_adam_(
         weight_decay=weight_decay,
         metaplasticity=metaplasticity,
         step=step,
+        weight_bound=weight_bound,
         exp_avg_scale=exp_avg_scale,
         exp_avg_sq_scale=exp_avg_sq_scale,
         seed=seed,

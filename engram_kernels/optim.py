@@ -34,6 +34,7 @@ class MetaplasticAdam(Optimizer):
 
         mu' = mu (1 - tanh^2(metaplasticity |W|))   if the step would shrink |W|, else mu
         W  -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)
+        W   = min(max(W, -weight_bound), weight_bound)
 
     in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam.
 
@@ -45,6 +46,13 @@ class MetaplasticAdam(Optimizer):
         eps: added to the root of the second moment, at least 0.
         weight_decay: coupled L2 decay, at least 0.
         metaplasticity: m, per unit of ``|W|``, at least 0; 0 is plain Adam.
+        weight_bound: largest ``|W|`` of hidden weights, above 0; infinity bounds nothing. Consolidation,
+            ``tanh^2(m |W|)``, grows with every step that agrees with a weight's sign: on a long stream more and more
+            weights become too rigid to learn what is new. Bounded, it never exceeds ``tanh^2(m weight_bound)``, so that
+            ``weight_bound / (lr (1 - tanh^2(m weight_bound)))`` opposed steps of full size flip any weight, and the
+            oldest is forgotten first, as by bounded synapses (Parisi 1986). BinaryConnect (Courbariaux et al. 2015)
+            clips to 1 for another reason: what lies beyond changes no sign. bfloat16 weights are clipped before they
+            are rounded; they keep to a bound that bfloat16 represents, and to any other rounded up.
         state_dtype: of the moments of hidden weights: float32; bfloat16, rounded stochastically; or int8, which keeps
             each moment in 8 bits, rounded stochastically, with a scale for every 64 units of a row.
         fuse_backward: consumes the gradient of a hidden weight within ``backward()``, block by block as it is made, so
@@ -72,13 +80,21 @@ class MetaplasticAdam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         metaplasticity: float = 1.35,
+        weight_bound: float = float("inf"),
         state_dtype: torch.dtype = torch.float32,
         fuse_backward: bool = False,
     ) -> None:
         if state_dtype not in _SECOND_MOMENT:
             raise ValueError(f"state_dtype: expected torch.float32, torch.bfloat16 or torch.int8, got {state_dtype}")
         self.state_dtype, self.fuse_backward = state_dtype, fuse_backward
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, metaplasticity=metaplasticity)
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            metaplasticity=metaplasticity,
+            weight_bound=weight_bound,
+        )
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -87,6 +103,8 @@ class MetaplasticAdam(Optimizer):
         for name in ("lr", "eps", "weight_decay", "metaplasticity"):
             if not (settings[name] >= 0 and settings[name] < float("inf")):
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {settings[name]!r}")
+        if not settings["weight_bound"] > 0:
+            raise ValueError(f"weight_bound: expected a number above 0, got {settings['weight_bound']!r}")
         if len(settings["betas"]) != 2 or not all(0 <= beta < 1 for beta in settings["betas"]):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {settings['betas']!r}")
         super().add_param_group(param_group)
@@ -158,8 +176,10 @@ class MetaplasticAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores, or takes from the state of another Adam, and readies the hidden weights."""
         super().__setstate__(state)
+        self.defaults.setdefault("weight_bound", float("inf"))  # pickled before there was one
         for group in self.param_groups:
             group.setdefault("metaplasticity", self.defaults["metaplasticity"])
+            group.setdefault("weight_bound", self.defaults["weight_bound"])
             for parameter in group["params"]:
                 if isinstance(parameter, HiddenWeight):
                     self._take(parameter)
@@ -223,6 +243,7 @@ class MetaplasticAdam(Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 metaplasticity=group["metaplasticity"],
+                weight_bound=group["weight_bound"],
                 step=step,
                 exp_avg_scale=state.get("exp_avg_scale"),
                 exp_avg_sq_scale=state.get("exp_avg_sq_scale"),

@@ -61,7 +61,8 @@ class _Readout(nn.Module):
 class DendriticReadout(_Readout):
     """A binary output layer with several dendritic segments per class; the most active one speaks for its class.
 
-    ``s[m, c, j] = sum_k (g[m, k] - rate) sign(weight[c S + j, k]) / sqrt(recruited)``, ``logit[m, c] = max_j s[m, c, j]``
+    ``s[m, c, j] = sum_k (g[m, k] - rate) sign(weight[c S + j, k]) / sqrt(recruited)``,
+    ``logit[m, c] = max_j s[m, c, j]``
 
     One segment per class is a plain binary output layer on the centred code. :meth:`local_loss` trains a class without
     pushing any other down: only the segment that won for the true class moves, towards the engram, so what was
@@ -143,14 +144,7 @@ class DendriticReadout(_Readout):
         are counted. Activations (M, C, S) from :meth:`activations`, labels int64 (M,) -> scalar; 0 if M is 0.
         """
         self.check_labels(activations, y)
-        own = activations[torch.arange(len(y), device=y.device), y]
-        wins = self.wins[y]
-        with torch.no_grad():
-            advantage = self.conscience * (1.0 - wins / wins.mean(dim=1, keepdim=True))
-            winner = (own.detach() + advantage).argmax(dim=1, keepdim=True)
-            if self.training:
-                self.wins.index_put_((y, winner[:, 0]), torch.ones_like(wins[:, 0]), accumulate=True)
-        return -own.gather(1, winner).sum() / max(1, len(y))
+        return pull_loss(activations, y, self.wins, self.conscience, count=self.training)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -158,10 +152,11 @@ class DendriticReadout(_Readout):
 
 
 class PrototypeReadout(_Readout):
-    """Binary prototypes: the units that a class recruits more often than classes do on average.
+    """Binary prototypes: the units that a class recruits more often than the classes do on average.
 
-    ``W[c, k] = +1 if counts[c, k] / samples[c] >= mean over classes seen of it, else -1`` and
-    ``score[m, c] = sum_k (g[m, k] - rate) W[c, k] / sqrt(recruited)``; -inf for a class never seen.
+    With ``f[c, k]`` the share of the samples of class c that recruit unit k, ``f[k]`` its mean over the classes seen,
+    ``W[c, k] = +1 if f[c, k] >= f[k] else -1`` and ``score[m, c] = sum_k (g[m, k] - f[k]) W[c, k] / sqrt(recruited)``;
+    -inf for a class never seen.
 
     :meth:`observe` counts; there is nothing to train. Counts are integers, so neither the order of the samples nor
     their division into batches and tasks leaves a trace.
@@ -185,28 +180,32 @@ class PrototypeReadout(_Readout):
         _count(self.recruit(x), y, self.counts, self.samples)
 
     @torch.no_grad()
-    def sign_bits(self) -> Tensor:
-        """The prototypes, bits (C, words)."""
-        frequencies = self.counts.double() / self.samples.clamp(min=1)[:, None]
-        mean = frequencies.sum(0) / max(1, int((self.samples > 0).sum()))
-        return ops.pack_signs((frequencies - mean).float())
+    def prototypes(self) -> tuple[Tensor, Tensor]:
+        """The prototypes, bits (C, words), and what is taken off their products, ``sum_k f[k] W[c, k]``, (C,)."""
+        shares = self.counts.double() / self.samples.clamp(min=1)[:, None]
+        mean = shares.sum(0) / max(1, int((self.samples > 0).sum()))
+        above = shares - mean > -1e-12  # equal shares may differ from their mean in its last bit
+        offset = torch.where(above, mean, -mean).sum(1).float()
+        return ops.pack_signs(above.float() - 0.5), offset
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Excitabilities, floats (M, K) -> scores (M, C)."""
-        bits = self.sign_bits()
+        bits, offset = self.prototypes()
         gate_bits = self.recruit(x)
-        y = CodeProduct.apply(x.detach(), self.counts, bits, gate_bits, gate_bits, self.rate, False)
-        return (y / math.sqrt(self.engram.recruited(self.in_features))).masked_fill(self.samples == 0, -math.inf)
+        y = ops.binary_matmul(gate_bits, bits, self.in_features, gate_bits) - offset
+        y = y / math.sqrt(self.engram.recruited(self.in_features))
+        return y.to(x.dtype).masked_fill(self.samples == 0, -math.inf)
 
 
 class RidgeReadout(_Readout):
     """Ridge regression on the engram code from streaming second moments, solved when it is asked.
 
     With ``G`` the covariance of the gates and ``mu_c`` their mean in class c, the scores are
-    ``g · w_c - w_c · mu_c / 2``, ``w_c = (G + penalty * mean of G's diagonal * I)^-1 mu_c``: linear discriminants, which
-    do not depend on how many samples each class has (streaming: Hayes and Kanan 2020). The Gram matrix of binary
-    features is counted by the popcount kernel, exactly, so neither the order of the samples nor their division into
-    batches and tasks leaves a trace.
+    ``g · w_c - w_c · mu_c / 2``, ``w_c = (G + penalty * mean of G's diagonal * I)^-1 mu_c``: the directions of ridge
+    regression, with biases that do not depend on how many samples each class has, as in linear discriminants
+    (streaming: Hayes and Kanan 2020). The Gram matrix of binary features is counted by the popcount kernel, exactly, so
+    neither the order of the samples nor their division into batches and tasks leaves a trace.
 
     Memory: K² + C K + C integers of 4 and 8 bytes: 16 MiB for K = 2048.
 
@@ -252,10 +251,11 @@ class RidgeReadout(_Readout):
         if self._solution is None:
             n = max(1, int(self.samples.sum()))
             mean = self.counts.sum(0).double() / n
-            covariance = self.gram.double() / n - mean[:, None] * mean
-            covariance.diagonal().add_(self.penalty * covariance.diagonal().mean().clamp(min=1e-12))
+            covariance = (self.gram.double() / n).addr_(mean, mean, alpha=-1)
+            variance = covariance.diagonal()
+            variance += self.penalty * float(variance.mean()) + 1e-12  # a unit that all samples share has none
             class_means = self.counts.double() / self.samples.clamp(min=1)[:, None]
-            weight = torch.linalg.solve(covariance, class_means.T, left=True).T
+            weight = torch.cholesky_solve(class_means.T, torch.linalg.cholesky(covariance)).T
             bias = -0.5 * (weight * class_means).sum(1)
             self._solution = weight.float(), bias.float()
         return self._solution
@@ -271,6 +271,21 @@ class RidgeReadout(_Readout):
     def _load_from_state_dict(self, *arguments, **named):
         super()._load_from_state_dict(*arguments, **named)
         self._solution = None
+
+
+def pull_loss(activations: Tensor, y: Tensor, wins: Tensor, conscience: float, *, count: bool) -> Tensor:
+    """`DendriticReadout.local_loss` of segments of any kind.
+
+    Activations (M, C, S), labels int64 (M,) -> scalar; ``wins`` (C, S) are counted in place where ``count`` is True.
+    """
+    own = activations[torch.arange(len(y), device=y.device), y]
+    own_wins = wins[y]
+    with torch.no_grad():
+        advantage = conscience * (1.0 - own_wins / own_wins.mean(dim=1, keepdim=True))
+        winner = (own.detach() + advantage).argmax(dim=1, keepdim=True)
+        if count:
+            wins.index_put_((y, winner[:, 0]), torch.ones_like(own_wins[:, 0]), accumulate=True)
+    return -own.gather(1, winner).sum() / max(1, len(y))
 
 
 def engram_gram(gate_bits: Tensor, k: int) -> Tensor:

@@ -260,6 +260,7 @@ def metaplastic_adam_(
     weight_decay: float,
     metaplasticity: float,
     step: int,
+    weight_bound: float = float("inf"),
     exp_avg_scale: Tensor | None = None,
     exp_avg_sq_scale: Tensor | None = None,
     seed: Tensor | None = None,
@@ -269,12 +270,14 @@ def metaplastic_adam_(
 
     ``W -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)``, where ``mu' = mu (1 - tanh^2(m |W|))`` if the
     step would shrink ``|W|`` and ``mu`` otherwise. ``weight_decay`` is coupled: it is added to the gradient.
+    ``W`` is then clipped to ``[-weight_bound, weight_bound]``, and a NaN stays one.
 
     ``weight`` is float32, float64 or bfloat16. The moments are like it, or bfloat16, or int8 and uint8 with
     ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with
     :func:`philox` draws of ``seed`` for rows from ``first_row`` on: 16 bits for both moments of a unit, half
     ``unit % 2`` (the low half first) of draw ``unit // 2``; with a bfloat16 weight, the low half of draw ``unit``,
-    whose high half rounds the weight.
+    whose high half rounds the weight, clipped before. So ``|W|`` never exceeds a ``weight_bound`` that bfloat16 can
+    represent, since what is representable does not move, nor any other rounded up to bfloat16.
     """
     (n, k), scaled = weight.shape, exp_avg.dtype == torch.int8
     w = _widened(weight)
@@ -285,7 +288,8 @@ def metaplastic_adam_(
     v = beta2 * v + (1 - beta2) * (g * g)
     step_avg = torch.where(w.sign() * mu.sign() > 0, mu * (1 - torch.tanh(metaplasticity * w.abs()) ** 2), mu)
     step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    w = w - step_size * (step_avg / (v.sqrt() + eps))
+    bound = w.new_tensor(weight_bound)
+    w = (w - step_size * (step_avg / (v.sqrt() + eps))).clamp(-bound, bound)
     if exp_avg.dtype in (torch.bfloat16, torch.int8) or weight.dtype == torch.bfloat16:
         assert seed is not None
         own_draw = weight.dtype == torch.bfloat16

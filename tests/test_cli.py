@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engram_kernels import cli
+from engram_kernels.continual.methods import METHODS
 
 KEYS = {
     "accuracy_matrix", "average_accuracy", "backward_transfer", "forgetting", "peak_memory_bytes",
@@ -31,22 +32,27 @@ def one_thread():
 
 @pytest.fixture
 def npz(tmp_path, monkeypatch):
-    """A small data set of four separable classes; the working directory is an empty one."""
+    """A small data set of four separable classes of 4 x 4 pixels; the working directory is an empty one."""
     monkeypatch.chdir(tmp_path)
-    random = np.random.RandomState(0)
-    centres = random.randn(4, 5, 4)
+    write_npz("small.npz")
+    return "small.npz"
+
+
+def write_npz(path, classes=4, side=4, seed=0):
+    random = np.random.RandomState(seed)
+    centres = random.randn(classes, side, side)
     part = {}
     for name, samples in (("train", 80), ("test", 40)):
-        y = np.arange(samples) % 4
-        part[f"x_{name}"] = (centres[y] + 0.3 * random.randn(samples, 5, 4)).astype(np.float32)
+        y = np.arange(samples) % classes
+        part[f"x_{name}"] = (centres[y] + 0.3 * random.randn(samples, side, side)).astype(np.float32)
         part[f"y_{name}"] = y
-    np.savez(tmp_path / "small.npz", **part)
-    return "small.npz"
+    np.savez(path, **part)
 
 
 def train(npz, *options):
     """Run in this process, with a small network."""
-    return cli.main(["train", "--dataset", npz, "--hidden", "32", "--epochs", "2", *options])
+    datasets = [npz] if isinstance(npz, str) else npz
+    return cli.main(["train", "--dataset", *datasets, "--hidden", "32", "--epochs", "2", *options])
 
 
 def read(path):
@@ -64,8 +70,8 @@ def refused(capsys, wanted):
         assert piece in lines[0]
 
 
-@pytest.mark.parametrize("method", ["engram", "mbnn", "bnn"])
-@pytest.mark.parametrize("scenario", ["class", "permuted"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scenario", ["class", "permuted", "rotated"])
 def test_train_writes_metrics_and_prints_the_table(npz, capsys, method, scenario):
     assert train(npz, "--method", method, "--scenario", scenario, "--tasks", "2", "--seed", "5") == 0
     folder = f"runs/small-{scenario}-{method}-seed5"
@@ -104,6 +110,54 @@ def test_options_reach_the_run(npz):
         "weight_decay": 1e-6,
     }  # fmt: skip
     assert {key: config[key] for key in wanted} == wanted
+
+
+def test_a_stream_of_data_sets(npz, capsys):
+    write_npz("other.npz", seed=1)
+    assert train([npz, "other.npz"], "--scenario", "domain", "--samples-per-task", "30", "--validation", "20") == 0
+    metrics = read("runs/small+other-domain-engram-seed0/metrics.json")
+    assert np.array(metrics["accuracy_matrix"]).shape == (2, 2)
+    assert metrics["steps"] == 2 * 2 * 1, "two epochs of two tasks of 30 samples, in batches of 100"
+    assert -0.25 <= metrics["forward_transfer"] <= 0.75
+    wanted = {
+        "dataset": [npz, "other.npz"], "scenario": "domain", "tasks": 2, "samples_per_task": 30, "validation": 20,
+        "max_degrees": None, "classes_per_task": 4,
+    }  # fmt: skip
+    assert {key: metrics["config"][key] for key in wanted} == wanted
+    assert (
+        "small+other: 120 training (at most 30 per task) and 40 validation samples of 16 features, 4 classes"
+        in capsys.readouterr().out
+    )
+
+
+def test_rotation_and_validation_reach_the_run(npz, capsys):
+    options = ("--scenario", "rotated", "--tasks", "3", "--batch-size", "10", "--quiet")
+    assert train(npz, *options, "--max-degrees", "90", "--validation", "16", "--output", "a") == 0
+    assert "64 training and 16 validation samples" in capsys.readouterr().out
+    assert train(npz, *options, "--output", "b") == 0
+    assert "80 training and 40 test samples" in capsys.readouterr().out
+    one, other = (read(f"{output}/metrics.json") for output in "ab")
+    assert (one["steps"], other["steps"]) == (2 * 3 * 7, 2 * 3 * 8)
+    for metrics, degrees, validation in ((one, 90.0, 16), (other, 180.0, None)):
+        config = metrics["config"]
+        assert (config["dataset"], config["max_degrees"], config["validation"]) == (npz, degrees, validation)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "options", "wanted"),
+    [
+        (["small.npz"], ["--scenario", "domain"], ["dataset", "at least 2", "got 1"]),
+        (["small.npz", "small.npz"], [], ["dataset", "one with scenario class", "got 2"]),
+        (["small.npz", "wide.npz"], ["--scenario", "domain"], ["dataset", "16 features", "25 in wide (data set 2)"]),
+        (["small.npz", "few.npz"], ["--scenario", "domain"], ["dataset", "4 labels", "label 3 in few (data set 2)"]),
+        (["small.npz", "none.npz"], ["--scenario", "domain"], ["none.npz", "does not exist"]),
+    ],
+)
+def test_data_sets_that_make_no_stream(npz, capsys, datasets, options, wanted):
+    write_npz("wide.npz", side=5)
+    write_npz("few.npz", classes=3)
+    assert train(datasets, *options) == 2
+    refused(capsys, wanted)
 
 
 def test_the_same_seed_gives_the_same_numbers(npz):
@@ -171,6 +225,14 @@ def test_without_scikit_learn_digits_say_how_to_get_it(npz, capsys, monkeypatch)
         (["--seeds", "1", "1"], ["seeds", "different", "1 1"]),
         (["--method", "bnn", "--rate", "0.1"], ["rate", "bnn"]),
         (["--scenario", "permuted", "--classes-per-task", "2"], ["classes_per_task", "permuted"]),
+        (["--scenario", "permuted", "--max-degrees", "90"], ["max_degrees", "rotated", "permuted"]),
+        (["--scenario", "rotated", "--max-degrees", "360"], ["max_degrees", "(0, 360)", "360.0"]),
+        (["--scenario", "rotated", "--shuffle-classes"], ["shuffle_classes", "class", "rotated"]),
+        (["--scenario", "rotated", "--samples-per-task", "0"], ["samples_per_task", "got 0"]),
+        (["--samples-per-task", "9"], ["samples_per_task", "permuted, rotated, domain", "class"]),
+        (["--scenario", "domain", "--tasks", "2"], ["tasks", "domain"]),
+        (["--validation", "0"], ["validation", "1 to 79", "small", "got 0"]),
+        (["--validation", "3"], ["validation", "label 0 among"]),
         (["--dataset", "missing.npz"], ["missing.npz", "does not exist"]),
         (["--dataset", "cifar"], ["dataset", "'cifar'"]),
         (["--dataset", "mnist", "--data-dir", "nowhere"], ["train-images-idx3-ubyte", "nowhere/MNIST/raw"]),
@@ -187,7 +249,7 @@ def test_bad_values(npz, capsys, options, wanted):
     [
         ([], "COMMAND"),
         (["fly"], "fly"),
-        (["train", "--method", "ewc"], "ewc"),
+        (["train", "--method", "magic"], "magic"),
         (["train", "--hidden", "many"], "many"),
         (["train", "--wings", "2"], "--wings"),
     ],
@@ -218,7 +280,8 @@ def test_an_output_that_cannot_be_written(npz, capsys):
 
 
 def test_a_loss_that_is_not_finite(npz, capsys, monkeypatch):
-    monkeypatch.setattr("engram_kernels.continual.methods.cross_entropy", lambda logits, y: logits.sum() * float("nan"))
+    losses = "engram_kernels.continual.methods.base.LOSSES"
+    monkeypatch.setattr(losses, {"all": lambda scores, y: scores.sum() * float("nan")})
     assert train(npz, "--loss", "all") == 2
     refused(capsys, ["loss", "nan", "task 1"])
 
@@ -341,12 +404,14 @@ def interrupted(npz, monkeypatch, *options, step=40):
         return train(npz, *FOUR_TASKS, *options)
 
 
-def test_an_interrupted_run_goes_on_after_its_last_finished_task(npz, capsys, monkeypatch):
-    assert interrupted(npz, monkeypatch, "--output", "out") == 130
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_goes_on_after_its_last_finished_task(npz, capsys, monkeypatch, method):
+    options = ["--method", method, "--loss", "all"]
+    assert interrupted(npz, monkeypatch, *options, "--output", "out") == 130
     assert "--resume" in capsys.readouterr().err
-    assert read("out/metrics.json")["tasks_completed"] == 2
-    assert train(npz, *FOUR_TASKS, "--output", "out", "--resume") == 0
-    assert train(npz, *FOUR_TASKS, "--output", "whole") == 0
+    assert read("out/metrics.json")["tasks_completed"] == (1 if method == "joint" else 2)  # its tasks grow
+    assert train(npz, *FOUR_TASKS, *options, "--output", "out", "--resume") == 0
+    assert train(npz, *FOUR_TASKS, *options, "--output", "whole") == 0
     assert read("out/metrics.json")["accuracy_matrix"] == read("whole/metrics.json")["accuracy_matrix"]
 
 

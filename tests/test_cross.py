@@ -214,9 +214,10 @@ def gradient_of(n: int, k: int) -> torch.Tensor:
     return grad
 
 
-def update_case(label, state, grad, gradient_fields, metaplasticity, first_row) -> Case:
+def update_case(label, state, grad, gradient_fields, metaplasticity, weight_bound, first_row) -> Case:
     """The moments of the reference, and the hidden weights of the native kernels: all instruction sets round alike."""
-    adam, seed = ADAM | {"metaplasticity": metaplasticity}, torch.tensor([-0x123456789ABCDEF, 2**32 - 1])
+    adam = ADAM | {"metaplasticity": metaplasticity, "weight_bound": weight_bound}
+    seed = torch.tensor([-0x123456789ABCDEF, 2**32 - 1])
     after = []
     for operators in (ops, reference):
         new = {name: None if t is None else t.clone() for name, t in state.items()}
@@ -229,15 +230,17 @@ def update_case(label, state, grad, gradient_fields, metaplasticity, first_row) 
     beta1, beta2, step = adam["beta1"], adam["beta2"], adam["step"]
     step_size = adam["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # as csrc/bindings.cpp computes it
     settings = [beta1, 1 - beta1, beta2, 1 - beta2, adam["eps"], adam["weight_decay"], metaplasticity, step_size]
+    settings += [weight_bound]
     fields = [*weight.shape, FLOATS.index(weight.dtype), moments, *settings, *seed.tolist(), first_row]
-    label = f"{label} {weight.dtype} {MOMENTS[moments]} {metaplasticity=} {first_row=}"
+    label = f"{label} {weight.dtype} {MOMENTS[moments]} {metaplasticity=} {weight_bound=} {first_row=}"
     given = [*fields, *state.values(), *gradient_fields]
     return Case(label, given, [*(t for t in expected if t is not None), flag(False)])
 
 
-def update_settings() -> Iterator[tuple[float, int]]:
-    """Metaplasticity and first row, in turn."""
-    return itertools.cycle([(1.35, 0), (0.0, 2**33 + 1), (30.0, 5), (1.35, 2**32 - 3), (30.0, 0)])
+def update_settings() -> Iterator[tuple[float, float, int]]:
+    """Metaplasticity, bound of the weights and first row, in turn."""
+    unbounded = [(1.35, math.inf, 0), (0.0, math.inf, 2**33 + 1), (30.0, math.inf, 0)]
+    return itertools.cycle([*unbounded, (30.0, 0.125, 5), (1.35, 0.1, 2**32 - 3)])
 
 
 def metaplastic_adam_cases() -> Iterator[Case]:

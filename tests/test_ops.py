@@ -1,3 +1,4 @@
+import itertools
 import math
 import os
 from pathlib import Path
@@ -285,12 +286,25 @@ def test_update_notices_nan_that_rounding_would_carry_over_to_zero(isa):
         ops.metaplastic_adam_(weight, grad, *moments, None, **ADAM, seed=torch.tensor([5, 0]))
 
 
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.1])
+def test_update_reports_nan_whatever_the_bound(isa, weight_bound):
+    for dtype, unit in itertools.product((torch.float32, torch.bfloat16), (0, 37, 63, 64, 69)):
+        weight, grad = torch.zeros(3, 70, dtype=dtype), torch.zeros(3, 70)
+        grad[1, unit] = math.nan
+        moments = torch.zeros(3, 70), torch.zeros(3, 70)
+        with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
+            ops.metaplastic_adam_(
+                weight, grad, *moments, None, **ADAM, weight_bound=weight_bound, seed=torch.tensor([5, 0])
+            )
+        assert weight.isnan().sum() == weight[1, unit].isnan() == 1
+
+
 @pytest.mark.parametrize("k", SIZES)
 def test_metaplastic_adam_agrees_and_writes_fresh_bits(isa, k):
-    for metaplasticity in (0.0, 1.35, 30.0):
+    for metaplasticity, weight_bound in [(0.0, math.inf), (1.35, 0.1), (1.35, math.inf), (30.0, 0.25), (30.0, 1e-30)]:
         mine = update_arguments(7, k)
         theirs = [t.clone() for t in mine]
-        settings = ADAM | {"metaplasticity": metaplasticity}
+        settings = ADAM | {"metaplasticity": metaplasticity, "weight_bound": weight_bound}
         ops.metaplastic_adam_(*mine, **settings)
         reference.metaplastic_adam_(*theirs, **settings)
         for a, b in zip(mine[:4], theirs[:4], strict=True):
@@ -303,8 +317,9 @@ def test_metaplastic_adam_is_the_same_on_every_isa():
     before = ops.isa()
     for name in ops.available_isas():
         ops.set_isa(name)
-        arguments = [t.clone() for t in first]
-        ops.metaplastic_adam_(*arguments, **ADAM)
+        arguments = [t.clone() for t in first + first]
+        ops.metaplastic_adam_(*arguments[:5], **ADAM)
+        ops.metaplastic_adam_(*arguments[5:], **ADAM, weight_bound=0.1)
         results.append(arguments)
     ops.set_isa(before)
     for other in results[1:]:
@@ -337,8 +352,10 @@ def cloned(arguments, settings):
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize("k", [1, 63, 64, 130, 1000])
-def test_compact_updates_agree(isa, k, state_dtype, weight_dtype):
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.15])
+def test_compact_updates_agree(isa, weight_bound, k, state_dtype, weight_dtype):
     mine, settings = compact_arguments(7, k, weight_dtype, state_dtype)
+    settings |= {"weight_bound": weight_bound}
     theirs, their_settings = cloned(mine, settings)
     grad = (torch.randn(7, k)).to(weight_dtype)
     ops.metaplastic_adam_(mine[0], grad, *mine[1:], **settings)
@@ -357,10 +374,49 @@ def test_compact_updates_agree(isa, k, state_dtype, weight_dtype):
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", STATES)
+@pytest.mark.parametrize("k", [1, 63, 64, 130, 1000])
+@pytest.mark.parametrize("weight_bound", [0.125, 0.1, 0.3, 50.0])
+def test_a_bound_clips_what_the_unbounded_update_gives_and_nothing_else(
+    isa, weight_bound, k, state_dtype, weight_dtype
+):
+    mine, settings = compact_arguments(7, k, weight_dtype, state_dtype)
+    theirs, their_settings = cloned(mine, settings)
+    grad = torch.randn(7, k)
+    ops.metaplastic_adam_(mine[0], grad, *mine[1:], **settings, weight_bound=weight_bound)
+    ops.metaplastic_adam_(theirs[0], grad, *theirs[1:], **their_settings)
+    bound = torch.full((7, k), weight_bound)
+    if weight_dtype == torch.bfloat16:  # rounding keeps order: as well clip to what the bound is rounded to
+        bound = reference.round_to_bfloat16(
+            bound, reference.philox(settings["seed"], 7, k, settings["first_row"]) >> 16
+        )
+    expected = torch.maximum(torch.minimum(theirs[0], bound), -bound)
+    assert torch.equal(mine[0].view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(mine[3], reference.pack_signs(expected))
+    for a, b in zip(mine[1:3], theirs[1:3], strict=True):
+        assert torch.equal(a, b)
+    if weight_bound == 0.125 or weight_dtype == torch.float32:
+        assert (mine[0].abs() <= torch.tensor(weight_bound)).all()  # the bound in float32
+
+
+def test_weights_come_to_the_bound_from_however_far_beyond(isa):
+    settings = ADAM | {"weight_decay": 0.0, "weight_bound": 1.0, "seed": torch.tensor([5, 0])}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, zeros = torch.tensor([[1e38, -1e38, 2.0, -2.0, 0.5, -0.5] * 12]), torch.zeros(1, 72)
+        bounded, grad = weight.to(dtype), torch.randn(1, 72)
+        ops.metaplastic_adam_(bounded, zeros, zeros.clone(), zeros.clone(), None, **settings)
+        assert torch.equal(bounded, weight.clamp(-1, 1).to(dtype))
+        infinite_step = settings | {"lr": 1e300, "metaplasticity": 0.0}
+        ops.metaplastic_adam_(bounded, grad, zeros.clone(), zeros.clone(), None, **infinite_step)
+        assert torch.equal(bounded, -grad.sign().to(dtype))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize("gate", GATES)
 def test_the_fused_update_is_the_two_operators_one_after_the_other(isa, gate, state_dtype, weight_dtype):
     for m, n, k in [(20, 3, 7), (100, 70, 1030), (0, 5, 65), (300, 130, 129)]:
         fused, settings = compact_arguments(n, k, weight_dtype, state_dtype)
+        settings |= {"weight_bound": math.inf if k == 7 else 0.2}
         apart, apart_settings = cloned(fused, settings)
         d, x_bits, gate_bits = torch.randn(m, n), bits_of(m, k), None if m == 0 else gate_of(gate, m, k)
         ops.gated_metaplastic_adam_(d, x_bits, gate_bits, *fused, **settings)
@@ -524,8 +580,8 @@ def opcheck_cases():
 @pytest.mark.parametrize("name", list(opcheck_cases()))
 def test_opcheck(name):
     for arguments in opcheck_cases()[name]:
-        kwargs = ADAM if name.endswith("adam_") else {}
-        opcheck(getattr(torch.ops.engram_kernels, name).default, arguments, kwargs)
+        for kwargs in [ADAM, ADAM | {"weight_bound": 0.1}] if name.endswith("adam_") else [{}]:
+            opcheck(getattr(torch.ops.engram_kernels, name).default, arguments, kwargs)
 
 
 def test_every_operator_has_a_reference_of_the_same_name_and_arguments():
@@ -622,6 +678,18 @@ def bad_calls():
         "uint8 shape": (lambda: ops.sign_matmul_t(torch.zeros(70, dtype=torch.uint8), w_bits, k), r"x: .*got uint8"),
         "update step": (lambda: ops.metaplastic_adam_(*update, **ADAM | {"step": 0}), "step: .*got 0"),
         "update beta": (lambda: ops.metaplastic_adam_(*update, **ADAM | {"beta1": 1.0}), "beta1: .*got 1"),
+        "update bound 0": (lambda: ops.metaplastic_adam_(*update, **ADAM, weight_bound=0.0), "weight_bound: .*got 0"),
+        "update bound -1": (lambda: ops.metaplastic_adam_(*update, **ADAM, weight_bound=-1), "weight_bound: .*got -1"),
+        "update bound NaN": (
+            lambda: ops.metaplastic_adam_(*update, **ADAM, weight_bound=math.nan),
+            "weight_bound: expected above 0 in float32, got nan",
+        ),
+        "fused bound": (
+            lambda: ops.gated_metaplastic_adam_(
+                torch.ones(4, 3), bits_of(4, 5), None, update[0], *update[2:], **ADAM, weight_bound=1e-50
+            ),
+            "weight_bound: expected above 0 in float32, got 1e-50",
+        ),
         "update NaN": (
             lambda: ops.metaplastic_adam_(update[0].clone(), update[1] * math.nan, *update[2:], **ADAM),
             "grad: expected finite",

@@ -9,7 +9,7 @@ from torch import nn
 import engram_kernels as ek
 
 
-def restated_step(w, grad, state, lr, beta1, beta2, eps, decay, m):
+def restated_step(w, grad, state, lr, beta1, beta2, eps, decay, m, bound):
     """The published rule in float64, one step; state = [mu, v, t]."""
     state[2] += 1
     grad = grad + decay * w
@@ -17,29 +17,37 @@ def restated_step(w, grad, state, lr, beta1, beta2, eps, decay, m):
     state[1] = beta2 * state[1] + (1 - beta2) * grad**2
     mu = torch.where(torch.sign(w) * state[0] > 0, state[0] * (1 - torch.tanh(m * w.abs()) ** 2), state[0])
     step_size = lr * math.sqrt(1 - beta2 ** state[2]) / (1 - beta1 ** state[2])
-    return w - step_size * mu / (state[1].sqrt() + eps)
+    return (w - step_size * mu / (state[1].sqrt() + eps)).clamp(-bound, bound)
 
 
 @pytest.mark.parametrize("metaplasticity", [0.0, 1.35, 8.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
-def test_equals_the_published_rule_over_50_steps(isa, metaplasticity, weight_decay):
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.05])
+def test_equals_the_published_rule_over_50_steps(isa, metaplasticity, weight_decay, weight_bound):
     shapes = [(7, 65), (33, 128), (1, 1)]
     layers = nn.ModuleList(ek.BinaryEngramLinear(k, n) for n, k in shapes)
     lr, betas, eps = 5e-3, (0.9, 0.999), 1e-8
-    optimizer = ek.MetaplasticAdam(
-        layers.parameters(), lr, betas, eps, weight_decay=weight_decay, metaplasticity=metaplasticity
-    )
+    optimizer = ek.MetaplasticAdam(layers.parameters(), lr, betas, eps, weight_decay, metaplasticity, weight_bound)
     weights = [layer.weight.detach().double() for layer in layers]
     states = [[torch.zeros_like(w), torch.zeros_like(w), 0] for w in weights]
     for _ in range(50):
         for i, layer in enumerate(layers):
             layer.weight.grad = torch.randn(layer.weight.shape)
             weights[i] = restated_step(
-                weights[i], layer.weight.grad.double(), states[i], lr, *betas, eps, weight_decay, metaplasticity
+                weights[i],
+                layer.weight.grad.double(),
+                states[i],
+                lr,
+                *betas,
+                eps,
+                weight_decay,
+                metaplasticity,
+                weight_bound,
             )
         optimizer.step()
         for w, layer in zip(weights, layers, strict=True):
             torch.testing.assert_close(layer.weight.detach().double(), w, rtol=1e-4, atol=2e-6)
+            assert (layer.weight.detach().abs() <= torch.tensor(weight_bound)).all()
             assert torch.equal(layer.weight.sign_bits(), ek.reference.pack_signs(layer.weight.detach().clone()))
 
 
@@ -60,11 +68,83 @@ def test_groups_have_settings_of_their_own():
     assert (moved[1] <= moved[0]).all() and moved[1].sum() < 0.9 * moved[0].sum()
 
 
+def test_groups_have_bounds_of_their_own():
+    layers = [ek.BinaryEngramLinear(70, 4) for _ in range(3)]
+    groups = [{"params": layer.parameters()} for layer in layers]
+    optimizer = ek.MetaplasticAdam([groups[0], groups[1] | {"weight_bound": 0.25}], lr=0.1, weight_bound=0.5)
+    optimizer.add_param_group(groups[2] | {"weight_bound": math.inf})
+    for _ in range(20):
+        for layer in layers:
+            layer.weight.grad = -layer.weight.detach().sign()
+        optimizer.step()
+    largest = [layer.weight.detach().abs() for layer in layers]
+    assert (largest[0] == 0.5).all() and (largest[1] == 0.25).all() and (largest[2] > 1).all()
+
+
+def test_a_bounded_weight_flips_however_long_it_was_consolidated():
+    lr, m, weight_bound = 0.01, 2.0, 0.5
+    opposed_steps = math.ceil(weight_bound / (lr * (1 - math.tanh(m * weight_bound) ** 2)))
+    turn = 25  # steps in which the first moment has come from one gradient to the other, all but a tenth of it
+
+    def flipped(steps_of_consolidation, opposed_steps, **settings):
+        layer = ek.BinaryEngramLinear(70, 4)
+        optimizer = ek.MetaplasticAdam(layer.parameters(), lr, metaplasticity=m, **settings)
+        before = layer.weight.detach().sign()
+        for step in range(steps_of_consolidation + opposed_steps):
+            layer.weight.grad = -before if step < steps_of_consolidation else before.clone()
+            optimizer.step()
+        return layer.weight.detach().sign() != before
+
+    for steps_of_consolidation in (100, 1000):
+        assert flipped(steps_of_consolidation, opposed_steps + turn, weight_bound=weight_bound).all()
+    assert not flipped(1000, 5 * opposed_steps).any()
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype, weight_bound", [(torch.float32, 0.02), (torch.bfloat16, 2**-6)])
+def test_hidden_weights_keep_to_their_bound_and_nothing_else_does(dtype, weight_bound, state_dtype, fuse_backward):
+    model, optimizer = network(fuse_backward, state_dtype, dtype, weight_bound=weight_bound)
+    train(model, optimizer, 10)
+    for layer in (model[0], model[2], model[4]):
+        largest, bound = layer.weight.detach().abs(), torch.tensor(weight_bound)
+        assert (largest <= bound).all() and (largest == bound).any()
+        assert torch.equal(layer.weight.sign_bits(), ek.reference.pack_signs(layer.weight.detach().clone()))
+    assert (model[1].weight.detach() > 0.5).all()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8])
+def test_a_bound_far_beyond_all_weights_changes_nothing(state_dtype):
+    (bounded, its_optimizer), (plain, optimizer) = (
+        network(False, state_dtype, **settings) for settings in ({"weight_bound": 1e6}, {})
+    )
+    train(bounded, its_optimizer, 5)
+    train(plain, optimizer, 5)
+    assert all(torch.equal(p, q) for p, q in zip(bounded.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.02])
+def test_states_from_before_there_was_a_bound_load(weight_bound):
+    old_model, old = network(False)
+    train(old_model, old, 2)
+    for settings in (old.defaults, *old.param_groups):
+        del settings["weight_bound"]
+    revived = copy.deepcopy(old)  # by way of __getstate__ and __setstate__, as pickle
+    assert revived.defaults["weight_bound"] == math.inf
+    assert all(group["weight_bound"] == math.inf for group in revived.param_groups)
+    model, optimizer = network(False, weight_bound=weight_bound)
+    optimizer.load_state_dict(old.state_dict())
+    assert all(group["weight_bound"] == weight_bound for group in optimizer.param_groups)
+    train(model, optimizer, 2)
+    assert (model[0].weight.detach().abs().max() <= torch.tensor(weight_bound)).item()
+
+
 def test_other_parameters_get_plain_adam():
     mine, theirs = nn.Linear(10, 4), nn.Linear(10, 4)
     theirs.load_state_dict(mine.state_dict())
     settings = dict(lr=5e-3, betas=(0.8, 0.99), eps=1e-7, weight_decay=1e-3)
-    a, b = ek.MetaplasticAdam(mine.parameters(), **settings), torch.optim.Adam(theirs.parameters(), **settings)
+    a = ek.MetaplasticAdam(mine.parameters(), **settings, weight_bound=0.01)
+    b = torch.optim.Adam(theirs.parameters(), **settings)
     for _ in range(10):
         x = torch.randn(6, 10)
         for model, optimizer in ((mine, a), (theirs, b)):
@@ -120,7 +200,7 @@ def test_a_state_of_another_dtype_is_refused():
 # ---- the update within the backward pass
 
 
-def network(fuse_backward, state_dtype=torch.float32, dtype=torch.float32):
+def network(fuse_backward, state_dtype=torch.float32, dtype=torch.float32, **settings):
     torch.manual_seed(3)
     engram = ek.StochasticEngram(0.3)
     model = nn.Sequential(
@@ -130,7 +210,7 @@ def network(fuse_backward, state_dtype=torch.float32, dtype=torch.float32):
         nn.BatchNorm1d(70),
         ek.BinaryEngramLinear(70, 3, bias=True, dtype=dtype),
     )
-    optimizer = ek.MetaplasticAdam(model.parameters(), state_dtype=state_dtype, fuse_backward=fuse_backward)
+    optimizer = ek.MetaplasticAdam(model.parameters(), state_dtype=state_dtype, fuse_backward=fuse_backward, **settings)
     return model, optimizer
 
 
@@ -146,8 +226,11 @@ def train(model, optimizer, steps):
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_fused_backward_gives_the_same_numbers(isa, state_dtype):
-    (fused, fused_optimizer), (plain, plain_optimizer) = (network(fuse, state_dtype) for fuse in (True, False))
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.02])
+def test_fused_backward_gives_the_same_numbers(isa, state_dtype, weight_bound):
+    (fused, fused_optimizer), (plain, plain_optimizer) = (
+        network(fuse, state_dtype, weight_bound=weight_bound) for fuse in (True, False)
+    )
     assert torch.equal(train(fused, fused_optimizer, 6), train(plain, plain_optimizer, 6))
     for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -243,6 +326,9 @@ def test_parameters_without_a_gradient_stay():
         ({"eps": -1e-8}, "eps: "),
         ({"weight_decay": -0.1}, "weight_decay: "),
         ({"metaplasticity": -2}, "metaplasticity: .*got -2"),
+        ({"weight_bound": 0.0}, "weight_bound: expected a number above 0, got 0.0"),
+        ({"weight_bound": -1}, "weight_bound: .*got -1"),
+        ({"weight_bound": math.nan}, "weight_bound: .*got nan"),
         ({"state_dtype": torch.float64}, "state_dtype: .* or torch.int8, got torch.float64"),
     ],
 )
@@ -252,11 +338,12 @@ def test_bad_settings_are_named(settings, message):
 
 
 def test_bad_gradients_are_named():
-    layer = ek.BinaryEngramLinear(3, 3)
-    optimizer = ek.MetaplasticAdam(layer.parameters())
-    layer.weight.grad = torch.full((3, 3), math.nan)
-    with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
-        optimizer.step()
+    for weight_bound in (math.inf, 0.1):
+        layer = ek.BinaryEngramLinear(3, 3)
+        optimizer = ek.MetaplasticAdam(layer.parameters(), weight_bound=weight_bound)
+        layer.weight.grad = torch.full((3, 3), math.nan)
+        with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
+            optimizer.step()
     layer = ek.BinaryEngramLinear(3, 3, dtype=torch.float16)
     layer.weight.grad = torch.ones_like(layer.weight)
     with pytest.raises(RuntimeError, match="weight: expected contiguous float32 or bfloat16"):

@@ -1,6 +1,7 @@
 """The Triton update: interpreted on the CPU, compiled for every architecture without a driver, and run on a GPU."""
 
 import copy
+import math
 import os
 import re
 import subprocess
@@ -101,6 +102,8 @@ def test_the_step_size_is_that_of_the_reference_and_gradients_are_optional():
         (dict(first_row=-1), "first_row: expected at least 0, got -1"),
         (dict(beta2=1.0), "beta2: .*got 1"),
         (dict(step=0), "step: .*got 0"),
+        (dict(weight_bound=0.0), "weight_bound: expected above 0 in float32, got 0"),
+        (dict(weight_bound=math.nan), "weight_bound: expected above 0 in float32, got nan"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -254,10 +257,11 @@ def test_on_cuda_every_bit_is_that_of_the_cpu(shape, formats):
     weight_dtype, grad_dtype, state_dtype = formats
     theirs, their_settings = compact_arguments(*shape, weight_dtype, state_dtype)
     mine, settings = on_cuda(theirs, their_settings)
-    for step in (3, 4, 5):
+    for step, weight_bound in ((3, math.inf), (4, 0.2), (5, 0.125)):
         grad = (torch.randn(shape) * torch.randn(shape).exp()).to(grad_dtype)
-        ops.metaplastic_adam_(mine[0], grad.cuda(), *mine[1:], **settings | {"step": step})
-        ops.metaplastic_adam_(theirs[0], grad, *theirs[1:], **their_settings | {"step": step})
+        changes = dict(step=step, weight_bound=weight_bound)
+        ops.metaplastic_adam_(mine[0], grad.cuda(), *mine[1:], **settings | changes)
+        ops.metaplastic_adam_(theirs[0], grad, *theirs[1:], **their_settings | changes)
         assert_same_bits([*mine, *scales_of(settings)], [*theirs, *scales_of(their_settings)])
 
 
@@ -285,6 +289,7 @@ def test_on_cuda_the_fused_update_is_the_two_operators_one_after_the_other(forma
     weight_dtype, _, state_dtype = formats
     for m, n, k in [(20, 3, 7), (100, 2000, 1030), (0, 5, 65)]:
         arguments, settings = compact_arguments(n, k, weight_dtype, state_dtype)
+        settings |= {"weight_bound": math.inf if k == 7 else 0.2}
         (fused, fused_settings), (apart, apart_settings) = (on_cuda(*cloned(arguments, settings)) for _ in range(2))
         d, x_bits = torch.randn(m, n).cuda(), bits_of(m, k).cuda()
         gate = gate_of("per sample", m, k).cuda() if m else None
@@ -303,7 +308,8 @@ def test_on_cuda_the_optimizer_trains_as_on_the_cpu(weight_dtype, state_dtype):
     optimizers = []
     for layer in (mine, theirs):
         torch.manual_seed(3)
-        optimizers.append(ek.MetaplasticAdam(layer.parameters(), state_dtype=state_dtype, weight_decay=1e-3))
+        settings = dict(state_dtype=state_dtype, weight_decay=1e-3, weight_bound=0.125)
+        optimizers.append(ek.MetaplasticAdam(layer.parameters(), **settings))
     for _ in range(10):
         grad = torch.randn(300, 784).to(weight_dtype)
         mine.weight.grad, theirs.weight.grad = grad.cuda(), grad
@@ -317,9 +323,10 @@ def test_on_cuda_the_optimizer_trains_as_on_the_cpu(weight_dtype, state_dtype):
 
 
 @pytest.mark.gpu
-def test_on_cuda_a_nan_is_an_error_of_a_later_operator():
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.125])
+def test_on_cuda_a_nan_is_an_error_of_a_later_operator(weight_bound):
     weight, *state = (torch.zeros(64, 64, device="cuda") for _ in range(3))
-    ops.metaplastic_adam_(weight, torch.full_like(weight, torch.nan), *state, None, **ADAM)
+    ops.metaplastic_adam_(weight, torch.full_like(weight, torch.nan), *state, None, **ADAM, weight_bound=weight_bound)
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="NaN"):
         ops.pack_signs(torch.ones(1, 64, device="cuda"))

@@ -85,7 +85,7 @@ struct MetaplasticAdam {
   float* exp_avg_sq_scale;  // likewise
   uint64_t* sign_bits;      // [N, words] or null
   int64_t N, K, words;
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, metaplasticity, step_size;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, metaplasticity, step_size, weight_bound;
   uint64_t seed;  // of the draws that compact formats round with
   uint32_t offset;
   uint64_t first_row;  // number, for the draws, of row 0

@@ -4,13 +4,14 @@
 //   mu  = beta1 mu + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //   mu' = mu (1 - tanh^2(m |W|))  if the step would shrink |W|, that is W mu > 0;  else mu
 //   W  -= step_size * mu' / (sqrt(v) + eps),   step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t)
+//   W   = weight_bound if W > weight_bound, -weight_bound if W < -weight_bound;  infinity bounds nothing
 //
 // (Laborieux et al. 2021, eq. 2 and their published optimizer, which tests the sign of the momentum.)
 // 1 - tanh^2(z) = 4 t / (1 + t)^2 with t = e^{-2z}. All tensors [N, K]: the weight float32 or bfloat16, the moments
-// float32 or in one of the compact formats of core/compact.h, rounded with random bits. Range in words of 64 weights.
-// Bound by memory (float32: 4 reads and 3 writes of 4 bytes a weight, and one bit); the compact formats by their
-// conversions and random numbers. Only single IEEE operations and no fused multiply-add, so that every instruction set
-// computes the same bits.
+// float32 or in one of the compact formats of core/compact.h, rounded with random bits; the weight is clipped before,
+// so that a bound which bfloat16 represents holds after rounding too. Range in words of 64 weights. Bound by memory
+// (float32: 4 reads and 3 writes of 4 bytes a weight, and one bit); the compact formats by their conversions and random
+// numbers. Only single IEEE operations and no fused multiply-add, so that every instruction set computes the same bits.
 #include <cstring>
 #include <type_traits>
 
@@ -62,7 +63,10 @@ ENGRAM_INLINE void update(const MetaplasticAdam& p, int64_t n, float* __restrict
   for (int64_t i = 0; i < n; ++i) t[i] = power_of_two(t[i]);
   for (int64_t i = 0; i < n; ++i) {
     const float quotient = (exp_avg[i] * (4.0f * t[i])) / (root[i] * ((1.0f + t[i]) * (1.0f + t[i])));
-    w[i] -= p.step_size * quotient;
+    // comparisons that a NaN fails, so that it stays one and is reported
+    const float stepped = w[i] - p.step_size * quotient;
+    const float clipped = stepped > p.weight_bound ? p.weight_bound : stepped;
+    w[i] = clipped < -p.weight_bound ? -p.weight_bound : clipped;
   }
 }
 

@@ -6,6 +6,7 @@ a time into the float input of the network.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 import os
@@ -253,6 +254,44 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
             raise
         raise ValueError(f"dataset: expected a complete .npz file, {path} is damaged ({error})") from None
     return from_arrays(path.stem, *(arrays[name] for name in _NPZ_ARRAYS))
+
+
+def hold_out(dataset: Dataset, samples: int) -> Dataset:
+    """A data set to choose hyper-parameters with: they must not be chosen on the test set.
+
+    Its test set is the last ``samples`` training samples of ``dataset``, its training set the rest. Neither is a copy;
+    the test set of ``dataset`` is not in it.
+
+    Raises:
+        ValueError: no sample left on one side, or none of some label.
+    """
+    total = len(dataset.y_train)
+    if not 1 <= samples < total:
+        raise ValueError(
+            f"validation: expected from 1 to {total - 1} of the {total} training samples of {dataset.name}, "
+            f"got {samples}"
+        )
+    y_train, y_test = dataset.y_train[:-samples], dataset.y_train[-samples:]
+    for y, part in ((y_test, "among"), (y_train, "before")):
+        absent = (y.bincount(minlength=dataset.num_classes) == 0).nonzero().flatten().tolist()
+        if absent:
+            raise ValueError(
+                f"validation: expected samples of every label both among and before the last {samples} training "
+                f"samples of {dataset.name}, got none of label {dataset.classes[absent[0]]} {part} them"
+            )
+    return dataclasses.replace(
+        dataset,
+        x_train=dataset.x_train[:-samples],
+        y_train=y_train,
+        x_test=dataset.x_train[-samples:],
+        y_test=y_test,
+    )
+
+
+def joined_name(datasets: Sequence[Dataset]) -> str:
+    """One name for a stream of data sets, short enough for a file's."""
+    names = [dataset.name for dataset in datasets]
+    return "+".join(names if len(names) <= 3 else [names[0], f"{len(names) - 1}-more"])
 
 
 def standardize(x: Tensor) -> Tensor:

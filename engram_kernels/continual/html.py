@@ -48,7 +48,7 @@ class _Method:
     label: str
     summary: dict[str, dict[str, Any]]
     matrix: list[list[float | None]]  # mean over seeds
-    curve: list[tuple[float, float | None]]  # mean and deviation of the average accuracy so far
+    curve: dict[int, tuple[float, float | None]]  # task, mean and deviation of the average accuracy so far
     seeds: int
     complete: int
     statuses: tuple[str, ...]
@@ -60,6 +60,12 @@ class _Method:
     @property
     def dash(self) -> str:
         return _DASHES[self.number // len(_COLORS) % len(_DASHES)]
+
+    @property
+    def end(self) -> tuple[int, float]:
+        """The last task of the curve, and the mean there."""
+        task = max(self.curve)
+        return task, self.curve[task][0]
 
     def mean(self, name: str) -> float | None:
         value: float | None = self.summary[name]["mean"]
@@ -85,7 +91,9 @@ def page(content: dict[str, Any]) -> str:
     numbers = {id(method): number for number, method in enumerate(content["methods"])}
     order = ranked(content["methods"])
     methods = [_method(numbers[id(method)], method) for method in order]
-    drawn = [method for method in methods if method.curve]
+    drawn = [method for method in methods if method.matrix]
+    # no line across tasks at which the average was not measured
+    curved = [method for method in drawn if method.curve and len(method.curve) == method.end[0] + 1]
     tasks = max((len(method.matrix) for method in methods), default=0)
     title = f"{len(methods)} method{'s' if len(methods) != 1 else ''} on {content['dataset']}"
     sections = [
@@ -97,14 +105,19 @@ def page(content: dict[str, Any]) -> str:
             ("Best average accuracy first. " if len(methods) > 1 else "") + _counted(methods, content),
         ),
     ]
-    if drawn:
-        sections += [
+    if curved:
+        sections.append(
             _section(
                 "Accuracy as tasks are learned",
-                _curves(drawn, tasks, content.get("chance")),
+                _curves(curved, tasks, content.get("chance")),
                 "Average accuracy on all tasks learned so far, after each task"
-                + ("; the band is ± one standard deviation over seeds." if any(m.complete > 1 for m in drawn) else "."),
-            ),
+                + (
+                    "; the band is ± one standard deviation over seeds." if any(m.complete > 1 for m in curved) else "."
+                ),
+            )
+        )
+    if drawn:
+        sections += [
             _section(
                 "Accuracy on every task",
                 _heat_maps(drawn, tasks),
@@ -148,14 +161,12 @@ def _method(number: int, method: dict[str, Any]) -> _Method:
     complete = [run["metrics"] for run in runs if run["status"] == "complete" and run["metrics"]]
     shown = complete or [run["metrics"] for run in runs if run["metrics"]]
     matrices = [metrics["accuracy_matrix"] for metrics in shown]
-    curves = [
-        [average_accuracy(matrix[: i + 1]) for i, row in enumerate(matrix) if not all(v is None for v in row)]
-        for matrix in matrices
-    ]
-    curve: list[tuple[float, float | None]] = []
-    for i in range(max(map(len, curves), default=0)):
-        values = [values[i] for values in curves if i < len(values)]
-        curve.append((statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None))
+    curve: dict[int, tuple[float, float | None]] = {}
+    for task in range(max(map(len, matrices), default=0)):
+        known = [m for m in matrices if any(value is not None for value in m[task])]
+        values = [value for m in known if not math.isnan(value := average_accuracy(m[: task + 1]))]
+        if values:  # long streams may be tested on every task at their end alone
+            curve[task] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
     return _Method(
         number=number,
         label=method["label"],
@@ -343,7 +354,7 @@ def _curves(methods: Sequence[_Method], tasks: int, chance: float | None) -> str
         f'<tr><th scope="row">after task {i + 1}</th>'
         + "".join(
             f'<td class="n">{_with_deviation(*method.curve[i])}</td>'
-            if i < len(method.curve)
+            if i in method.curve
             else f'<td class="n">{_NONE}</td>'
             for method in methods
         )
@@ -369,7 +380,9 @@ def _curve_chart(
 ) -> str:
     """A line per method over the tasks, named at its end where there is room for ``labels``."""
     left, right, top, bottom = 46, labels or 14, 14, 46
-    values = [mean + sign * (deviation or 0.0) for m in methods for mean, deviation in m.curve for sign in (-1, 0, 1)]
+    values = [
+        mean + sign * (deviation or 0.0) for m in methods for mean, deviation in m.curve.values() for sign in (-1, 0, 1)
+    ]
     low, high = _range(values)
     along = (width - left - right) / max(1, tasks - 1)
 
@@ -404,18 +417,18 @@ def _curve_chart(
             f'<text class="tick" x="{left + 6}" y="{y(chance) - 6:.1f}">guessing</text>'
         )
     for method in reversed(methods):  # the best in front
-        banded = [(i, mean, deviation) for i, (mean, deviation) in enumerate(method.curve) if deviation is not None]
+        banded = [(i, mean, deviation) for i, (mean, deviation) in method.curve.items() if deviation is not None]
         if banded:
             upper = [f"{x(i):.1f},{y(mean + deviation):.1f}" for i, mean, deviation in banded]
             lower = [f"{x(i):.1f},{y(mean - deviation):.1f}" for i, mean, deviation in reversed(banded)]
             parts.append(f'<polygon points="{" ".join(upper + lower)}" fill="{method.color}" class="band"/>')
     for method in reversed(methods):
-        points = " ".join(f"{x(i):.1f},{y(mean):.1f}" for i, (mean, _) in enumerate(method.curve))
+        points = " ".join(f"{x(i):.1f},{y(mean):.1f}" for i, (mean, _) in method.curve.items())
         dash = f' stroke-dasharray="{method.dash}"' if method.dash else ""
         parts.append(f'<polyline points="{points}" stroke="{method.color}"{dash} class="line"/>')
-        for i, (mean, deviation) in enumerate(method.curve):
+        for i, (mean, deviation) in method.curve.items():
             told = f"{method.label}, after task {i + 1}: {_with_deviation(mean, deviation)} %"
-            small = tasks > _ANNOTATED_TASKS and i + 1 < len(method.curve)
+            small = tasks > _ANNOTATED_TASKS and i != method.end[0]
             shape = (
                 f'<circle cx="{x(i):.1f}" cy="{y(mean):.1f}" r="6" fill="transparent"/>'
                 if small
@@ -423,20 +436,20 @@ def _curve_chart(
             )
             parts.append(f"<g>{shape}<title>{_text(told)}</title></g>")
     if labels:
-        ends = sorted(methods, key=lambda method: -method.curve[-1][0])
-        places = spread([y(m.curve[-1][0]) for m in ends], gap=19.0, lowest=top + 4.0, highest=height - bottom)
+        ends = sorted(methods, key=lambda method: -method.end[1])
+        places = spread([y(m.end[1]) for m in ends], gap=19.0, lowest=top + 4.0, highest=height - bottom)
         for method, place in zip(ends, places, strict=True):
-            end = x(len(method.curve) - 1), y(method.curve[-1][0])
+            end = x(method.end[0]), y(method.end[1])
             stop = width - right + 22
             parts.append(
                 f'<polyline class="lead" stroke="{method.color}" points="{end[0] + 7:.1f},{end[1]:.1f} '
                 f'{stop - 8},{place:.1f} {stop - 2},{place:.1f}"/>'
                 f'<text class="name" x="{stop + 2}" y="{place + 4.5:.1f}"><tspan font-weight="700">'
-                f"{_percent(method.curve[-1][0])}</tspan> {_text(_short(method.label, _NAME_LENGTH))}"
+                f"{_percent(method.end[1])}</tspan> {_text(_short(method.label, _NAME_LENGTH))}"
                 f"<title>{_text(method.label)}</title></text>"
             )
     best = methods[0]
-    told = "; ".join(f"{m.label} ends at {_percent(m.curve[-1][0])} %" for m in methods)
+    told = "; ".join(f"{m.label} ends at {_percent(m.end[1])} %" for m in methods)
     return _svg(
         width, height, f"Average accuracy so far against tasks learned, best: {best.label}", f"{told}.", "".join(parts)
     )
@@ -523,8 +536,8 @@ def _heat_map(method: _Method, low: float, high: float) -> str:
         f'<text class="axis" transform="translate(11 {top + middle:g}) rotate(-90)" text-anchor="middle">'
         "after task</text>"
     )
-    final = [value for value in next((row for row in reversed(method.matrix) if row[0] is not None), []) if value]
-    told = f"On the last row the accuracies are {', '.join(_percent(value) for value in final)} percent."
+    final = next((row for row in reversed(method.matrix) if row != [None] * tasks), [])
+    told = f"On the last row the accuracies are {', '.join(map(_percent, final))} percent."
     return _svg(width, height, f"Accuracy matrix of {method.label}", told, "".join(parts))
 
 

@@ -22,8 +22,8 @@ class Progress(Protocol):
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """One step was taken on ``task``; loss and accuracy are those of its batch, None where not computed."""
 
-    def learned(self, task: int, accuracies: list[float]) -> None:
-        """``task`` is learned; ``accuracies`` are those on all tasks now."""
+    def learned(self, task: int, accuracies: list[float | None]) -> None:
+        """``task`` is learned; ``accuracies`` are those on all tasks now, None where not evaluated."""
 
     def interrupted(self) -> None:
         """The user asked to stop; the state reached is being evaluated."""
@@ -44,7 +44,7 @@ class NoProgress:
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Ignored."""
 
-    def learned(self, task: int, accuracies: list[float]) -> None:
+    def learned(self, task: int, accuracies: list[float | None]) -> None:
         """Ignored."""
 
     def interrupted(self) -> None:
@@ -76,13 +76,14 @@ class LineProgress:
         """Count."""
         self._done += 1
 
-    def learned(self, task: int, accuracies: list[float]) -> None:
+    def learned(self, task: int, accuracies: list[float | None]) -> None:
         """Write the line."""
         seconds = time.perf_counter() - self._begun
         remaining = seconds / max(1, self._done - self._before) * (self._steps - self._done)
+        so_far = [accuracy for accuracy in accuracies[: task + 1] if accuracy is not None]
+        average = f", on the tasks so far {sum(so_far) / len(so_far):.1%}" if len(so_far) == task + 1 else ""
         self._write(
-            f"task {task + 1}/{self._tasks} learned: accuracy on this task {accuracies[task]:.1%}, "
-            f"on the tasks so far {_mean(accuracies[: task + 1]):.1%}; "
+            f"task {task + 1}/{self._tasks} learned: accuracy on this task {accuracies[task]:.1%}{average}; "
             f"{seconds:.0f} s, {remaining:.0f} s remain"
         )
 
@@ -107,7 +108,8 @@ class Told(NamedTuple):
 
 
 _TOLD = re.compile(
-    r"task (?P<learned>\d+)/(?P<tasks>\d+) learned: .* on the tasks so far (?P<percent>[\d.]+)%; \d+ s, (?P<left>\d+) s"
+    r"task (?P<learned>\d+)/(?P<tasks>\d+) learned: accuracy on this task [\d.]+%"
+    r"(, on the tasks so far (?P<percent>[\d.]+)%)?; \d+ s, (?P<left>\d+) s"
     r"|resumed after task (?P<resumed>\d+)/(?P<of>\d+)$"
 )
 
@@ -119,7 +121,8 @@ def told(line: str) -> Told | None:
         return None
     if match["resumed"]:
         return Told(int(match["resumed"]), int(match["of"]))
-    return Told(int(match["learned"]), int(match["tasks"]), float(match["percent"]) / 100, float(match["left"]))
+    accuracy = None if match["percent"] is None else float(match["percent"]) / 100
+    return Told(int(match["learned"]), int(match["tasks"]), accuracy, float(match["left"]))
 
 
 class BarProgress(LineProgress):
@@ -193,7 +196,3 @@ def default_progress() -> Progress:
         except MissingExtraError:
             pass
     return LineProgress()
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

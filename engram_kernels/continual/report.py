@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .extras import require
-from .metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting
+from .metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting, forward_transfer
 from .training import TrainingResult
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ _LABELLED_TASKS = 12
 _TABLE_TASKS = 12
 
 
-def metrics_of(result: TrainingResult, config: dict[str, Any]) -> dict[str, Any]:
+def metrics_of(result: TrainingResult, config: dict[str, Any], chance: float | None = None) -> dict[str, Any]:
     """The content of ``metrics.json``; what is not defined is None there (JSON has no nan).
 
-    accuracy_matrix, average_accuracy, backward_transfer, forgetting (fractions, see `metrics`),
-    peak_memory_bytes, step_milliseconds, config (every option of the run), and what a reader needs to judge
-    them: completed, tasks_completed, steps, train_seconds, total_memory_bytes, seed, threads, isa, versions.
+    accuracy_matrix, average_accuracy, backward_transfer, forgetting, forward_transfer (fractions, see `metrics`;
+    the last needs ``chance``, the accuracy of guessing), peak_memory_bytes, step_milliseconds, config (every option
+    of the run), and what a reader needs to judge them: completed, tasks_completed, steps, train_seconds,
+    total_memory_bytes, seed, threads, isa, versions.
     """
     import engram_kernels as ek
 
@@ -51,6 +52,7 @@ def metrics_of(result: TrainingResult, config: dict[str, Any]) -> dict[str, Any]
         "average_accuracy": _json_number(average_accuracy(matrix)),
         "backward_transfer": _json_number(backward_transfer(matrix)),
         "forgetting": _json_number(forgetting(matrix)),
+        "forward_transfer": None if chance is None else _json_number(forward_transfer(matrix, chance)),
         "peak_memory_bytes": result.peak_memory_bytes,
         "step_milliseconds": _json_number(result.step_milliseconds),
         "config": {name: _json_option(value) for name, value in config.items()},
@@ -360,7 +362,9 @@ def spread(values: Sequence[float], gap: float, lowest: float, highest: float) -
 
 def _title(metrics: dict[str, Any]) -> str:
     config = metrics["config"]
-    data = Path(str(config.get("dataset", "?"))).stem
+    given = config.get("dataset", "?")
+    names = [Path(name).stem for name in ([given] if isinstance(given, str) else given)]
+    data = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more data sets"
     average = metrics["average_accuracy"]
     tasks = len(metrics["accuracy_matrix"])
     stopped = "" if metrics["completed"] else f" (interrupted after {metrics['tasks_completed']} of {tasks} tasks)"

@@ -1,72 +1,209 @@
-"""Continual-learning scenarios: a data set cut into a stream of experiences.
+"""Continual-learning scenarios: data sets cut into a stream of experiences.
 
 The words are Avalanche's (Lomonaco et al. 2021): an *experience* is what the learner sees at one time, a
-*stream* is experiences in order. No experience tells a model which one it is: `Experience.batches` yields
+*stream* is experiences in order. No experience tells a model which one it is: `Samples.batches` yields
 inputs and labels only, and `training.evaluate` hands on the inputs alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Dataset, standardize
 
-SCENARIOS = ("class", "permuted")
 DEFAULT_CLASSES_PER_TASK = 2
 DEFAULT_PERMUTED_TASKS = 10
+DEFAULT_ROTATED_TASKS = 10
+DEFAULT_MAX_DEGREES = 180.0
 MAX_SEED = 2**31 - 1
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """Reorders the input units of a minibatch (B, features): output unit k is input unit ``order[k]``.
+
+    Raises:
+        ValueError: ``order`` is not an int64 permutation of 0 to n - 1; called, other than n features.
+    """
+
+    order: Tensor
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        order = self.order
+        if order.dtype != torch.int64 or order.ndim != 1 or not order.sort().values.equal(torch.arange(len(order))):
+            raise ValueError(
+                f"order: expected an int64 permutation of 0 to n - 1, got {order.dtype} of shape {tuple(order.shape)}"
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, n) of any dtype -> the same, reordered."""
+        if x.shape[1] != len(self.order):
+            raise ValueError(f"x: expected {len(self.order)} features, as many as are permuted, got {x.shape[1]}")
+        return x[:, self.order]
 
 
 @dataclass(frozen=True)
-class Experience:
-    """One task's samples, drawn lazily from the data set that all experiences share.
+class Rotation:
+    """Rotates the square images of a minibatch counter-clockwise about their centre.
+
+    Bilinear; what comes from outside the image is 0. Multiples of 90 degrees move pixels and change none.
+
+    Raises:
+        ValueError: ``degrees`` not finite, ``side`` < 1; called, other than side * side features.
+    """
+
+    degrees: float
+    side: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if not math.isfinite(self.degrees):
+            raise ValueError(f"degrees: expected a finite number, got {self.degrees}")
+        if self.side < 1:
+            raise ValueError(f"side: expected an integer >= 1, got {self.side}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, side * side) -> the same shape; float32, or the input's dtype at multiples of 90 degrees."""
+        side = self.side
+        if x.shape[1] != side * side:
+            raise ValueError(f"x: expected {side * side} features, an image of {side} x {side}, got {x.shape[1]}")
+        images = x.reshape(-1, side, side)
+        turns, rest = divmod(self.degrees, 90.0)
+        if rest == 0.0:
+            return torch.rot90(images, int(turns) % 4, (1, 2)).reshape(x.shape)
+        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        matrix = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]], device=x.device)
+        # The samples are the channels of one image, so that one grid serves them all.
+        grid = F.affine_grid(matrix, [1, 1, side, side], align_corners=False)
+        return F.grid_sample(images[None].to(torch.float32), grid, align_corners=False).reshape(x.shape)
+
+
+class Samples(ABC):
+    """What training may ask of an experience, or of several joined."""
+
+    classes: tuple[int, ...]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, y)`` of the given samples, x float32 (B, features) standardised per sample, y int64 (B,).
+
+        Shapes: ``rows`` (B,) int64, each from 0 to len(self) - 1.
+        """
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Minibatches as from `samples`, each sample once.
+
+        With a ``generator`` in an order drawn from it, else in the order of the data set. The last batch
+        holds the remainder.
+        """
+        order = None if generator is None else torch.randperm(len(self), generator=generator)
+        for start in range(0, len(self), batch_size):
+            stop = min(start + batch_size, len(self))
+            yield self.samples(torch.arange(start, stop) if order is None else order[start:stop])
+
+
+@dataclass(frozen=True)
+class Experience(Samples):
+    """One task's samples, drawn lazily from a data set that other experiences may share.
 
     Shapes: ``x`` (n, features) uint8 or float32 and ``y`` (n,) int64 are the whole data set; ``indices``
-    (samples,) int64 selects this experience's rows, None all of them; ``permutation`` (features,) int64
-    reorders the input units, None leaves them. ``classes`` are the labels (indices into ``Dataset.classes``)
-    that occur in it.
+    (samples,) int64 selects this experience's rows, None all of them; ``transform`` maps a raw minibatch
+    (B, features) to one of the same shape, None leaves it. ``classes`` are the labels (indices into
+    ``Dataset.classes``) that occur in it.
+
+    Transform and standardisation are done on the minibatch: no task ever has a copy of the data.
     """
 
     x: Tensor
     y: Tensor
     classes: tuple[int, ...]
     indices: Tensor | None = None
-    permutation: Tensor | None = None
+    transform: Transform | None = None
 
     def __len__(self) -> int:
         """Samples in this experience."""
         return self.y.shape[0] if self.indices is None else self.indices.shape[0]
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Minibatches ``(x, y)``: x float32 (B, features), standardised per sample; y int64 (B,).
+    def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Samples.samples`."""
+        if self.indices is not None:
+            rows = self.indices[rows]
+        x = self.x[rows]
+        if self.transform is not None:
+            x = self.transform(x)
+        return standardize(x), self.y[rows]
 
-        With a ``generator`` in an order drawn from it, else in the order of the data set. The last batch
-        holds the remainder. Permutation and standardisation are done on the minibatch: no task ever has a
-        copy of the data.
-        """
-        order = None if generator is None else torch.randperm(len(self), generator=generator)
-        for start in range(0, len(self), batch_size):
-            stop = min(start + batch_size, len(self))
-            rows = torch.arange(start, stop) if order is None else order[start:stop]
-            if self.indices is not None:
-                rows = self.indices[rows]
-            x = self.x[rows]
-            if self.permutation is not None:
-                x = x[:, self.permutation]
-            yield standardize(x), self.y[rows]
+
+# What a method remembers of experiences is part of its state, which is loaded with weights_only=True.
+torch.serialization.add_safe_globals([Experience, Permutation, Rotation])
+
+
+@dataclass(frozen=True)
+class Joint(Samples):
+    """Several experiences as one, without a copy of their data: all data so far (Avalanche's Cumulative).
+
+    Sample ``row`` is that of the experiences laid end to end. ``classes`` are those of all, sorted.
+
+    Raises:
+        ValueError: no experience, or experiences of different numbers of features.
+    """
+
+    experiences: tuple[Experience, ...]
+    classes: tuple[int, ...] = field(init=False)
+    _ends: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if not self.experiences:
+            raise ValueError("experiences: expected at least one, got none")
+        features = [experience.x.shape[1] for experience in self.experiences]
+        if len(set(features)) > 1:
+            raise ValueError(f"experiences: expected the same number of features in each, got {features}")
+        classes = sorted({label for experience in self.experiences for label in experience.classes})
+        object.__setattr__(self, "classes", tuple(classes))  # the dataclass is frozen
+        object.__setattr__(self, "_ends", torch.tensor([*accumulate(map(len, self.experiences))]))
+
+    def __len__(self) -> int:
+        """Samples in all experiences together."""
+        return int(self._ends[-1])
+
+    def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Samples.samples`."""
+        x, y = torch.empty(len(rows), self.experiences[0].x.shape[1]), torch.empty(len(rows), dtype=torch.int64)
+        source = torch.bucketize(rows, self._ends, right=True)
+        for index in source.unique().tolist():
+            mine, experience = source == index, self.experiences[index]
+            x[mine], y[mine] = experience.samples(rows[mine] - (self._ends[index] - len(experience)))
+        return x, y
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A train stream and a test stream of equal length, experience by experience about the same task."""
+    """A train stream and a test stream of equal length, experience by experience about the same task.
+
+    ``features`` and ``num_classes`` are the input and output units of a network for all of them.
+    """
 
     name: str
-    dataset: Dataset
+    features: int
+    num_classes: int
     train_stream: tuple[Experience, ...]
     test_stream: tuple[Experience, ...]
 
@@ -128,64 +265,187 @@ def class_scenario(
     ]
     return Scenario(
         name="class",
-        dataset=dataset,
+        features=dataset.features,
+        num_classes=dataset.num_classes,
         train_stream=tuple(_with_classes(dataset.x_train, dataset.y_train, group) for group in groups),
         test_stream=tuple(_with_classes(dataset.x_test, dataset.y_test, group) for group in groups),
     )
 
 
-def permuted_scenario(dataset: Dataset, *, tasks: int = DEFAULT_PERMUTED_TASKS, seed: int = 0) -> Scenario:
+def permuted_scenario(
+    dataset: Dataset, *, tasks: int = DEFAULT_PERMUTED_TASKS, samples_per_task: int | None = None, seed: int = 0
+) -> Scenario:
     """Domain-incremental learning ("Permuted"): every task has its own order of the pixels.
 
     All classes are in every task. The first task is left unpermuted; the permutation of task t depends on
     ``seed`` and t only, so a longer stream begins with the shorter one. (Goodfellow et al. 2013;
     Kirkpatrick et al. 2017.)
 
+    Args:
+        dataset: the data that every task holds.
+        tasks: number of tasks.
+        samples_per_task: train each task on at most so many samples, drawn by ``seed`` and task.
+        seed: of permutations and samples.
+
     Raises:
-        ValueError: ``tasks`` < 1.
+        ValueError: ``tasks`` or ``samples_per_task`` < 1.
     """
     if tasks < 1:
         raise ValueError(f"tasks: expected an integer >= 1, got {tasks}")
     generator = seeded_generator(seed, "permutations")
-    permutations = [None] + [torch.randperm(dataset.features, generator=generator) for _ in range(tasks - 1)]
-    classes = tuple(range(dataset.num_classes))
-    return Scenario(
-        name="permuted",
-        dataset=dataset,
-        train_stream=tuple(Experience(dataset.x_train, dataset.y_train, classes, None, p) for p in permutations),
-        test_stream=tuple(Experience(dataset.x_test, dataset.y_test, classes, None, p) for p in permutations),
+    orders = [torch.randperm(dataset.features, generator=generator) for _ in range(tasks - 1)]
+    return _domains(
+        "permuted", [dataset] * tasks, [None, *(Permutation(order) for order in orders)], samples_per_task, seed
     )
+
+
+def rotated_scenario(
+    dataset: Dataset,
+    *,
+    tasks: int = DEFAULT_ROTATED_TASKS,
+    max_degrees: float = DEFAULT_MAX_DEGREES,
+    samples_per_task: int | None = None,
+    seed: int = 0,
+) -> Scenario:
+    """Domain-incremental learning ("Rotated"): every task turns the images by another angle.
+
+    All classes are in every task. Task t is turned by ``max_degrees * t / (tasks - 1)``, counter-clockwise: the
+    first is left as it is and the last turned by ``max_degrees``. Lopez-Paz and Ranzato 2017 draw their angles
+    from 0 to 180 degrees; evenly spread ones make every seed's stream equally hard.
+
+    Args:
+        dataset: square images, whose background is 0.
+        tasks: number of tasks.
+        max_degrees: angle of the last task.
+        samples_per_task: train each task on at most so many samples, drawn by ``seed`` and task.
+        seed: used with ``samples_per_task`` only.
+
+    Raises:
+        ValueError: the images are not square, ``tasks`` or ``samples_per_task`` < 1, ``max_degrees`` outside (0, 360).
+    """
+    side = math.isqrt(dataset.features)
+    if side * side != dataset.features:
+        raise ValueError(
+            f"dataset: expected square images with scenario rotated, got {dataset.features} features per sample "
+            f"in {dataset.name}"
+        )
+    if tasks < 1:
+        raise ValueError(f"tasks: expected an integer >= 1, got {tasks}")
+    if not 0.0 < max_degrees < 360.0:
+        raise ValueError(f"max_degrees: expected a number of degrees in (0, 360), got {max_degrees}")
+    rotations = [Rotation(max_degrees * task / (tasks - 1), side) for task in range(1, tasks)]
+    return _domains("rotated", [dataset] * tasks, [None, *rotations], samples_per_task, seed)
+
+
+def domain_scenario(datasets: Sequence[Dataset], *, samples_per_task: int | None = None, seed: int = 0) -> Scenario:
+    """Domain-incremental learning: every task is another data set with the same labels.
+
+    MNIST and then Fashion-MNIST, for one (Laborieux et al. 2021), or the same labels under other conditions.
+
+    Args:
+        datasets: the tasks in order, alike in features and labels.
+        samples_per_task: train each task on at most so many samples, drawn by ``seed`` and task.
+        seed: used with ``samples_per_task`` only.
+
+    Raises:
+        ValueError: fewer than two data sets, one that differs from the first in features or labels (the message
+            says which, and how), ``samples_per_task`` < 1.
+    """
+    if len(datasets) < 2:
+        raise ValueError(f"dataset: expected at least 2 with scenario domain, got {len(datasets)}")
+    first = datasets[0]
+    for number, dataset in enumerate(datasets[1:], start=2):
+        where = f"in {dataset.name} (data set {number})"
+        if dataset.features != first.features:
+            raise ValueError(
+                f"dataset: expected {first.features} features per sample as in {first.name}, the first data set, "
+                f"got {dataset.features} {where}"
+            )
+        lacking = sorted(set(first.classes) - set(dataset.classes))
+        unknown = sorted(set(dataset.classes) - set(first.classes))
+        if lacking or unknown:
+            difference = f"no label {lacking[0]}" if lacking else f"label {unknown[0]} besides"
+            raise ValueError(
+                f"dataset: expected the {first.num_classes} labels of {first.name}, the first data set, "
+                f"got {difference} {where}"
+            )
+    return _domains("domain", datasets, [None] * len(datasets), samples_per_task, seed)
+
+
+_SCENARIOS: dict[str, tuple[Callable[..., Scenario], tuple[str, ...]]] = {
+    # name: (what makes it, the options it takes besides the seed)
+    "class": (class_scenario, ("tasks", "classes_per_task", "shuffle_classes")),
+    "permuted": (permuted_scenario, ("tasks", "samples_per_task")),
+    "rotated": (rotated_scenario, ("tasks", "max_degrees", "samples_per_task")),
+    "domain": (domain_scenario, ("samples_per_task",)),
+}
+SCENARIOS = tuple(_SCENARIOS)
 
 
 def make_scenario(
     name: str,
-    dataset: Dataset,
+    dataset: Dataset | Sequence[Dataset],
     *,
     tasks: int | None = None,
     classes_per_task: int | None = None,
     shuffle_classes: bool = False,
+    max_degrees: float | None = None,
+    samples_per_task: int | None = None,
     seed: int = 0,
 ) -> Scenario:
     """A scenario by its name on the command line; None takes the scenario's default.
 
+    ``dataset`` is one (or a list of one), with scenario domain a list of at least two.
+
     Raises:
-        ValueError: unknown name, an option of another scenario, or a value out of range.
+        ValueError: unknown name, several data sets for a scenario of one, an option of another scenario, or a value
+            out of range.
     """
-    if name == "class":
-        return class_scenario(
-            dataset,
-            classes_per_task=DEFAULT_CLASSES_PER_TASK if classes_per_task is None else classes_per_task,
-            tasks=tasks,
-            shuffle_classes=shuffle_classes,
-            seed=seed,
-        )
-    if name == "permuted":
-        if classes_per_task is not None or shuffle_classes:
-            option = "classes_per_task" if classes_per_task is not None else "shuffle_classes"
-            raise ValueError(f"{option}: expected only with scenario class, got it with scenario permuted")
-        return permuted_scenario(dataset, tasks=DEFAULT_PERMUTED_TASKS if tasks is None else tasks, seed=seed)
-    raise ValueError(f"scenario: expected one of {', '.join(SCENARIOS)}, got {name!r}")
+    if name not in _SCENARIOS:
+        raise ValueError(f"scenario: expected one of {', '.join(SCENARIOS)}, got {name!r}")
+    make, takes = _SCENARIOS[name]
+    given: dict[str, Any] = {
+        "tasks": tasks,
+        "classes_per_task": classes_per_task,
+        "shuffle_classes": shuffle_classes or None,
+        "max_degrees": max_degrees,
+        "samples_per_task": samples_per_task,
+    }
+    given = {option: value for option, value in given.items() if value is not None}
+    for option in given:
+        if option not in takes:
+            takers = [other for other, (_, options) in _SCENARIOS.items() if option in options]
+            raise ValueError(f"{option}: expected only with scenario {', '.join(takers)}, got it with scenario {name}")
+    datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
+    if name == "domain":
+        return make(datasets, seed=seed, **given)
+    if len(datasets) != 1:
+        raise ValueError(f"dataset: expected one with scenario {name}, got {len(datasets)} (several: scenario domain)")
+    return make(datasets[0], seed=seed, **given)
 
 
 def _with_classes(x: Tensor, y: Tensor, classes: tuple[int, ...]) -> Experience:
     return Experience(x, y, classes, torch.isin(y, torch.tensor(classes)).nonzero().flatten())
+
+
+def _domains(
+    name: str,
+    datasets: Sequence[Dataset],
+    transforms: Sequence[Transform | None],
+    samples_per_task: int | None,
+    seed: int,
+) -> Scenario:
+    """A task for each data set and transform, of all its classes."""
+    if samples_per_task is not None and samples_per_task < 1:
+        raise ValueError(f"samples_per_task: expected an integer >= 1, got {samples_per_task}")
+    classes = tuple(range(datasets[0].num_classes))
+    train_stream, test_stream = [], []
+    for task, (dataset, transform) in enumerate(zip(datasets, transforms, strict=True)):
+        indices, present = None, classes
+        if samples_per_task is not None and samples_per_task < len(dataset.y_train):
+            generator = seeded_generator(seed, f"samples of task {task}")
+            indices = torch.randperm(len(dataset.y_train), generator=generator)[:samples_per_task].sort().values
+            present = tuple(dataset.y_train[indices].unique().tolist())
+        train_stream.append(Experience(dataset.x_train, dataset.y_train, present, indices, transform))
+        test_stream.append(Experience(dataset.x_test, dataset.y_test, classes, None, transform))
+    return Scenario(name, datasets[0].features, datasets[0].num_classes, tuple(train_stream), tuple(test_stream))

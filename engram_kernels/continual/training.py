@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .data import Dataset
+from .data import Dataset, joined_name
 from .memory import MemoryMeter
 from .methods import Method, TrainingError, build, method_config
 from .progress import NoProgress, Progress
-from .scenarios import Experience, Scenario, make_scenario, seeded_generator
+from .scenarios import Samples, Scenario, make_scenario, seeded_generator
 
 EVALUATION_BATCH = 500
+EVALUATIONS = ("all", "seen", "new")
 
 
 class Predictor(Protocol):
@@ -58,7 +59,7 @@ class TrainingResult:
     train_seconds: float = 0.0
 
 
-def evaluate(predict: Predictor, experience: Experience, batch_size: int = EVALUATION_BATCH) -> float:
+def evaluate(predict: Predictor, experience: Samples, batch_size: int = EVALUATION_BATCH) -> float:
     """Accuracy of ``predict`` on an experience, from 0 to 1, in minibatches and without gradients.
 
     ``predict`` is given the inputs and nothing else: neither labels nor which task they are from.
@@ -75,11 +76,12 @@ def train(
     method: Method,
     *,
     seed: int = 0,
+    evaluation: str = "all",
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> TrainingResult:
-    """Train ``method`` on the train stream; after each experience evaluate it on the whole test stream.
+    """Train ``method`` on the train stream; after each experience evaluate it on the test stream.
 
     The order of the samples comes from ``seed`` alone; engrams are drawn from torch's global generator. A
     KeyboardInterrupt ends training: the half-learned state is evaluated too (a second interrupt skips that)
@@ -89,16 +91,20 @@ def train(
         scenario: the streams.
         method: what to train; its model is left in evaluation mode.
         seed: of the order of the samples.
+        evaluation: on which tasks after each: ``all``; ``seen``, those learned so far; ``new``, the one just learned,
+            and all at the end, since the time of the others grows with the square of the number of tasks.
         progress: told about steps and results; by default nobody is.
         memory: started before the model was built, to count it too; by default it starts here.
         checkpoint: written after every task but the last; training goes on from what it loads. The accuracies are
             then those of a run without a break, to the last bit.
 
     Raises:
+        ValueError: unknown ``evaluation``, or a checkpoint that can't be gone on from.
         TrainingError: the loss or a weight became nan or infinite.
-        ValueError: the checkpoint can't be gone on from.
         OSError: the checkpoint can't be written.
     """
+    if evaluation not in EVALUATIONS:
+        raise ValueError(f"evaluation: expected one of {', '.join(EVALUATIONS)}, got {evaluation!r}")
     progress = NoProgress() if progress is None else progress
     memory = MemoryMeter() if memory is None else memory
     tasks, config = len(scenario), method.config
@@ -113,10 +119,13 @@ def train(
         memory.restart()  # for a moment, what was loaded was there twice
     earlier_seconds, earlier_peaks = result.train_seconds, (result.peak_memory_bytes, result.total_memory_bytes)
 
-    def evaluate_all() -> list[float]:
+    def evaluate_row(last: bool) -> list[float | None]:
         method.model.eval()
-        row = [evaluate(method.model, experience) for experience in scenario.test_stream]
-        result.accuracy_matrix[task] = list(row)
+        first = task if evaluation == "new" and not last else 0
+        stop = tasks if evaluation == "all" else task + 1
+        row: list[float | None] = [None] * tasks
+        row[first:stop] = [evaluate(method.model, experience) for experience in scenario.test_stream[first:stop]]
+        result.accuracy_matrix[task] = row
         return row
 
     def measure() -> None:
@@ -129,11 +138,11 @@ def train(
     if result.tasks_completed:
         progress.resumed(result.tasks_completed, len(step_seconds))
     try:
-        for task, experience in enumerate(scenario.train_stream):
+        for task, new in enumerate(scenario.train_stream):
             if task < result.tasks_completed:
                 continue
             method.model.train()
-            experience = method.before_training_exp(experience)
+            experience = method.before_training_exp(new)
             for epoch in range(config.epochs):
                 for x, y in experience.batches(config.batch_size, order):
                     begun = time.perf_counter()
@@ -142,7 +151,7 @@ def train(
                     progress.step(task, loss, accuracy)
                 _check_weights(method, where=f"task {task + 1}, epoch {epoch + 1}")
             method.after_training_exp(experience)
-            row = evaluate_all()
+            row = evaluate_row(last=task + 1 == tasks)
             result.tasks_completed = task + 1
             if checkpoint is not None and task + 1 < tasks:
                 measure()  # before the writing, which is no part of training
@@ -153,7 +162,7 @@ def train(
         progress.interrupted()
         try:
             if step_seconds and result.tasks_completed <= task:
-                evaluate_all()
+                evaluate_row(last=True)
         except KeyboardInterrupt:
             pass
     finally:
@@ -165,7 +174,7 @@ def train(
 
 
 def run(
-    dataset: Dataset,
+    dataset: Dataset | Sequence[Dataset],
     *,
     scenario: str = "class",
     method: str = "engram",
@@ -174,12 +183,15 @@ def run(
     tasks: int | None = None,
     classes_per_task: int | None = None,
     shuffle_classes: bool = False,
+    max_degrees: float | None = None,
+    samples_per_task: int | None = None,
+    evaluation: str = "all",
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
     checkpoint: Checkpoint | None = None,
     **overrides: Any,
 ) -> tuple[Method, TrainingResult]:
-    """Everything from a data set to a result, as ``engram-kernels train`` does it.
+    """Everything from a data set (scenario domain: a list of them) to a result, as ``engram-kernels train`` does it.
 
     Deterministic under ``seed``. Seeds torch's global generator. Several runs in one process should share
     ``memory``: a later run reuses what an earlier one gave back, and would seem to need less. ``checkpoint``
@@ -190,19 +202,24 @@ def run(
         TrainingError: the loss or a weight became nan or infinite.
         OSError: the checkpoint can't be written.
     """
-    config = method_config(method, scenario, dataset.name, **overrides)
+    datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
+    config = method_config(method, scenario, joined_name(datasets), **overrides)
     streams = make_scenario(
         scenario,
-        dataset,
+        datasets,
         tasks=tasks,
         classes_per_task=classes_per_task,
         shuffle_classes=shuffle_classes,
+        max_degrees=max_degrees,
+        samples_per_task=samples_per_task,
         seed=seed,
     )
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
-    learner = build(method, config, dataset.features, hidden, dataset.num_classes)
-    return learner, train(streams, learner, seed=seed, progress=progress, memory=memory, checkpoint=checkpoint)
+    learner = build(method, config, streams.features, hidden, streams.num_classes)
+    return learner, train(
+        streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory, checkpoint=checkpoint
+    )
 
 
 def _state(method: Method, result: TrainingResult, order: torch.Generator, step_seconds: list[float]) -> dict[str, Any]:

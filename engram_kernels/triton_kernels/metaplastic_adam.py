@@ -6,13 +6,14 @@
     mu  = beta1 mu + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
     mu' = mu (1 - tanh^2(m |W|))  if the step would shrink |W|, that is W mu > 0;  else mu
     W  -= step_size * mu' / (sqrt(v) + eps),   step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t)
+    W   = weight_bound if W > weight_bound, -weight_bound if W < -weight_bound;  infinity bounds nothing
 
     weight                [N, K] float32 or bfloat16
     grad                  [N, K] float32 or like the weight
     exp_avg, exp_avg_sq   [N, K] float32, bfloat16, or int8 and uint8 with scales [N, ceil(K / 64)]
     sign_bits             [N, 2 ceil(K / 128)] int64 or None; written as 32-bit halves, the low one first
 
-Formats and their rounding are those of ``csrc/core/compact.h``.
+Formats and their rounding are those of ``csrc/core/compact.h``; the weight is clipped before it is rounded.
 
 1 - tanh^2(z) = 4 t / (1 + t)^2 with t = e^{-2z}. Operation by operation this is ``csrc/cpu/metaplastic_adam.cpp``, and
 so is every bit of the result: single IEEE operations, no contraction to fused multiply-add, root and quotient rounded
@@ -26,7 +27,7 @@ belongs to a word or a block of scales is reduced by shuffles and held by every 
 or a barrier. Where 4 does not divide K, elements are read and written one by one.
 
 Bound by memory: 28 bytes and one bit a weight for float32, 16 with 8-bit moments, 10 where the weight is bfloat16 too;
-against about 95, 150 and 170 instructions a weight, root and quotient among them 28. So 8-bit moments are bound by
+against about 100, 155 and 175 instructions a weight, root and quotient among them 28. So 8-bit moments are bound by
 instructions where a device has fewer of them for a byte: it is about 6 on an H200, 9 on an H100, 10 on an A100.
 """
 
@@ -195,6 +196,7 @@ def metaplastic_adam_kernel(
     weight_decay,
     slope,
     step_size,
+    weight_bound,
     key: tl.int64,
     offset: tl.int64,
     first_row: tl.int64,
@@ -245,6 +247,10 @@ def metaplastic_adam_kernel(
     t = _power_of_two(tl.where(opposed, slope * tl.abs(w), 0.0))
     root = tl.sqrt_rn(v) + eps
     w = w - step_size * tl.div_rn(mu * (4.0 * t), root * ((1.0 + t) * (1.0 + t)))
+
+    # comparisons that a NaN fails, so that it stays one and is reported; minimum and maximum would drop it
+    w = tl.where(w > weight_bound, weight_bound, w)
+    w = tl.where(w < -weight_bound, -weight_bound, w)
 
     # before rounding, which may carry a NaN over to -0
     nan = tl.max(((w != w) & mask).to(tl.int32), axis=2)
@@ -308,6 +314,7 @@ def launch(
     weight_decay: float,
     metaplasticity: float,
     nan_flag: int,
+    weight_bound: float = float("inf"),
     exp_avg_scale: Tensor | None = None,
     exp_avg_sq_scale: Tensor | None = None,
     seed: Tensor | None = None,
@@ -338,6 +345,7 @@ def launch(
         _float32(weight_decay),
         _float32(-2 * _float32(_LOG2_E) * _float32(metaplasticity)),
         _float32(step_size),
+        _float32(weight_bound),
         key,
         offset,
         first_row,

@@ -300,6 +300,48 @@ def test_digits_has_a_fixed_stratified_split():
     assert ((share - 0.2).abs() < 0.003).all()
 
 
+@given(st.integers(1, 39))
+def test_held_out_are_the_last_training_samples(samples):
+    """The test set is out of reach: neither part of what is returned is from it."""
+    x = np.arange(40 * 12).reshape(40, 12)
+    whole = data.from_arrays("own", **arrays(x_train=x, y_train=np.arange(40) % 3))
+    if samples < 3 or samples > 37:
+        side = "among" if samples < 3 else "before"
+        with pytest.raises(ValueError, match=f"got none of label [0-2] {side} them"):
+            data.hold_out(whole, samples)
+        return
+    part = data.hold_out(whole, samples)
+    assert (part.name, part.classes) == (whole.name, whole.classes)
+    for kind in ("x", "y"):
+        train, test, every = (
+            getattr(part, f"{kind}_train"),
+            getattr(part, f"{kind}_test"),
+            getattr(whole, f"{kind}_train"),
+        )
+        assert len(test) == samples
+        assert torch.equal(torch.cat([train, test]), every)
+        assert train.untyped_storage().data_ptr() == test.untyped_storage().data_ptr() == every.data_ptr(), "no copy"
+
+
+@pytest.mark.parametrize("samples", [-1, 0, 12, 13])
+def test_nothing_is_held_out_of_nothing(samples):
+    whole = data.from_arrays("own", **arrays())
+    with pytest.raises(ValueError, match=f"validation: expected from 1 to 11 of the 12 training .* own, got {samples}"):
+        data.hold_out(whole, samples)
+
+
+def test_a_label_that_is_not_held_out_is_named_as_the_file_has_it():
+    labels = {"y_train": np.array([7, 3, 1000] * 4), "y_test": np.array([1000, 7, 3] * 2)}
+    whole = data.from_arrays("own", **arrays(**labels))
+    with pytest.raises(ValueError, match="the last 2 training samples of own, got none of label 7 among them"):
+        data.hold_out(whole, 2)
+
+
+def test_one_name_for_several_data_sets():
+    datasets = [data.from_arrays(name, **arrays()) for name in "abcd"]
+    assert [data.joined_name(datasets[:n]) for n in (1, 2, 3, 4)] == ["a", "a+b", "a+b+c", "a+3-more"]
+
+
 @given(
     st.integers(1, 6),
     st.integers(2, 50),

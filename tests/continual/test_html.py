@@ -215,3 +215,17 @@ def test_scales_hold_their_values(values):
     assert 2 <= len(ticks) <= 7
     assert ticks[0] == low
     assert ticks[-1] <= high + 1e-9
+
+
+@pytest.mark.parametrize("evaluation", ["new", "seen"])
+def test_streams_that_are_not_tested_on_every_task_each_time(tmp_path, evaluation):
+    metrics = metrics_of(5)
+    for i, row in enumerate(metrics["accuracy_matrix"][:-1]):
+        for j in range(5):
+            if j > i or (j < i and evaluation == "new"):
+                row[j] = None
+    page = Page(html.page(content([run_of(tmp_path, label, metrics=metrics) for label in "ab"])))
+    assert ("Accuracy as tasks are learned" in page.text) == (evaluation == "seen")
+    assert ("after task 3, on task 3: 90.0 %" in page.text) and "after task 5, on task 1: 70.0 %" in page.text
+    assert ("after task 3, on task 2:" in page.text) == (evaluation == "seen")
+    assert "nan" not in page.text

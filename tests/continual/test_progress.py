@@ -55,3 +55,12 @@ def test_a_bar_goes_on_where_the_run_was():
     assert "resumed after task 1/3" in shown
     assert "task 2/3" in shown
     assert "14/30" in shown
+
+
+def test_a_line_without_the_other_tasks_is_read_too():
+    stream = io.StringIO()
+    lines = LineProgress(stream)
+    lines.begin(3, 30)
+    lines.learned(1, [None, 0.75, None])
+    assert told(stream.getvalue()).accuracy is None
+    assert told(stream.getvalue()).learned == 2

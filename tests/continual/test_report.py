@@ -53,6 +53,9 @@ def test_metrics_are_complete_and_valid_json(tmp_path, tasks, learned):
     assert read["seed"] == 7
     assert (read["average_accuracy"] is None) == (learned == 0)
     assert (read["forgetting"] is None) == (learned < 2)
+    assert read["forward_transfer"] is None, "it needs the accuracy of guessing"
+    known = report.metrics_of(result, CONFIG, chance=0.25)["forward_transfer"]
+    assert known == (None if learned < 2 else -0.25)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -85,6 +88,19 @@ def test_a_picture_of_any_run(tmp_path, tasks, learned):
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert int.from_bytes(content[16:20], "big") > 800
     assert os.listdir(tmp_path) == ["report.png"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "wanted"),
+    [
+        ("mnist", "on mnist, class"),
+        ("folder/own.npz", "on own, class"),
+        (["mnist", "folder/own.npz"], "on mnist, own, class"),
+        (["a.npz", "b.npz", "c.npz", "d.npz"], "on a and 3 more data sets, class"),
+    ],
+)
+def test_the_title_names_the_data(dataset, wanted):
+    assert wanted in report._title(report.metrics_of(result_of(2), {**CONFIG, "dataset": dataset}))
 
 
 @given(st.lists(st.floats(0, 100), max_size=15).map(sorted))

@@ -9,13 +9,13 @@ from torch import nn
 
 from engram_kernels.continual.data import Dataset
 from engram_kernels.continual.memory import MemoryMeter
-from engram_kernels.continual.methods import METHODS, Method, MethodConfig, build
+from engram_kernels.continual.methods import METHODS, BinaryConfig, Method, MethodConfig, build
 from engram_kernels.continual.progress import BarProgress, LineProgress, NoProgress, RunningMean
 from engram_kernels.continual.scenarios import SCENARIOS, Experience, class_scenario, make_scenario
 from engram_kernels.continual.training import TrainingError, evaluate, run, train
 
 
-def clusters(classes=4, features=24, train=160, test=60, spread=0.3):
+def clusters(classes=4, features=25, train=160, test=60, spread=0.3):
     """Well separated classes: whatever learns at all gets them right."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(classes, features, generator=generator)
@@ -31,7 +31,7 @@ def linear_method(dataset, lr=0.05, epochs=2, **config):
     """A plain float model: the loop must not care."""
     torch.manual_seed(0)
     model = nn.Linear(dataset.features, dataset.num_classes)
-    config = MethodConfig(lr=lr, metaplasticity=0.0, batch_size=10, epochs=epochs, **config)
+    config = MethodConfig(lr=lr, batch_size=10, epochs=epochs, **config)
     return Method(config, model, torch.optim.Adam(model.parameters(), lr=lr))
 
 
@@ -66,17 +66,19 @@ def one_thread():
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_run_learns_and_is_reproducible(method, scenario):
     options = {
-        "scenario": scenario, "method": method, "hidden": (96, 64), "epochs": 5, "batch_size": 10, "tasks": 2,
-        "loss": "all", "lr": 0.005, "train_hidden": True,
+        "scenario": scenario, "method": method, "hidden": (96, 64), "epochs": 5, "batch_size": 10, "loss": "all",
+        "lr": 0.005, **({} if scenario == "domain" else {"tasks": 2}),
     }  # fmt: skip
-    (model, first), (same_model, again), (other_model, _) = (
-        run(clusters(), seed=seed, **options) for seed in (3, 3, 4)
-    )
+    if isinstance(METHODS[method].config, BinaryConfig):
+        options["train_hidden"] = True
+    data = [clusters(), clusters(spread=0.4)] if scenario == "domain" else clusters()
+    (model, first), (same_model, again), (other_model, _) = (run(data, seed=seed, **options) for seed in (3, 3, 4))
     assert first.completed
     assert first.tasks_completed == 2
     assert first.accuracy_matrix[0][0] > (0.7 if scenario == "class" else 0.45)
     assert first.accuracy_matrix == again.accuracy_matrix
-    assert first.steps == 2 * 5 * (160 if scenario == "permuted" else 80) / 10
+    tasks_trained_on = 1 + 2 if method == "joint" else 2
+    assert first.steps == tasks_trained_on * 5 * (80 if scenario == "class" else 160) / 10
     assert first.step_milliseconds > 0
     weights, same, other = (m.model.state_dict() for m in (model, same_model, other_model))
     assert all(torch.equal(weights[key], same[key]) for key in weights)
@@ -102,11 +104,34 @@ def test_the_matrix_is_the_accuracy_after_each_task():
     assert result.accuracy_matrix[0][0] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "filled"),
+    [("all", [[1, 1, 1], [1, 1, 1], [1, 1, 1]]), ("seen", [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),
+     ("new", [[1, 0, 0], [0, 1, 0], [1, 1, 1]])],
+)  # fmt: skip
+def test_long_streams_need_not_be_evaluated_on_everything(evaluation, filled):
+    scenario = make_scenario("permuted", clusters(), tasks=3)
+    matrices = [train(scenario, linear_method(clusters()), evaluation=e).accuracy_matrix for e in ("all", evaluation)]
+    for whole, part, wanted in zip(*matrices, filled, strict=True):
+        assert part == [value if f else None for value, f in zip(whole, wanted, strict=True)]
+
+
+def test_an_interrupted_stream_is_evaluated_on_all_that_it_saw():
+    scenario = make_scenario("permuted", clusters(), tasks=3)
+    result = train(scenario, linear_method(clusters()), evaluation="new", progress=StopAfter(40))
+    assert [value is not None for value in result.accuracy_matrix[1]] == [True, True, False]
+
+
+def test_unknown_evaluation():
+    with pytest.raises(ValueError, match="evaluation: expected one of all, seen, new, got 'none'"):
+        train(class_scenario(clusters()), linear_method(clusters()), evaluation="none")
+
+
 def test_evaluation_does_not_depend_on_the_batch_size_and_leaves_the_model_alone():
     """Nor on the company a sample is in: no statistics over the test batch."""
     torch.manual_seed(0)
     dataset = clusters()
-    method = build(METHODS["engram"], dataset.features, (64, 48), dataset.num_classes)
+    method = build("engram", METHODS["engram"].config, dataset.features, (64, 48), dataset.num_classes)
     train(class_scenario(dataset), method)
     before = {key: value.clone() for key, value in method.model.state_dict().items()}
     whole = Experience(dataset.x_test, dataset.y_test, (0, 1, 2, 3))
@@ -170,7 +195,7 @@ def test_a_nan_that_the_loss_does_not_see_is_found():
 
 def test_a_nan_that_an_operator_refuses_is_a_training_error():
     dataset = clusters()
-    method = build(METHODS["engram"], dataset.features, [16], dataset.num_classes)
+    method = build("engram", METHODS["engram"].config, dataset.features, [16], dataset.num_classes)
     method.model.layers[1].weight.data[0, 0] = math.nan
     with pytest.raises(TrainingError, match=r"NaN.* in task 1, epoch 1; a lower lr may help"):
         train(class_scenario(dataset), method)
@@ -181,9 +206,21 @@ def test_bad_options_are_refused_before_training():
         def begin(self, tasks, steps):
             raise AssertionError("training began")
 
-    for options in ({"rate": 2.0}, {"scenario": "none"}, {"hidden": ()}, {"tasks": 9}, {"seed": -1}):
+    for options in (
+        {"rate": 2.0}, {"scenario": "none"}, {"hidden": ()}, {"tasks": 9}, {"seed": -1}, {"scenario": "domain"},
+        {"max_degrees": 9.0}, {"samples_per_task": 9},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             run(clusters(), progress=Untouched(), **options)
+
+
+def test_options_reach_the_scenario():
+    options = {"hidden": [8], "epochs": 1, "batch_size": 10, "seed": 1}
+    _, whole = run(clusters(), scenario="rotated", tasks=2, **options)
+    _, capped = run(clusters(), scenario="rotated", tasks=3, max_degrees=90.0, samples_per_task=20, **options)
+    assert (whole.steps, capped.steps) == (2 * 16, 3 * 2)
+    with pytest.raises(ValueError, match="max_degrees: .* got 400"):
+        run(clusters(), scenario="rotated", max_degrees=400.0, **options)
 
 
 def test_memory_grows_with_what_is_kept():

@@ -155,7 +155,7 @@ MetaplasticAdam update_operands(Case& c) {
   p.weight_element = static_cast<Element>(c.integer());
   p.moments = static_cast<Moments>(c.integer());
   for (float* setting : {&p.beta1, &p.one_minus_beta1, &p.beta2, &p.one_minus_beta2, &p.eps, &p.weight_decay,
-                         &p.metaplasticity, &p.step_size})
+                         &p.metaplasticity, &p.step_size, &p.weight_bound})
     *setting = c.number<float>();
   p.seed = c.number<uint64_t>();
   p.offset = static_cast<uint32_t>(c.integer());

@@ -4,6 +4,7 @@ Needs TRITON_INTERPRET=1 from the start of the process: tests/test_triton_kernel
 """
 
 import contextlib
+import itertools
 import math
 import os
 
@@ -85,11 +86,12 @@ def test_every_bit_is_that_of_the_cpu_operator(shape, formats, nan_flag):
     weight_dtype, grad_dtype, state_dtype = formats
     mine = Layer(*shape, weight_dtype, state_dtype)
     theirs = mine.twin()
-    for step in (1, 2, 3):
-        grad = gradient(*shape, grad_dtype)
-        mine.updated_by(triton_kernels.metaplastic_adam_, grad, step=step, first_row=2**33 - 2)
-        theirs.updated_by(ops.metaplastic_adam_, grad, step=step, first_row=2**33 - 2)
+    for step, weight_bound in ((1, math.inf), (2, 0.2), (3, 0.125)):
+        grad, settings = gradient(*shape, grad_dtype), dict(step=step, weight_bound=weight_bound, first_row=2**33 - 2)
+        mine.updated_by(triton_kernels.metaplastic_adam_, grad, **settings)
+        theirs.updated_by(ops.metaplastic_adam_, grad, **settings)
         assert_same_bits(mine, theirs)
+    assert (mine.weight.abs() <= 0.125).all()
     assert nan_flag.item() == 0
 
 
@@ -106,6 +108,7 @@ def test_every_bit_is_that_of_the_cpu_operator(shape, formats, nan_flag):
             weight_decay=st.sampled_from([0.0, 1e-2, 10.0]),
             metaplasticity=st.sampled_from([0.0, 1.35, 30.0, 1e20]),
             step=st.sampled_from([1, 2, 1000, 10**9]),
+            weight_bound=st.sampled_from([math.inf, 1e39, 100.0, 0.1, 1e-42]),
         )
     ),
     magnitudes=st.lists(st.sampled_from([0.0, 1e-45, 1e-30, 1e-3, 1.0, 1e15, 1e25, 3e38, math.inf]), min_size=1),
@@ -155,12 +158,13 @@ def test_zero_gradients_and_a_standstill(formats, nan_flag):
 def test_a_nan_is_noted_wherever_it_is(formats, nan_flag):
     weight_dtype, grad_dtype, state_dtype = formats
     n, k = 9, 131
-    for row, unit in [(0, 0), (8, 130), (3, 127), (4, 128), (7, 66)]:
-        grad = gradient(n, k, grad_dtype)
+    places = [(0, 0), (8, 130), (3, 127), (4, 128), (7, 66)]
+    for (row, unit), weight_bound in itertools.product(places, (math.inf, 0.1)):
+        grad, layer = gradient(n, k, grad_dtype), Layer(n, k, weight_dtype, state_dtype)
         grad[row, unit] = math.nan
         nan_flag.zero_()
-        Layer(n, k, weight_dtype, state_dtype).updated_by(triton_kernels.metaplastic_adam_, grad)
-        assert nan_flag.item() == 1
+        layer.updated_by(triton_kernels.metaplastic_adam_, grad, weight_bound=weight_bound)
+        assert nan_flag.item() == layer.weight.isnan().sum() == layer.weight[row, unit].isnan() == 1
 
 
 def test_what_lies_beyond_the_rows_and_units_is_never_taken_for_a_nan(nan_flag):
@@ -192,9 +196,10 @@ def test_the_fused_update_is_the_two_operators_one_after_the_other(formats, gate
         fused = Layer(n, k, weight_dtype, state_dtype)
         apart = fused.twin()
         d, x_bits, gate_bits = torch.randn(m, n).to(d_dtype), bits_of(m, k), None if m == 0 else gate_of(gate, m, k)
-        fused.updated_by(triton_kernels.gated_metaplastic_adam_, d, x_bits, gate_bits, first_row=3)
+        settings = dict(weight_bound=math.inf if k == 7 else 0.2, first_row=3)
+        fused.updated_by(triton_kernels.gated_metaplastic_adam_, d, x_bits, gate_bits, **settings)
         grad = ops.gated_weight_grad(d.float(), x_bits, k, gate_bits)
-        apart.updated_by(ops.metaplastic_adam_, grad, first_row=3)
+        apart.updated_by(ops.metaplastic_adam_, grad, **settings)
         assert_same_bits(fused, apart)
 
 

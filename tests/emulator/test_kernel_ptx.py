@@ -284,7 +284,8 @@ def test_metaplastic_adam_by_triton(architecture, k, state):
     tensors = dict(weight=weight, grad=grad, exp_avg=moments[0], exp_avg_sq=moments[1], **scales,
                    sign_bits=garbage(n, reference.words_for(k)))  # fmt: skip
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
-    settings = dict(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01, metaplasticity=1.3, step=3)
+    settings = dict(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01, metaplasticity=1.3, step=3,
+                    weight_bound=0.7)  # fmt: skip
     ops.metaplastic_adam_(**expected, **settings, seed=None if state == torch.float32 else seed, first_row=2**33)
 
     memory, nan = ptx.Memory(), np.zeros(1, np.int32)
@@ -296,6 +297,7 @@ def test_metaplastic_adam_by_triton(architecture, k, state):
                   one_minus_beta2=1 - beta2, eps=settings["eps"], weight_decay=settings["weight_decay"],
                   slope=_float32(-2 * _float32(np.log2(np.e)) * _float32(settings["metaplasticity"])),
                   step_size=settings["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step),
+                  weight_bound=settings["weight_bound"],
                   key=int(seed[0]), offset=int(seed[1]), first_row=2**33)  # fmt: skip
     module = ptx.Module(compiled.ptx)
     programs = -(-n // compiled.rows) * -(-k // 128)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scenarios import Experience
+from ..scenarios import Experience, Samples
 from .config import MethodConfig
 
 
@@ -32,11 +32,11 @@ class Method:
     def __init__(self, config: MethodConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
 
-    def before_training_exp(self, experience: Experience) -> Experience:
+    def before_training_exp(self, experience: Experience) -> Samples:
         """What to train on in place of a new experience; by default that experience."""
         return experience
 
-    def after_training_exp(self, experience: Experience) -> None:
+    def after_training_exp(self, experience: Samples) -> None:
         """Called when an experience is learned, with what was trained on."""
 
     def observe(self, x: Tensor, y: Tensor) -> tuple[float | None, float | None]:

@@ -22,12 +22,15 @@ class DendriticMethod(Method):
         """Local loss, with its share of the batch's cross-entropy, or one of the other losses."""
         readout = self.model.readout
         assert isinstance(self.model, ek.EngramMLP) and isinstance(readout, ek.DendriticReadout)
-        activations = readout.activations(self.model.features(x))
-        scores = activations.amax(dim=2)
+        features = self.model.features(x)
         if self.config.loss != "local":
+            scores = readout(features)
             return LOSSES[self.config.loss](scores * self.config.logit_scale, y), scores
-        loss = readout.local_loss(activations, y)
+        # the local loss would have all inputs of a class recruit the same units: it stays within the read-out
+        activations = readout.activations(features.detach())
+        scores, loss = activations.amax(dim=2), readout.local_loss(activations, y)
         if self.config.cross_entropy_weight:
+            scores = readout(features)
             cross_entropy = LOSSES["batch"](scores * self.config.logit_scale, y)
             loss = loss + self.config.cross_entropy_weight * cross_entropy
         return loss, scores
@@ -112,6 +115,7 @@ def build_optimizer(config: BinaryConfig, model: nn.Module) -> torch.optim.Optim
         lr=lr[0],
         metaplasticity=metaplasticity[0],
         weight_decay=config.weight_decay,
+        weight_bound=config.weight_bound,
         state_dtype=getattr(torch, config.state_dtype),
         fuse_backward=config.fuse_backward,
     )

@@ -67,7 +67,7 @@ class BinaryConfig(MethodConfig):
         segments: of each class of a dendritic read-out.
         conscience: of its local loss: how strongly segments that win seldom are preferred, at least 0.
         cross_entropy_weight: weight of the batch's cross-entropy beside the local loss, at least 0.
-        penalty: of a ridge read-out, above 0.
+        penalty: of a ridge read-out, a share of the mean variance, above 0.
         weight_decay: coupled L2 decay of the hidden weights.
         ste_window: the straight-through estimator passes gradient to units whose pre-activation is at most this
             in magnitude (before a dendritic read-out: this far above the weakest recruited unit's); inf to all.
@@ -87,7 +87,7 @@ class BinaryConfig(MethodConfig):
     segments: int = 100
     conscience: float = 5.0
     cross_entropy_weight: float = 0.0
-    penalty: float = 1.0
+    penalty: float = 0.01
     weight_decay: float = 0.0
     ste_window: float = 1.0
     logit_scale: float = 1.0
@@ -124,27 +124,101 @@ class BinaryConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class FullPrecisionConfig(MethodConfig):
-    """Of the full-precision baselines, trained by Adam.
-
-    Attributes:
-        strength: lambda of ewc, c of si, weight of the distillation of lwf; at least 0.
-        decay: of ewc's earlier Fisher information when a task is added (gamma of online EWC), in [0, 1].
-        distillation_temperature: of lwf's softmax, > 0.
-        buffer_size: samples that replay keeps, at least 1.
-    """
-
-    strength: float = 0.0
-    decay: float = 1.0
-    distillation_temperature: float = 2.0
-    buffer_size: int = 200
+    """Of a full-precision multilayer perceptron trained by Adam: all that `finetune` and `joint` have."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the hyper-parameter, what it got and what it needs."""
         super().__post_init__()
+        _check("lr", self.lr, "one value with a full-precision method", not isinstance(self.lr, tuple))
         if self.loss == "local":
             raise ValueError("loss: expected all or batch with a full-precision method, got local")
-        strength, temperature = self.strength, self.distillation_temperature
+
+
+@dataclass(frozen=True)
+class PenaltyConfig(FullPrecisionConfig):
+    """Of a method that pulls weights back to what they were, or outputs: `si`.
+
+    Attributes:
+        strength: of what holds the network: lambda of ewc, c of si, weight of lwf's distillation; at least 0.
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the hyper-parameter, what it got and what it needs."""
+        super().__post_init__()
+        strength = self.strength
         _check("strength", strength, "a finite number >= 0", math.isfinite(strength) and strength >= 0.0)
+
+
+@dataclass(frozen=True)
+class EWCConfig(PenaltyConfig):
+    """Of `ewc`.
+
+    Attributes:
+        decay: of the earlier Fisher information when an experience is added (gamma of online EWC), in [0, 1].
+    """
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the hyper-parameter, what it got and what it needs."""
+        super().__post_init__()
         _check("decay", self.decay, "a number in [0, 1]", 0.0 <= self.decay <= 1.0)
-        _check("distillation_temperature", temperature, "a number > 0", 0.0 < temperature < math.inf)
+
+
+@dataclass(frozen=True)
+class LwFConfig(PenaltyConfig):
+    """Of `lwf`.
+
+    Attributes:
+        distillation_temperature: of both softmaxes of the distillation, > 0.
+    """
+
+    distillation_temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the hyper-parameter, what it got and what it needs."""
+        super().__post_init__()
+        temperature = self.distillation_temperature
+        _check("distillation_temperature", temperature, "a finite number > 0", 0.0 < temperature < math.inf)
+
+
+@dataclass(frozen=True)
+class ReplayConfig(FullPrecisionConfig):
+    """Of `replay`.
+
+    Attributes:
+        buffer_size: samples kept, at least 1.
+    """
+
+    buffer_size: int = 1000
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the hyper-parameter, what it got and what it needs."""
+        super().__post_init__()
         _check("buffer_size", self.buffer_size, "an integer >= 1", self.buffer_size >= 1)
+
+
+@dataclass(frozen=True)
+class FloatTwinConfig(MethodConfig):
+    """Of `engram-fp`, the full-precision twin of a dendritic read-out on fixed hidden layers.
+
+    Attributes:
+        rate: share of each hidden layer's units recruited per sample, in (0, 1].
+        segments: of each class, at least 1.
+        conscience: of the local loss: how strongly segments that win seldom are preferred, at least 0.
+    """
+
+    rate: float = 0.1
+    segments: int = 100
+    conscience: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the hyper-parameter, what it got and what it needs."""
+        super().__post_init__()
+        _check("lr", self.lr, "one value with a full-precision method", not isinstance(self.lr, tuple))
+        _check("rate", self.rate, "a number in (0, 1]", 0.0 < self.rate <= 1.0)
+        _check("segments", self.segments, "an integer >= 1", self.segments >= 1)
+        conscience = self.conscience
+        _check("conscience", conscience, "a finite number >= 0", math.isfinite(conscience) and conscience >= 0.0)

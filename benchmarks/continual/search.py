@@ -1,0 +1,59 @@
+"""How the hyper-parameters were chosen: on the last 5000 training images and on seeds that no result uses.
+
+    python benchmarks/continual/search.py [GRID ...] --data-dir DIR
+
+Each grid goes on until its best value is not at an edge. What was measured is in results/search/GRID.json, and as a
+table in SEARCH.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+from jobs import RESULTS, Job, run_jobs
+
+SEEDS = (100,)
+SPLIT = "--dataset mnist --scenario class --validation 5000"
+PERMUTED = "--dataset mnist --scenario permuted --tasks 10 --samples-per-task 20000 --evaluation new --validation 5000"
+
+
+def grid(common: str, option: str, values: list[float]) -> list[Job]:
+    """One job for each value of an option."""
+    return [Job(f"{option} {value:g}", f"{common} --{option} {value:g}") for value in values]
+
+
+ENGRAM = f"{SPLIT} --method engram --hidden 2048 --readout"
+GRIDS: dict[str, list[Job]] = {
+    "permuted-ewc": grid(f"{PERMUTED} --method ewc", "strength", [10, 100, 1000, 10000]),
+    "permuted-si": grid(f"{PERMUTED} --method si", "strength", [1, 10, 100, 1000]),
+    "split-segments-rate": grid(f"{ENGRAM} dendritic --segments 100", "rate", [0.05, 0.1, 0.15, 0.2, 0.3]),
+    "split-segments-lr": grid(f"{ENGRAM} dendritic --segments 100", "lr", [0.002, 0.01]),
+    "split-segments-number": grid(f"{ENGRAM} dendritic", "segments", [50, 200]),
+    "split-segments-metaplasticity": grid(f"{ENGRAM} dendritic --segments 100", "metaplasticity", [0, 20]),
+    "split-output-rate": grid(f"{ENGRAM} dendritic --segments 1", "rate", [0.02, 0.05, 0.1, 0.2]),
+    "split-prototype-rate": grid(f"{ENGRAM} prototype", "rate", [0.02, 0.05, 0.1]),
+    "split-ridge-rate": grid(f"{ENGRAM} ridge", "rate", [0.1, 0.2, 0.3, 0.4]),
+    "split-ewc": grid(f"{SPLIT} --method ewc", "strength", [1, 100, 10000]),
+    "split-si": grid(f"{SPLIT} --method si", "strength", [1, 10, 100]),
+    "split-lwf": grid(f"{SPLIT} --method lwf", "strength", [0.3, 1, 3]),
+}
+
+
+def main() -> None:
+    """Runs the grids asked for, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grids", nargs="*", metavar="GRID", help=f"of {', '.join(GRIDS)}; default: all")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    for name in options.grids or GRIDS:
+        path = RESULTS / "search" / f"{name}.json"
+        rows = run_jobs(GRIDS[name], SEEDS, path, data_dir=options.data_dir, processes=options.processes)
+        for job in GRIDS[name]:
+            found = [100 * row["average_accuracy"] for row in rows if row["label"] == job.label and "error" not in row]
+            print(f"{name:<24}{job.label:<40}{statistics.fmean(found) if found else float('nan'):.2f} %")
+
+
+if __name__ == "__main__":
+    main()
