@@ -55,7 +55,7 @@ def split(dataset: str) -> dict[str, Experiment]:
         "ewc": "--method ewc",
         "si": "--method si",
         "lwf": "--method lwf",
-        "replay, 200 samples": "--method replay",
+        "replay, 200 samples": "--method replay --buffer-size 200",
         "joint": "--method joint",
     }
     jobs = [Job(label, f"{common} {options}") for label, options in (binary | twin | full).items()]
@@ -177,7 +177,7 @@ def memory() -> dict[str, Experiment]:
         "ewc": "--method ewc",
         "si": "--method si",
         "lwf": "--method lwf",
-        "replay, 200 samples": "--method replay",
+        "replay, 200 samples": "--method replay --buffer-size 200",
     }
     return {"memory": Experiment([Job(label, f"{common} {options}") for label, options in rows.items()], THREE)}
 

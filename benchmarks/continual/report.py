@@ -130,6 +130,138 @@ def write_search() -> None:
     (HERE / "SEARCH.md").write_text("\n".join(lines) + "\n")
 
 
-def rounded(values: list[float]) -> str:
-    """Percent without decimals, for rows of tasks."""
-    return " ".join(f"{100 * value:.0f}" for value in np.asarray(values))
+def long_table(rows: Rows) -> list[str]:
+    """Accuracy on the newest task, the last ten and all, at the end."""
+    lines = [
+        "| consolidation | newest task, % | last ten, % | all, % | when learned: last ten, % |",
+        "| --- " * 5 + "|",
+    ]
+    for label, own in rows.items():
+        ends, learned = [last_row(row) for row in own], [diagonal(row) for row in own]
+        cells = [
+            [100 * end[-1] for end in ends],
+            [100 * statistics.fmean(end[-10:]) for end in ends],
+            [100 * statistics.fmean(end) for end in ends],
+            [100 * statistics.fmean(each[-10:]) for each in learned],
+        ]
+        lines.append(f"| {label} | " + " | ".join(spread(cell) for cell in cells) + " |")
+    return lines
+
+
+def long_picture(rows: Rows, title: str, path: Path) -> None:
+    """Left: accuracy on each task when it was learned. Right: at the end, on each task of the stream."""
+    figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for (label, own), line, c in zip(
+        rows.items(), ("-", "--", "-.", ":"), ("#999999", "#D55E00", "#0072B2", "#009E73"), strict=False
+    ):
+        learned, end = np.mean([diagonal(row) for row in own], 0), np.mean([last_row(row) for row in own], 0)
+        task = np.arange(1, len(end) + 1)
+        left.plot(task, 100 * learned, line, color=c, label=label)
+        right.plot(task, 100 * end, line, color=c, label=label)
+    left.set_title(f"{title}: each task when it was learned", loc="left", fontsize=10)
+    right.set_title("each task at the end of the stream", loc="left", fontsize=10)
+    left.set_ylabel("test accuracy (%)")
+    left.set_ylim(0, 100)
+    right.legend(frameon=False, fontsize=9, loc="lower right")
+    for axes in (left, right):
+        axes.set_xlabel("task")
+        axes.grid(axis="y", color="0.9")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.savefig(path)
+
+
+def domain_table(rows: Rows) -> list[str]:
+    """The first data set when learned and at the end, and the second."""
+    lines = ["| method | first, when learned | first, at the end | lost, points | second | seeds |", "| --- " * 6 + "|"]
+    for label, own in rows.items():
+        before = [100 * diagonal(row)[0] for row in own]
+        after = [100 * last_row(row)[0] for row in own]
+        lost = [a - b for a, b in zip(before, after, strict=True)]
+        second = [100 * last_row(row)[1] for row in own]
+        lines.append(f"| {label} | {' | '.join(map(spread, (before, after, lost, second)))} | {len(own)} |")
+    return lines
+
+
+def published_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Accuracy on each of the six tasks at the end."""
+    lines = ["| metaplasticity | normalisation at test | task 1 | 2 | 3 | 4 | 5 | 6 | mean |", "| --- " * 9 + "|"]
+    for m in sorted({row["metaplasticity"] for row in rows}):
+        own = [row for row in rows if row["metaplasticity"] == m]
+        for name, meaning in (
+            ("own normalisation", "each task's own (uses its label)"),
+            ("last normalisation", "the last task's"),
+        ):
+            ends = 100 * np.array([row[name][-1] for row in own])
+            cells = [spread(list(ends[:, j])) for j in range(ends.shape[1])]
+            lines.append(f"| {m:g} | {meaning} | " + " | ".join(cells) + f" | {spread(list(ends.mean(1)))} |")
+    return lines
+
+
+def main() -> None:
+    """Writes what there are results for."""
+    write_search()
+    parts = json.loads((HERE / "comments.json").read_text())
+    lines = ["# Continual learning: what was measured", "", *parts["head"]]
+    pictures = HERE / "pictures"
+    pictures.mkdir(exist_ok=True)
+
+    def section(title: str, name: str, rows: Rows, body: list[str], picture: str | None = None) -> None:
+        if not rows:
+            return
+        lines.extend(["", f"## {title}", "", *parts.get(name, []), ""])
+        if picture:
+            lines.extend([f"![{title}](pictures/{picture})", ""])
+        lines.extend([*body, "", *commands(rows)])
+
+    for data, title in (("mnist", "Split-MNIST"), ("fashion-mnist", "Split-Fashion-MNIST")):
+        name = f"split-{data}"
+        rows = load(name)
+        if rows:
+            bars(rows, f"{title}, class-incremental, five tasks of two classes", pictures / f"{name}.png", chance=10)
+        section(f"{title}, class-incremental", name, rows, accuracy_table(rows), f"{name}.png")
+    rows = load("permuted")
+    if rows:
+        bars(rows, "Permuted MNIST, ten tasks", pictures / "permuted.png", chance=10)
+    section("Permuted MNIST, ten tasks", "permuted", rows, accuracy_table(rows), "permuted.png")
+    for name, title in (
+        ("domain-mnist-first", "MNIST, then Fashion-MNIST"),
+        ("domain-fashion-mnist-first", "Fashion-MNIST, then MNIST"),
+    ):
+        rows = load(name)
+        section(title, name, rows, domain_table(rows))
+    path = RESULTS / "published.json"
+    if path.exists():
+        lines.extend(["", "## The published result of metaplasticity", "", *parts.get("published", []), ""])
+        lines.extend(published_table(json.loads(path.read_text())))
+    for name, title in (("long-50", "50 permuted tasks"), ("long-100", "100 permuted tasks")):
+        rows = load(name)
+        if rows:
+            long_picture(rows, title, pictures / f"{name}.png")
+        section(title, name, rows, long_table(rows), f"{name}.png")
+    for name, title in (("ablation", "What each part earns"), ("memory", "Memory and time")):
+        rows = load(name)
+        section(title, name, rows, memory_table(rows) if name == "memory" else accuracy_table(rows))
+    (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
+
+
+def memory_table(rows: Rows) -> list[str]:
+    """Peak memory and time beside those of ewc."""
+
+    def of(name: str, label: str) -> float:
+        return statistics.median(row[name] for row in rows[label])
+
+    lines = ["| method | peak memory, MB | of ewc's | ms per step | samples per step |", "| --- " * 5 + "|"]
+    for label in rows:
+        memory = of("peak_memory_bytes", label)
+        share = f"{100 * memory / of('peak_memory_bytes', 'ewc'):.0f} %" if "ewc" in rows else "-"
+        samples = 2 * 5000 / of("steps", label)
+        lines.append(
+            f"| {label} | {memory / 1e6:.0f} | {share} | {of('step_milliseconds', label):.1f} | {samples:.0f} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

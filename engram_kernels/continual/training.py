@@ -133,7 +133,8 @@ def train(
         result.peak_memory_bytes = _larger(earlier_peaks[0], memory.peak_above_start())
         result.total_memory_bytes = _larger(earlier_peaks[1], memory.peak_total())
 
-    total = sum(config.epochs * -(-len(experience) // config.batch_size) for experience in scenario.train_stream)
+    passes = [-(-samples // config.batch_size) for samples in method.samples_of(scenario.train_stream)]
+    total = config.epochs * sum(passes)
     progress.begin(tasks, total)
     if result.tasks_completed:
         progress.resumed(result.tasks_completed, len(step_seconds))

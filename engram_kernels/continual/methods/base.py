@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ class Method:
     def before_training_exp(self, experience: Experience) -> Samples:
         """What to train on in place of a new experience; by default that experience."""
         return experience
+
+    def samples_of(self, stream: Sequence[Samples]) -> list[int]:
+        """How many samples a pass over each experience of a stream will take, for whoever shows progress."""
+        return [len(experience) for experience in stream]
 
     def after_training_exp(self, experience: Samples) -> None:
         """Called when an experience is learned, with what was trained on."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -350,6 +350,10 @@ class JointTraining(FullPrecisionMethod):
         """All experiences so far, as one."""
         self.experiences = (*self.experiences, experience)
         return Joint(self.experiences)
+
+    def samples_of(self, stream: Sequence[Samples]) -> list[int]:
+        """All so far, each time."""
+        return list(accumulate(super().samples_of(stream)))
 
     def state_dict(self) -> dict[str, Any]:
         """Adds the experiences, and so all their data."""

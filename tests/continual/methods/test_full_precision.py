@@ -1,5 +1,6 @@
 """Full-precision baselines: each does what its paper says, against the slow and obvious computation."""
 
+import io
 import math
 from itertools import pairwise
 
@@ -34,7 +35,7 @@ from engram_kernels.continual.methods.full_precision import (
     SynapticIntelligence,
     fisher_diagonal,
 )
-from engram_kernels.continual.scenarios import Experience, class_scenario, permuted_scenario
+from engram_kernels.continual.scenarios import SCENARIOS, Experience, class_scenario, make_scenario, permuted_scenario
 
 seeds = st.integers(0, 2**31)
 widths = st.lists(st.integers(1, 9), min_size=0, max_size=3)
@@ -355,6 +356,24 @@ def test_joint_training_sees_all_samples_so_far(scenario):
         assert len(samples) == len(wanted)
         assert set(samples.classes) == {label for *_, label in wanted}
         method.after_training_exp(samples)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_joint_training_remembers_the_experiences_of_every_scenario(scenario):
+    """Through a file that is read without running what is in it."""
+    data, options = random_dataset(features=9), {} if scenario == "domain" else {"tasks": 3}
+    stream = make_scenario(scenario, [data] * (3 if scenario == "domain" else 1), **options).train_stream
+    method, other = (JointTraining.build(FullPrecisionConfig(lr=0.1), 9, [8], 6) for _ in range(2))
+    for experience in stream[:2]:
+        method.after_training_exp(method.before_training_exp(experience))
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    wanted, found = (list(learner.before_training_exp(stream[2]).batches(10)) for learner in (method, other))
+    assert len(wanted) == len(found)
+    for batch, same_batch in zip(wanted, found, strict=True):
+        assert all(map(torch.equal, batch, same_batch))
 
 
 # engram-fp
