@@ -1,7 +1,7 @@
 """The command ``engram-kernels``: train a network on task after task; describe the installation.
 
-Exit codes: 0 done; 2 the user's input can't be used (one line on stderr says what was got and what is
-needed); 130 interrupted (what was learned so far is written).
+Exit codes: 0 done; 1 some runs of a comparison failed; 2 the user's input can't be used (one line on stderr
+says what was got and what is needed); 130 interrupted (what was learned so far is written).
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ import importlib.metadata
 import io
 import os
 import platform
+import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from .continual.data import Dataset
+    from .continual.scenarios import Scenario
 
 PROGRAM = "engram-kernels"
+MODEL_FILE = "model.pt"
+EXIT_FAILURES = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -32,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All options of the command line."""
-    from .continual import data, methods, scenarios, training
+    from .continual import methods
 
     parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -45,6 +53,71 @@ def build_parser() -> argparse.ArgumentParser:
         "Writes metrics.json and report.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    group = train.add_argument_group("which run")
+    group.add_argument(
+        "--method", choices=tuple(methods.METHODS), default="engram",
+        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; the others: full precision",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, engrams, sample order and tasks")
+    group.add_argument(
+        "--seeds", type=int, nargs="+", metavar="S", default=argparse.SUPPRESS,
+        help="one run per seed; prints mean and deviation too",
+    )  # fmt: skip
+    _add_training_options(train)
+    group = train.add_argument_group("results")
+    group.add_argument(
+        "--output", metavar="DIR", default=argparse.SUPPRESS,
+        help="where the results go (default: runs/DATASET-SCENARIO-METHOD-seedS); with --seeds, in DIR/seedS",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on after the last finished task of an interrupted or killed run with the same output and options",
+    )  # fmt: skip
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    train.set_defaults(run=_train)
+
+    compare = commands.add_parser(
+        "compare",
+        help="train several methods side by side and show them on one page",
+        description="Train several methods, each run in a process of its own, and write report.html and compare.json. "
+        "The same command again goes on with what is not complete.",
+        epilog="A method may have options of its own and a label: "
+        "--methods mbnn 'dendrites=engram --readout dendritic --segments 50'. All other options are those of train and "
+        "hold for every method that has none of its own.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = compare.add_argument_group("which runs")
+    group.add_argument(
+        "--methods", nargs="+", default=list(methods.METHODS), metavar="METHOD",
+        help="METHOD, 'METHOD --OPTION VALUE...' or 'LABEL=METHOD --OPTION VALUE...'",
+    )  # fmt: skip
+    group.add_argument("--seeds", type=int, nargs="+", metavar="S", default=[0], help="every method runs with each")
+    _add_training_options(compare)
+    group = compare.add_argument_group("how the runs are made")
+    group.add_argument(
+        "--output", metavar="DIR", default=argparse.SUPPRESS,
+        help="where the results go (default: runs/compare-DATASET-SCENARIO)",
+    )  # fmt: skip
+    group.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at once; with more than one, each has --threads 1"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    compare.set_defaults(run=_compare)
+
+    info = commands.add_parser(
+        "info",
+        help="versions, instruction set, threads, CUDA and Triton: what a bug report needs",
+        description="Print what a bug report needs to say about the installation.",
+    )
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The options that `train` and every method of `compare` have; returns them."""
+    from .continual import data, methods, scenarios, training
+
+    before = len(train._actions)
     group = train.add_argument_group("what")
     group.add_argument(
         "--dataset", nargs="+", default=["digits"], metavar="NAME",
@@ -60,10 +133,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="class: every task brings new classes; permuted: every task has its own order of the pixels; "
         "rotated: every task turns the images by another angle; domain: every task is another data set with the same "
         "labels",
-    )  # fmt: skip
-    group.add_argument(
-        "--method", choices=tuple(methods.METHODS), default="engram",
-        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; the others: full precision",
     )  # fmt: skip
     group.add_argument(
         "--readout", choices=methods.READOUTS, default=argparse.SUPPRESS,
@@ -93,11 +162,6 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--validation", type=int, metavar="N", default=argparse.SUPPRESS,
         help="test on the last N training samples and train on the rest, to choose hyper-parameters",
-    )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, engrams, sample order and tasks")
-    group.add_argument(
-        "--seeds", type=int, nargs="+", metavar="S", default=argparse.SUPPRESS,
-        help="one run per seed; prints mean and deviation too",
     )  # fmt: skip
 
     group = train.add_argument_group("hyper-parameters (the default depends on method, scenario and dataset)")
@@ -164,23 +228,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="after each task test on all, on those seen so far, or on the new one (and on all at the end)",
     )  # fmt: skip
     group.add_argument(
-        "--output", metavar="DIR", default=argparse.SUPPRESS,
-        help="where the results go (default: runs/DATASET-SCENARIO-METHOD-seedS); with --seeds, in DIR/seedS",
-    )  # fmt: skip
-    group.add_argument(
         "--threads", type=int, metavar="N", default=argparse.SUPPRESS, help="CPU threads (default: torch's)"
     )
     group.add_argument("--save-model", action="store_true", help="also write the trained weights, model.pt")
-    group.add_argument("--quiet", action="store_true", help="no progress")
-    train.set_defaults(run=_train)
-
-    info = commands.add_parser(
-        "info",
-        help="versions, instruction set, threads, CUDA and Triton: what a bug report needs",
-        description="Print what a bug report needs to say about the installation.",
-    )
-    info.set_defaults(run=_info)
-    return parser
+    return train._actions[before:]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .continual.extras import MissingExtraError
     from .continual.methods import TrainingError
 
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = build_parser().parse_args(arguments)
+    options.command_line = shlex.join([PROGRAM, *arguments])
     try:
         code: int = options.run(options)
         return code
@@ -205,25 +258,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_USER_ERROR
 
 
-def _train(options: argparse.Namespace) -> int:
-    import torch
+class _Plan(NamedTuple):
+    """What the options of ``train`` ask for, all of it checked."""
 
-    from .continual import data, report, scenarios
-    from .continual.memory import MemoryMeter
+    datasets: list[Dataset]
+    data_name: str
+    scenario: Scenario  # of the first seed
+    arguments: dict[str, Any]  # of training.run, besides data sets and seed
+    seeds: list[int]
+    config: dict[str, Any]  # for metrics.json; the seed is each run's own
+    output: Path
+
+    def folder(self, seed: int) -> Path:
+        """Where a seed's results go."""
+        return self.output / f"seed{seed}" if len(self.seeds) > 1 else self.output
+
+    def config_of(self, seed: int) -> dict[str, Any]:
+        """Every option that a seed's numbers follow from."""
+        return {**self.config, "seed": seed}
+
+
+def _plan(options: argparse.Namespace) -> _Plan:
+    """Everything that can be wrong is looked at here, before the first minute of training.
+
+    Raises:
+        ValueError: names the option, what it got and what it needs.
+    """
+    from .continual import data, scenarios
     from .continual.methods import METHODS, method_config
-    from .continual.progress import NoProgress, default_progress
-    from .continual.training import run
 
     given = vars(options)
-    seeds: list[int] = given.get("seeds", [options.seed])
+    seeds: list[int] = given.get("seeds") or [options.seed]
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: expected different seeds, got {' '.join(map(str, seeds))}")
     for seed in seeds:
         scenarios.seeded_generator(seed, "check")
-    if (threads := given.get("threads")) is not None:
-        if threads < 1:
-            raise ValueError(f"threads: expected an integer >= 1, got {threads}")
-        torch.set_num_threads(threads)
+    if (threads := given.get("threads")) is not None and threads < 1:
+        raise ValueError(f"threads: expected an integer >= 1, got {threads}")
     overrides: dict[str, Any] = {
         field.name: tuple(value) if isinstance(value := given[field.name], list) and len(value) > 1
         else value[0] if isinstance(value, list) else value
@@ -235,27 +306,72 @@ def _train(options: argparse.Namespace) -> int:
         name: given.get(name)
         for name in ("tasks", "classes_per_task", "shuffle_classes", "max_degrees", "samples_per_task")
     }
-
-    # Everything that can be wrong is looked at before the first minute of training.
     datasets = [data.load(name, given.get("data_dir")) for name in options.dataset]
     if (validation := given.get("validation")) is not None:
         datasets = [data.hold_out(dataset, validation) for dataset in datasets]
     data_name = data.joined_name(datasets)
     config = method_config(options.method, options.scenario, data_name, **overrides)
     scenario = scenarios.make_scenario(options.scenario, datasets, seed=seeds[0], **tasks)
-    name = f"{data_name}-{options.scenario}-{options.method}"
-    several = len(seeds) > 1
-    default = Path("runs") / f"{name}-seed{'s' if several else ''}{'-'.join(map(str, seeds))}"
-    output = Path(given.get("output", default))
-    folders = {seed: output / f"seed{seed}" if several else output for seed in seeds}
-    for folder in folders.values():
-        _prepare_directory(folder)
-    picture = _can_draw()
+    several = "s" if len(seeds) > 1 else ""
+    name = f"{data_name}-{options.scenario}-{options.method}-seed{several}{'-'.join(map(str, seeds))}"
+    return _Plan(
+        datasets=datasets,
+        data_name=data_name,
+        scenario=scenario,
+        arguments={
+            "scenario": options.scenario,
+            "method": options.method,
+            "hidden": options.hidden,
+            "evaluation": options.evaluation,
+            **tasks,
+            **overrides,
+        },
+        seeds=seeds,
+        config={
+            "dataset": options.dataset if len(datasets) > 1 else options.dataset[0],
+            "data_dir": given.get("data_dir"),
+            "scenario": options.scenario,
+            "tasks": len(scenario),
+            "classes_per_task": len(scenario.test_stream[0].classes),
+            "shuffle_classes": options.shuffle_classes,
+            "max_degrees": given.get("max_degrees", scenarios.DEFAULT_MAX_DEGREES)
+            if options.scenario == "rotated"
+            else None,
+            "samples_per_task": given.get("samples_per_task"),
+            "validation": validation,
+            "evaluation": options.evaluation,
+            "method": options.method,
+            "hidden": options.hidden,
+            **dataclasses.asdict(config),
+        },
+        output=Path(given.get("output", Path("runs") / name)),
+    )
 
-    cap = "" if tasks["samples_per_task"] is None else f" (at most {tasks['samples_per_task']} per task)"
+
+def _train(options: argparse.Namespace) -> int:
+    import torch
+
+    from .continual import report
+    from .continual.checkpoint import Checkpoint
+    from .continual.memory import MemoryMeter
+    from .continual.progress import NoProgress, default_progress
+    from .continual.training import run
+
+    plan = _plan(options)
+    if "threads" in options:
+        torch.set_num_threads(options.threads)
+    for seed in plan.seeds:
+        _prepare_directory(plan.folder(seed))
+    complete = {seed: metrics for seed in plan.seeds if options.resume and (metrics := _complete(plan, seed, options))}
+    picture = _can_draw()
+    scenario, datasets, several = plan.scenario, plan.datasets, len(plan.seeds) > 1
+    chance = 1 / scenario.num_classes
+
+    cap = "" if (samples := plan.config["samples_per_task"]) is None else f" (at most {samples} per task)"
+    kind = "test" if plan.config["validation"] is None else "validation"
     print(
-        f"{data_name}: {sum(len(dataset.y_train) for dataset in datasets)} training{cap} and "
-        f"{sum(len(dataset.y_test) for dataset in datasets)} {'test' if validation is None else 'validation'} samples "
+        f"{plan.data_name}: {sum(len(dataset.y_train) for dataset in datasets)} training{cap} and "
+        f"{sum(len(dataset.y_test) for dataset in datasets)} {kind} samples "
         f"of {scenario.features} features, {scenario.num_classes} classes; {options.scenario} scenario of "
         f"{len(scenario)} tasks; method {options.method}; "
         f"network {'-'.join(map(str, [scenario.features, *options.hidden, scenario.num_classes]))}",
@@ -263,62 +379,203 @@ def _train(options: argparse.Namespace) -> int:
     )
     memory = MemoryMeter()
     results = []
-    for seed in seeds:
+    for seed in plan.seeds:
         if several:
             print(f"\nseed {seed}", flush=True)
-        method, result = run(
-            datasets,
-            scenario=options.scenario,
-            method=options.method,
-            hidden=options.hidden,
-            seed=seed,
-            progress=NoProgress() if options.quiet else default_progress(),
-            memory=memory,
-            evaluation=options.evaluation,
-            **tasks,
-            **overrides,
-        )
-        metrics = report.metrics_of(
-            result,
-            {
-                "dataset": options.dataset if len(datasets) > 1 else options.dataset[0],
-                "data_dir": given.get("data_dir"),
-                "scenario": options.scenario,
-                "tasks": len(scenario),
-                "classes_per_task": len(scenario.test_stream[0].classes),
-                "shuffle_classes": options.shuffle_classes,
-                "max_degrees": given.get("max_degrees", scenarios.DEFAULT_MAX_DEGREES)
-                if options.scenario == "rotated"
-                else None,
-                "samples_per_task": given.get("samples_per_task"),
-                "validation": validation,
-                "method": options.method,
-                "hidden": options.hidden,
-                "seed": seed,
-                **dataclasses.asdict(config),
-            },
-            chance=1 / scenario.num_classes,
-        )
-        written = [report.write_metrics(folders[seed], metrics)]
-        if picture:
-            written.append(report.write_picture(folders[seed], metrics, chance=1 / scenario.num_classes))
-        if options.save_model:
-            buffer = io.BytesIO()
-            torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
-            written.append(folders[seed] / "model.pt")
-            report.write_atomically(written[-1], buffer.getvalue())
+        folder, written = plan.folder(seed), []
+        checkpoint = Checkpoint(folder, plan.config_of(seed), resume=options.resume)
+        if seed in complete:
+            print(f"{folder} is complete: nothing is left to train", flush=True)
+            metrics = complete[seed]
+            result = report.result_of(metrics)
+            if picture and not (folder / report.PICTURE_FILE).exists():
+                written.append(report.write_picture(folder, metrics, chance=chance))
+        else:
+            if options.resume:
+                tasks = checkpoint.tasks_completed()
+                print(
+                    f"nothing to resume in {folder}: starting from the beginning"
+                    if tasks is None
+                    else f"resuming {folder} after task {tasks} of {len(scenario)}",
+                    flush=True,
+                )
+            else:
+                checkpoint.remove()
+            method, result = run(
+                datasets,
+                seed=seed,
+                progress=NoProgress() if options.quiet else default_progress(),
+                memory=memory,
+                checkpoint=checkpoint,
+                **plan.arguments,
+            )
+            metrics = report.metrics_of(result, plan.config_of(seed), chance=chance)
+            if options.save_model:  # first: metrics.json says that a run is complete
+                buffer = io.BytesIO()
+                torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
+                written.append(folder / MODEL_FILE)
+                report.write_atomically(written[-1], buffer.getvalue())
+            written.append(report.write_metrics(folder, metrics))
+            if picture:
+                written.append(report.write_picture(folder, metrics, chance=chance))
+        if result.completed:
+            checkpoint.remove()
         print("\n".join(("", report.table(result.accuracy_matrix, result.tasks_completed), "", report.summary(result))))
-        print("\n" + "\n".join(f"wrote {path}" for path in written))
+        if written:
+            print("\n" + "\n".join(f"wrote {path}" for path in written))
         results.append(result)
         if not result.completed:
-            print(f"{PROGRAM}: interrupted; the files hold what was learned so far", file=sys.stderr)
+            print(
+                f"{PROGRAM}: interrupted; the files hold what was learned so far, and --resume goes on from it",
+                file=sys.stderr,
+            )
             break
-    finished = [(seed, result) for seed, result in zip(seeds, results, strict=False) if result.completed]
+    finished = [(seed, result) for seed, result in zip(plan.seeds, results, strict=False) if result.completed]
     if several and finished:
         content = report.summarize_seeds([seed for seed, _ in finished], [result for _, result in finished])
-        path = report.write_metrics(output, content, "summary.json")
+        path = report.write_metrics(plan.output, content, "summary.json")
         print(f"\n{report.seeds_table(content)}\n\nwrote {path}")
     return 0 if results[-1].completed else EXIT_INTERRUPTED
+
+
+def _complete(plan: _Plan, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The metrics of a finished run of a seed; None if there is something to train.
+
+    Raises:
+        ValueError: what lies there is damaged or of a run with other options, or lacks the model asked for.
+    """
+    from .continual import report
+    from .continual.checkpoint import Checkpoint, check_same_options, plain
+
+    folder, config = plan.folder(seed), plan.config_of(seed)
+    if Checkpoint(folder, config).tasks_completed() is not None:
+        return None
+    metrics = report.read_metrics(folder)
+    if metrics is None or not metrics["completed"]:
+        return None
+    check_same_options(metrics["config"], plain(config), folder / report.METRICS_FILE)
+    if options.save_model and not (folder / MODEL_FILE).exists():
+        raise ValueError(
+            f"save_model: {folder} is complete and its model was not saved; without --resume training begins anew"
+        )
+    return metrics
+
+
+def _compare(options: argparse.Namespace) -> int:
+    import datetime
+
+    from .continual import compare
+
+    if options.jobs < 1:
+        raise ValueError(f"jobs: expected an integer >= 1, got {options.jobs}")
+    plans = _plans(options)
+    first = next(iter(plans.values()))
+    default = Path("runs") / f"compare-{first.dataset}-{options.scenario}"
+    output = Path(vars(options).get("output", default))
+    _prepare_directory(output)
+    runs = [
+        compare.Run(
+            label=label,
+            seed=seed,
+            folder=output / folder / f"seed{seed}",
+            arguments=plan.arguments,
+            config={**plan.config, "seed": seed},
+            threads=plan.threads,
+        )
+        for (label, plan), folder in zip(plans.items(), compare.folder_names(list(plans)), strict=True)
+        for seed in options.seeds
+    ]
+    sizes = " or ".join(dict.fromkeys("-".join(map(str, plan.config["hidden"])) for plan in plans.values()))
+    about = {
+        "dataset": first.dataset,
+        "chance": first.chance,
+        "seeds": options.seeds,
+        "jobs": options.jobs,
+        "facts": [
+            f"{options.scenario} scenario",
+            f"{first.config['tasks']} tasks",
+            f"hidden layers {sizes}",
+            f"{len(options.seeds)} seed{'s' if len(options.seeds) > 1 else ''}",
+        ],
+        "command": options.command_line,
+        "processor": _processor(),
+    }
+
+    def write() -> list[Path]:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
+        return compare.write(output, compare.content_of(runs, {**about, "created": now}))
+
+    write()  # early, so that what can't be written is known, and there is a page to look at
+    done = compare.run_all(runs, options.jobs, compare.default_display(options.quiet), write)
+    written = write()
+    print(compare.table(compare.content_of(runs, about)))
+    print("\n" + "\n".join(f"wrote {path}" for path in written))
+    if not done:
+        print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_FAILURES if any(run.status != "complete" for run in runs) else 0
+
+
+class _MethodPlan(NamedTuple):
+    """What a method of `compare` asks for."""
+
+    dataset: str
+    chance: float  # of guessing right
+    config: dict[str, Any]
+    arguments: list[str]  # of train, but for seed, output and threads
+    threads: int | None
+
+
+def _plans(options: argparse.Namespace) -> dict[str, _MethodPlan]:
+    """Every method by its label, checked before the first of them runs.
+
+    Raises:
+        ValueError: names the method, and the option, what it got and what it needs.
+    """
+    from .continual.methods import METHODS
+
+    parser = _Parser(prog=f"{PROGRAM} compare", add_help=False, allow_abbrev=False)
+    parser.add_argument("method", choices=tuple(METHODS))
+    actions = _add_training_options(parser)
+    shared = {action.dest for action in actions} & vars(options).keys()
+    plans: dict[str, _MethodPlan] = {}
+    for text in options.methods:
+        named = re.fullmatch(r"\s*((?:(?!--)[^=])+?)\s*=(.*)", text, re.DOTALL)
+        label, method = (named[1], named[2]) if named else (text.strip(), text)
+        if label in plans:
+            raise ValueError(f"methods: expected a label for each, got {label!r} twice")
+        try:
+            words = shlex.split(method)
+        except ValueError as error:
+            raise ValueError(f"methods: expected words as in a shell, got {method!r} ({error})") from None
+        own = parser.parse_args(words, argparse.Namespace(**{name: getattr(options, name) for name in shared}))
+        threads = getattr(own, "threads", 1 if options.jobs > 1 else None)
+        arguments = ["--method", own.method]
+        for action in actions:
+            if action.dest != "threads" and hasattr(own, action.dest):
+                arguments += _as_arguments(action, getattr(own, action.dest))
+        own.seeds = options.seeds
+        try:
+            plan = _plan(own)
+        except ValueError as error:
+            raise ValueError(f"{error} (method {label!r})") from None
+        # the data stay behind: a process that only waits for others needs none
+        plans[label] = _MethodPlan(plan.data_name, 1 / plan.scenario.num_classes, plan.config, arguments, threads)
+    return plans
+
+
+def _as_arguments(action: argparse.Action, value: Any) -> list[str]:
+    """What to write on a command line for an option to have a value; nothing if it has it anyway."""
+    if value == action.default:
+        return []
+    option = action.option_strings[0]
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [option if value else action.option_strings[1]]
+    if action.nargs == 0:
+        return [option]
+    if isinstance(value, list):
+        return [option, *map(str, value)]
+    return [f"{option}={value}"]
 
 
 def _prepare_directory(path: Path) -> None:

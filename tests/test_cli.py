@@ -319,6 +319,309 @@ def test_interrupt_writes_what_was_learned(npz):
     assert "average accuracy" in printed
 
 
+FOUR_TASKS = ["--scenario", "permuted", "--tasks", "4", "--batch-size", "10"]
+KILLED = """
+import os, signal, sys
+from engram_kernels import cli
+from engram_kernels.continual import training
+
+steps, step = 0, training._step
+
+def killed(*arguments, **named):
+    global steps
+    steps += 1
+    if steps == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments, **named)
+
+training._step = killed
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--fuse-backward", "--state-dtype", "bfloat16", "--weight-dtype", "bfloat16"],
+        ["--state-dtype", "int8"],
+        ["--method", "mbnn", "--fuse-backward", "--state-dtype", "int8"],
+        ["--readout", "dendritic", "--segments", "3"],
+        ["--readout", "dendritic", "--segments", "3", "--train-hidden", "--loss", "batch", "--temperature", "1"],
+        ["--readout", "prototype"],
+        ["--readout", "ridge"],
+    ],
+    ids=" ".join,
+)
+def test_a_killed_run_goes_on_to_the_numbers_of_an_unbroken_one(npz, capsys, options):
+    """For real: a process that dies in the third of four tasks of 16 steps."""
+    options = [
+        "--scenario",
+        "permuted",
+        "--tasks",
+        "4",
+        "--batch-size",
+        "10",
+        "--save-model",
+        "--threads",
+        "1",
+        *options,
+    ]
+    command = ["train", "--dataset", npz, "--hidden", "32", "--epochs", "2", *options]
+    process = subprocess.run([sys.executable, "-c", KILLED, *command, "--output", "broken"], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert os.listdir("broken") == ["checkpoint.pt"]
+    assert train(npz, *options, "--output", "broken", "--resume") == 0
+    printed = capsys.readouterr()
+    assert "resuming broken after task 2 of 4" in printed.out
+    assert "resumed after task 2/4\n" in printed.err
+    assert "task 2/4 learned" not in printed.err
+    assert "checkpoint.pt" not in os.listdir("broken")
+
+    assert train(npz, *options, "--output", "whole") == 0
+    broken, whole = read("broken/metrics.json"), read("whole/metrics.json")
+    for name in ("accuracy_matrix", "average_accuracy", "steps", "tasks_completed", "completed", "config"):
+        assert broken[name] == whole[name]
+    weights = [torch.load(f"{folder}/model.pt", weights_only=True)["state_dict"] for folder in ("broken", "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+
+
+def interrupted(npz, monkeypatch, *options, step=40):
+    """Ctrl-C at a step of a run of four tasks of 16 steps."""
+    from engram_kernels.continual import training
+
+    steps, observe = 0, training._step
+
+    def stopped(*arguments, **named):
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            raise KeyboardInterrupt
+        return observe(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_step", stopped)
+        return train(npz, *FOUR_TASKS, *options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_goes_on_after_its_last_finished_task(npz, capsys, monkeypatch, method):
+    options = ["--method", method, "--loss", "all"]
+    assert interrupted(npz, monkeypatch, *options, "--output", "out") == 130
+    assert "--resume" in capsys.readouterr().err
+    assert read("out/metrics.json")["tasks_completed"] == (1 if method == "joint" else 2)  # its tasks grow
+    assert train(npz, *FOUR_TASKS, *options, "--output", "out", "--resume") == 0
+    assert train(npz, *FOUR_TASKS, *options, "--output", "whole") == 0
+    assert read("out/metrics.json")["accuracy_matrix"] == read("whole/metrics.json")["accuracy_matrix"]
+
+
+def test_nothing_to_resume_is_said(npz, capsys, monkeypatch):
+    assert train(npz, "--output", "out", "--resume") == 0
+    assert "nothing to resume in out: starting from the beginning" in capsys.readouterr().out
+    assert interrupted(npz, monkeypatch, "--output", "early", step=5) == 130
+    assert train(npz, *FOUR_TASKS, "--output", "early", "--resume") == 0
+    assert "nothing to resume in early" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_complete(npz, capsys, monkeypatch):
+    assert train(npz, "--output", "out") == 0
+    before, table = Path("out/metrics.json").read_bytes(), capsys.readouterr().out.split("\n\n")[1]
+    Path("out/report.png").unlink(missing_ok=True)
+    monkeypatch.setattr("engram_kernels.continual.training.train", None)
+    assert train(npz, "--output", "out", "--resume") == 0
+    printed = capsys.readouterr().out
+    assert "out is complete: nothing is left to train" in printed
+    assert table in printed
+    assert Path("out/metrics.json").read_bytes() == before
+    assert cli._can_draw() == Path("out/report.png").exists()
+    assert train(npz, "--output", "out", "--resume", "--save-model") == 2
+    refused(capsys, ["save_model", "out"])
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--hidden", "48"], ["hidden", "expected [32]", "got [48]"]),
+        (["--seed", "3"], ["seed", "expected 0", "got 3"]),
+        (["--lr", "0.1", "0.2"], ["lr", "got [0.1, 0.2]"]),
+        (["--tasks", "5"], ["tasks", "expected 4", "got 5"]),
+        (["--method", "mbnn"], ["method", "expected engram", "got mbnn"]),
+    ],
+)
+def test_resuming_with_other_options_is_refused(npz, capsys, monkeypatch, options, wanted):
+    """Of what was interrupted, and of what is complete."""
+    assert interrupted(npz, monkeypatch, "--output", "out") == 130
+    for file in ("checkpoint.pt", "metrics.json"):
+        capsys.readouterr()
+        assert train(npz, *FOUR_TASKS, "--output", "out", "--resume", *options) == 2
+        refused(capsys, [*wanted, f"out/{file}"])
+        assert train(npz, *FOUR_TASKS, "--output", "out", "--resume") == 0
+
+
+def test_without_resume_training_begins_anew(npz, capsys, monkeypatch):
+    assert interrupted(npz, monkeypatch, "--output", "out") == 130
+    assert train(npz, "--output", "out", "--seed", "1") == 0
+    assert "checkpoint.pt" not in os.listdir("out")
+    assert read("out/metrics.json")["seed"] == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "other"])
+def test_a_damaged_checkpoint(npz, capsys, monkeypatch, damage):
+    assert interrupted(npz, monkeypatch, "--output", "out") == 130
+    path = Path("out/checkpoint.pt")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes({
+        "cut": content[:-100],
+        "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "empty": b"",
+        "other": b"PK of something else",
+    }[damage])  # fmt: skip
+    assert train(npz, *FOUR_TASKS, "--output", "out", "--resume") == 2
+    refused(capsys, ["checkpoint", "out/checkpoint.pt", "damaged"])
+
+
+def test_damaged_metrics(npz, capsys):
+    Path("out").mkdir()
+    Path("out/metrics.json").write_text('{"completed": true}')
+    assert train(npz, "--output", "out", "--resume") == 2
+    refused(capsys, ["metrics", "out/metrics.json"])
+
+
+def test_resuming_several_seeds_skips_the_finished(npz, capsys, monkeypatch):
+    seeds = ["--seeds", "0", "1", "2"]
+    assert interrupted(npz, monkeypatch, "--output", "out", *seeds, step=64 + 40) == 130
+    first = Path("out/seed0/metrics.json").read_bytes()
+    capsys.readouterr()
+    assert train(npz, *FOUR_TASKS, "--output", "out", "--resume", *seeds) == 0
+    printed = capsys.readouterr().out
+    for piece in ("out/seed0 is complete", "resuming out/seed1 after task 2 of 4", "nothing to resume in out/seed2"):
+        assert piece in printed
+    assert Path("out/seed0/metrics.json").read_bytes() == first
+    assert train(npz, *FOUR_TASKS, "--output", "whole", *seeds) == 0
+    values = [read(f"{folder}/summary.json")["average_accuracy"] for folder in ("out", "whole")]
+    assert values[0] == values[1]
+
+
+def compare(npz, *options):
+    """Run in this process; the runs are processes of their own."""
+    return cli.main(["compare", "--dataset", npz, "--hidden", "32", "--epochs", "2", "--threads", "1", *options])
+
+
+def test_compare_runs_methods_and_shows_them_on_one_page(npz, capsys):
+    methods = ["--methods", "few=engram --readout dendritic --segments 3", "wild=bnn --lr 1e38"]
+    assert compare(npz, *methods, "--seeds", "0", "3", "--output", "out") == 1
+    printed = capsys.readouterr()
+    for piece in ("wild, seed 0: failed", "few, seed 3: 2 of 2 tasks", "few, seed 0: complete"):
+        assert piece in printed.err
+    for piece in ("accuracy in %", "out/report.html", "out/compare.json"):
+        assert piece in printed.out
+    content = read("out/compare.json")
+    assert [method["label"] for method in content["methods"]] == ["few", "wild"]
+    assert content["methods"][0]["config"]["segments"] == 3
+    assert content["command"].startswith("engram-kernels compare --dataset small.npz")
+    alone = read("out/few/seed3/metrics.json")
+    assert content["methods"][0]["runs"][1]["metrics"] == alone
+    assert alone["config"]["readout"] == "dendritic"
+    assert alone["threads"] == 1
+    page = Path("out/report.html").read_text()
+    for piece in ("few", "wild", f"{100 * content['methods'][0]['summary']['average_accuracy']['mean']:.1f}"):
+        assert piece in page
+
+    # again, without what can't succeed: nothing is left to run
+    assert compare(npz, *methods[:-1], "--seeds", "0", "3", "--output", "out", "--quiet") == 0
+    assert read("out/few/seed3/metrics.json")["train_seconds"] == alone["train_seconds"]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupted_comparison_goes_on(npz, capsys):
+    """For real: a process with two runs in progress, and a SIGINT to it alone."""
+    options = [
+        "compare", "--methods", "mbnn", "bnn", "--dataset", npz, "--hidden", "32", "--epochs", "2", "--batch-size", "4",
+        "--scenario", "permuted", "--tasks", "40", "--jobs", "2", "--output", "out",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engram_kernels.cli", *options],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        heard = set()
+        for line in process.stderr:
+            if " of 40 tasks" in line:
+                heard.add(line.split(",")[0])
+            if len(heard) == 2:
+                break
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    for label in ("mbnn", "bnn"):
+        assert f"{label}, seed 0: interrupted" in error
+        assert (Path("out") / label / "seed0" / "checkpoint.pt").exists()
+    assert "was interrupted after" in Path("out/report.html").read_text()
+    assert cli.main(options) == 0
+    assert "mbnn, seed 0: complete in" in capsys.readouterr().err
+    before = {label: read(f"out/{label}/seed0/metrics.json") for label in ("mbnn", "bnn")}
+    whole = [*options[4:-4], "--method", "mbnn", "--threads", "1", "--output", "whole"]
+    assert cli.main(["train", *whole]) == 0
+    assert read("whole/metrics.json")["accuracy_matrix"] == before["mbnn"]["accuracy_matrix"]
+    assert before["bnn"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--methods", "engram", "engram"], ["methods", "'engram' twice"]),
+        (["--methods", "a=bnn", "a=mbnn"], ["methods", "'a' twice"]),
+        (["--methods", "engram --rate 'x"], ["methods", "as in a shell"]),
+        (["--methods", "bnn", "e=engram --rate 7"], ["rate", "7.0", "method 'e'"]),
+        (["--methods", "bnn", "mbnn", "--rate", "0.5"], ["rate", "method 'bnn'"]),
+        (["--jobs", "0"], ["jobs", "got 0"]),
+        (["--seeds", "1", "1"], ["seeds", "1 1"]),
+        (["--dataset", "missing.npz"], ["missing.npz", "does not exist"]),
+    ],
+)
+def test_bad_comparisons_are_refused_before_the_first_run(npz, capsys, options, wanted):
+    assert compare(npz, *options) == 2
+    refused(capsys, wanted)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        ("fly", "fly"),
+        ("bnn --wings 2", "--wings"),
+        ("bnn --seed 2", "--seed"),
+        ("bnn --output x", "--output"),
+        ("", "method"),
+    ],
+)
+def test_bad_methods_of_a_comparison(npz, capsys, method, wanted):
+    with pytest.raises(SystemExit) as caught:
+        compare(npz, "--methods", method)
+    assert caught.value.code == 2
+    refused(capsys, wanted)
+
+
+def test_options_of_a_comparison_reach_every_run_as_they_are():
+    """All kinds that argparse has: values, lists, flags, flags with a negative; own ones win."""
+    common = [
+        "--hidden", "5", "6", "--shuffle-classes", "--no-balanced", "--ste-window", "inf", "--lr", "1e-05", "0.3",
+        "--weight-decay", "1e-07", "--train-hidden", "--state-dtype", "int8", "--threads", "3", "--save-model",
+    ]  # fmt: skip
+    own = ["--hidden", "7", "--balanced", "--ste-window", "2.5"]
+    options = cli.build_parser().parse_args(["compare", *common, "--methods", f"x=engram {' '.join(own)}"])
+    plan = cli._plans(options)["x"]
+    run = ["train", *plan.arguments, "--threads", str(plan.threads), "--seed", "0"]
+    wanted, got = (
+        vars(cli.build_parser().parse_args(a)) for a in (["train", *common, *own, "--method", "engram"], run)
+    )
+    assert got == wanted
+
+
 def test_info(capsys, monkeypatch):
     monkeypatch.setenv("ENGRAM_SOMETHING", "1")
     assert cli.main(["info"]) == 0
@@ -328,7 +631,7 @@ def test_info(capsys, monkeypatch):
         assert piece in printed
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["info", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "--help"], ["info", "--help"]])
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

@@ -24,15 +24,21 @@ class MemoryMeter:
         # The first optimizer of a process makes torch load its compiler, 150 MB: no more a cost of training
         # than importing torch is. Let it happen before the baseline.
         torch.optim.SGD([torch.zeros(1)])
-        self._earlier_peak = _peak_bytes()
+        self._earlier_peak: int | None = None
+        self.can_reset = False
+        self.restart()
+        self._start = _status_bytes("VmRSS")
+        if self._start is None:
+            self._start = self._earlier_peak
+
+    def restart(self) -> None:
+        """Forget the peak so far, where that is allowed; the memory to compare with stays that at creation."""
+        self._earlier_peak = self.peak_total()
         try:
             _RESET_PEAK.write_text("5")  # proc(5): 5 resets the peak resident set size to the current one
             self.can_reset = True
         except OSError:
             self.can_reset = False
-        self._start = _status_bytes("VmRSS")
-        if self._start is None:
-            self._start = self._earlier_peak
 
     def peak_above_start(self) -> int | None:
         """Bytes; None where the system does not tell."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from .extras import MissingExtraError, require
 
 
 class Progress(Protocol):
-    """What the training loop reports, in this order: begin, (step..., learned)..., [interrupted,] end."""
+    """What the training loop reports, in this order: begin, [resumed,] (step..., learned)..., [interrupted,] end."""
 
     def begin(self, tasks: int, steps: int) -> None:
         """Training starts: so many tasks, so many steps altogether."""
+
+    def resumed(self, tasks: int, steps: int) -> None:
+        """So many tasks were learned, in so many steps, before this process."""
 
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """One step was taken on ``task``; loss and accuracy are those of its batch, None where not computed."""
@@ -32,6 +36,9 @@ class NoProgress:
     """Says nothing."""
 
     def begin(self, tasks: int, steps: int) -> None:
+        """Ignored."""
+
+    def resumed(self, tasks: int, steps: int) -> None:
         """Ignored."""
 
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
@@ -54,11 +61,16 @@ class LineProgress:
         """Write to ``stream``, by default stderr."""
         self._stream = sys.stderr if stream is None else stream
         self._begun = time.perf_counter()
-        self._tasks = self._steps = self._done = 0
+        self._tasks = self._steps = self._done = self._before = 0
 
     def begin(self, tasks: int, steps: int) -> None:
         """Remember the extent."""
         self._tasks, self._steps, self._begun = tasks, steps, time.perf_counter()
+
+    def resumed(self, tasks: int, steps: int) -> None:
+        """Say so; the remaining time follows from the steps of this process."""
+        self._done = self._before = steps
+        self._write(f"resumed after task {tasks}/{self._tasks}")
 
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Count."""
@@ -67,7 +79,7 @@ class LineProgress:
     def learned(self, task: int, accuracies: list[float | None]) -> None:
         """Write the line."""
         seconds = time.perf_counter() - self._begun
-        remaining = seconds / max(1, self._done) * (self._steps - self._done)
+        remaining = seconds / max(1, self._done - self._before) * (self._steps - self._done)
         so_far = [accuracy for accuracy in accuracies[: task + 1] if accuracy is not None]
         average = f", on the tasks so far {sum(so_far) / len(so_far):.1%}" if len(so_far) == task + 1 else ""
         self._write(
@@ -84,6 +96,33 @@ class LineProgress:
 
     def _write(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+class Told(NamedTuple):
+    """What a line of :class:`LineProgress` says: tasks learned of all; the rest None where it does not say."""
+
+    learned: int
+    tasks: int
+    accuracy: float | None = None  # on the tasks so far, 0 to 1
+    remaining_seconds: float | None = None
+
+
+_TOLD = re.compile(
+    r"task (?P<learned>\d+)/(?P<tasks>\d+) learned: accuracy on this task [\d.]+%"
+    r"(, on the tasks so far (?P<percent>[\d.]+)%)?; \d+ s, (?P<left>\d+) s"
+    r"|resumed after task (?P<resumed>\d+)/(?P<of>\d+)$"
+)
+
+
+def told(line: str) -> Told | None:
+    """Reads a line that :class:`LineProgress` wrote in another process; None for every other line."""
+    match = _TOLD.match(line.rstrip())
+    if match is None:
+        return None
+    if match["resumed"]:
+        return Told(int(match["resumed"]), int(match["of"]))
+    accuracy = None if match["percent"] is None else float(match["percent"]) / 100
+    return Told(int(match["learned"]), int(match["tasks"]), accuracy, float(match["left"]))
 
 
 class BarProgress(LineProgress):
@@ -105,6 +144,12 @@ class BarProgress(LineProgress):
         super().begin(tasks, steps)
         self._bar = self._tqdm(total=steps, file=self._stream, unit="step", dynamic_ncols=True, leave=False)
         self._bar.set_description(f"task 1/{tasks}")
+
+    def resumed(self, tasks: int, steps: int) -> None:
+        """Begin where the earlier process ended."""
+        super().resumed(tasks, steps)
+        self._bar.initial = self._bar.n = steps  # tqdm reckons the rate from what comes after ``initial``
+        self._bar.set_description(f"task {tasks + 1}/{self._tasks}")
 
     def step(self, task: int, loss: float | None, accuracy: float | None) -> None:
         """Advance the bar; tqdm limits how often it is drawn."""

@@ -5,6 +5,7 @@ Files are written beside their place and renamed into it, so that a reader never
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -79,6 +80,33 @@ def write_metrics(directory: str | os.PathLike[str], metrics: dict[str, Any], na
     return path
 
 
+def read_metrics(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What :func:`write_metrics` wrote of :func:`metrics_of`; None without the file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(directory) / METRICS_FILE
+    try:
+        metrics = json.loads(path.read_bytes())
+        result_of(metrics)
+        metrics["config"].keys()
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"metrics: expected the {METRICS_FILE} of a run, got {path} ({reason})") from None
+    return dict(metrics)
+
+
+def result_of(metrics: dict[str, Any]) -> TrainingResult:
+    """The result that :func:`metrics_of` was given."""
+    values = {field.name: metrics[field.name] for field in dataclasses.fields(TrainingResult)}
+    if values["step_milliseconds"] is None:
+        values["step_milliseconds"] = math.nan
+    return TrainingResult(**values)
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that it is there whole or not at all.
 
@@ -138,13 +166,16 @@ def summarize_seeds(seeds: Sequence[int], results: Sequence[TrainingResult]) -> 
         "step_milliseconds": [result.step_milliseconds for result in results],
     }
     content: dict[str, Any] = {"seeds": list(seeds)}
-    for name, numbers in values.items():
-        content[name] = {
-            "mean": _json_number(statistics.fmean(numbers)) if numbers else None,
-            "deviation": _json_number(statistics.stdev(numbers)) if len(numbers) > 1 else None,
-            "values": [_json_number(number) for number in numbers],
-        }
-    return content
+    return content | {name: mean_and_deviation(numbers) for name, numbers in values.items()}
+
+
+def mean_and_deviation(numbers: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation (of a sample, n - 1) and the values; None for what is not defined, as JSON wants it."""
+    return {
+        "mean": _json_number(statistics.fmean(numbers)) if numbers else None,
+        "deviation": _json_number(statistics.stdev(numbers)) if len(numbers) > 1 else None,
+        "values": [_json_number(number) for number in numbers],
+    }
 
 
 def seeds_table(content: dict[str, Any]) -> str:
@@ -291,7 +322,7 @@ def _draw_curves(axes: Axes, matrix: np.ndarray, chance: float | None) -> None:
 def _label_ends(axes: Axes, ends: list[tuple[float, str, Any]], x: int) -> None:
     """Name each line at its right end, labels pushed apart so that none covers another."""
     ordered = sorted(ends, key=lambda end: end[0])
-    placed = _spread([value for value, _, _ in ordered], gap=5.0, lowest=0.0, highest=100.0)
+    placed = spread([value for value, _, _ in ordered], gap=5.0, lowest=0.0, highest=100.0)
     for (value, name, color), y in zip(ordered, placed, strict=True):
         axes.annotate(
             f"{name}: {value:.0f}",
@@ -313,7 +344,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, Any]], x: int) -> None:
         )
 
 
-def _spread(values: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
+def spread(values: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
     """Move ascending values as little as needed for neighbours to be ``gap`` apart, within the two bounds."""
     groups: list[tuple[float, int]] = []  # (centre, members), each a run of values exactly a gap apart
     for value in values:

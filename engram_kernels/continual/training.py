@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .checkpoint import Checkpoint
 from .data import Dataset, joined_name
 from .memory import MemoryMeter
 from .methods import Method, TrainingError, build, method_config
@@ -78,6 +79,7 @@ def train(
     evaluation: str = "all",
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainingResult:
     """Train ``method`` on the train stream; after each experience evaluate it on the test stream.
 
@@ -93,10 +95,13 @@ def train(
             and all at the end, since the time of the others grows with the square of the number of tasks.
         progress: told about steps and results; by default nobody is.
         memory: started before the model was built, to count it too; by default it starts here.
+        checkpoint: written after every task but the last; training goes on from what it loads. The accuracies are
+            then those of a run without a break, to the last bit.
 
     Raises:
-        ValueError: unknown ``evaluation``.
+        ValueError: unknown ``evaluation``, or a checkpoint that can't be gone on from.
         TrainingError: the loss or a weight became nan or infinite.
+        OSError: the checkpoint can't be written.
     """
     if evaluation not in EVALUATIONS:
         raise ValueError(f"evaluation: expected one of {', '.join(EVALUATIONS)}, got {evaluation!r}")
@@ -108,6 +113,11 @@ def train(
     step_seconds: list[float] = []
     started = time.perf_counter()
     task = 0
+    if checkpoint is not None and (state := checkpoint.load()) is not None:
+        step_seconds = _restore(state, method, result, order, checkpoint)
+        del state
+        memory.restart()  # for a moment, what was loaded was there twice
+    earlier_seconds, earlier_peaks = result.train_seconds, (result.peak_memory_bytes, result.total_memory_bytes)
 
     def evaluate_row(last: bool) -> list[float | None]:
         method.model.eval()
@@ -118,11 +128,20 @@ def train(
         result.accuracy_matrix[task] = row
         return row
 
+    def measure() -> None:
+        result.train_seconds = earlier_seconds + time.perf_counter() - started
+        result.peak_memory_bytes = _larger(earlier_peaks[0], memory.peak_above_start())
+        result.total_memory_bytes = _larger(earlier_peaks[1], memory.peak_total())
+
     passes = [-(-samples // config.batch_size) for samples in method.samples_of(scenario.train_stream)]
     total = config.epochs * sum(passes)
     progress.begin(tasks, total)
+    if result.tasks_completed:
+        progress.resumed(result.tasks_completed, len(step_seconds))
     try:
         for task, new in enumerate(scenario.train_stream):
+            if task < result.tasks_completed:
+                continue
             method.model.train()
             experience = method.before_training_exp(new)
             for epoch in range(config.epochs):
@@ -135,6 +154,9 @@ def train(
             method.after_training_exp(experience)
             row = evaluate_row(last=task + 1 == tasks)
             result.tasks_completed = task + 1
+            if checkpoint is not None and task + 1 < tasks:
+                measure()  # before the writing, which is no part of training
+                checkpoint.save(_state(method, result, order, step_seconds))
             progress.learned(task, row)
         result.completed = True
     except KeyboardInterrupt:
@@ -146,10 +168,9 @@ def train(
             pass
     finally:
         progress.end()
-    result.train_seconds = time.perf_counter() - started
+    measure()
     result.steps = len(step_seconds)
     result.step_milliseconds = 1e3 * statistics.median(step_seconds) if step_seconds else math.nan
-    result.peak_memory_bytes, result.total_memory_bytes = memory.peak_above_start(), memory.peak_total()
     return result
 
 
@@ -168,17 +189,19 @@ def run(
     evaluation: str = "all",
     progress: Progress | None = None,
     memory: MemoryMeter | None = None,
+    checkpoint: Checkpoint | None = None,
     **overrides: Any,
 ) -> tuple[Method, TrainingResult]:
     """Everything from a data set (scenario domain: a list of them) to a result, as ``engram-kernels train`` does it.
 
     Deterministic under ``seed``. Seeds torch's global generator. Several runs in one process should share
-    ``memory``: a later run reuses what an earlier one gave back, and would seem to need less. ``overrides``
-    are fields of `methods.MethodConfig`; None keeps the default.
+    ``memory``: a later run reuses what an earlier one gave back, and would seem to need less. ``checkpoint``
+    is that of `train`. ``overrides`` are fields of `methods.MethodConfig`; None keeps the default.
 
     Raises:
-        ValueError: an option out of range (before any training).
+        ValueError: an option out of range, or a checkpoint that can't be gone on from (before any training).
         TrainingError: the loss or a weight became nan or infinite.
+        OSError: the checkpoint can't be written.
     """
     datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
     config = method_config(method, scenario, joined_name(datasets), **overrides)
@@ -195,7 +218,50 @@ def run(
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
     learner = build(method, config, streams.features, hidden, streams.num_classes)
-    return learner, train(streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory)
+    return learner, train(
+        streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory, checkpoint=checkpoint
+    )
+
+
+def _state(method: Method, result: TrainingResult, order: torch.Generator, step_seconds: list[float]) -> dict[str, Any]:
+    """All that a later process needs to go on as this one does; what is no tensor is small."""
+    return {
+        "method": method.state_dict(),
+        "tasks_completed": result.tasks_completed,
+        "accuracy_matrix": result.accuracy_matrix[: result.tasks_completed],
+        "step_seconds": torch.tensor(step_seconds, dtype=torch.float64),
+        "train_seconds": result.train_seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "total_memory_bytes": result.total_memory_bytes,
+        "random": torch.get_rng_state(),
+        "sample_order": order.get_state(),
+    }
+
+
+def _restore(
+    state: dict[str, Any], method: Method, result: TrainingResult, order: torch.Generator, checkpoint: Checkpoint
+) -> list[float]:
+    """Takes up what :func:`_state` gave; returns the times of the steps so far, in seconds."""
+    try:
+        method.load_state_dict(state["method"])
+        result.tasks_completed = state["tasks_completed"]
+        result.accuracy_matrix[: result.tasks_completed] = state["accuracy_matrix"]
+        result.train_seconds = state["train_seconds"]
+        result.peak_memory_bytes = state["peak_memory_bytes"]
+        result.total_memory_bytes = state["total_memory_bytes"]
+        step_seconds: list[float] = state["step_seconds"].tolist()
+        torch.set_rng_state(state["random"])
+        order.set_state(state["sample_order"])
+    except (KeyError, RuntimeError, ValueError) as error:  # what load_state_dict raises for other shapes and names
+        raise ValueError(
+            f"checkpoint: {checkpoint.path} does not fit this version of the program ({str(error).splitlines()[0]}); "
+            "without --resume training begins anew"
+        ) from None
+    return step_seconds
+
+
+def _larger(earlier: int | None, now: int | None) -> int | None:
+    return max((value for value in (earlier, now) if value is not None), default=None)
 
 
 def _step(method: Method, x: Tensor, y: Tensor, where: str) -> tuple[float | None, float | None]:

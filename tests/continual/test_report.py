@@ -105,7 +105,7 @@ def test_the_title_names_the_data(dataset, wanted):
 
 @given(st.lists(st.floats(0, 100), max_size=15).map(sorted))
 def test_labels_are_spread_in_order_and_within_bounds(values):
-    placed = report._spread(values, gap=5.0, lowest=0.0, highest=100.0)
+    placed = report.spread(values, gap=5.0, lowest=0.0, highest=100.0)
     assert len(placed) == len(values)
     assert all(low + 5.0 <= high + 1e-9 for low, high in pairwise(placed))
     assert all(-1e-9 <= y <= 100 + 1e-9 for y in placed)

@@ -1,0 +1,464 @@
+"""Methods side by side: every run a process of its own, so that its memory and its time are its own.
+
+A comparison leaves ``compare.json`` and ``report.html`` (see `html`), written anew after every run, and below them each
+run's own folder. What lies there complete is not run again; what was interrupted goes on (see `checkpoint`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import platform
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from . import html, report
+from .checkpoint import Checkpoint, check_same_options, plain
+from .progress import Told, told
+
+COMPARISON_FILE = "compare.json"
+PAGE_FILE = "report.html"
+
+_TRAIN = (sys.executable, "-m", "engram_kernels.cli", "train")
+_EXIT_INTERRUPTED = 130
+_KEPT_LINES = 20  # of what a failed process said last
+
+
+@dataclass
+class Run:
+    """One method with one seed.
+
+    Attributes:
+        label: of the method.
+        seed: of the run.
+        folder: where its process writes.
+        arguments: of ``engram-kernels train``, but for seed and folder.
+        config: every option that its numbers follow from, as in ``metrics.json``.
+        threads: CPU threads; None leaves them to torch.
+        status: ``waiting``, ``running``, ``complete``, ``interrupted`` or ``failed``.
+        kept: whether it was complete before.
+        error: why it failed, in one line.
+        output: what its process said last.
+        metrics: the content of its ``metrics.json``, if complete or interrupted.
+        told: where it was when it last told, at ``told_at``.
+    """
+
+    label: str
+    seed: int
+    folder: Path
+    arguments: list[str]
+    config: dict[str, Any]
+    threads: int | None = None
+    status: str = "waiting"
+    kept: bool = False
+    error: str = ""
+    output: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
+    metrics: dict[str, Any] | None = None
+    told: Told | None = None
+    told_at: float = 0.0
+    started: float = 0.0
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.label}, seed {self.seed}"
+
+    @property
+    def seconds(self) -> float:
+        """Since its process began."""
+        return time.monotonic() - self.started
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """By what it told; None before that."""
+        if self.told is None or self.told.remaining_seconds is None:
+            return None
+        return max(0.0, self.told.remaining_seconds - (time.monotonic() - self.told_at))
+
+    def hear(self, news: Told) -> None:
+        """Takes up where it is."""
+        self.told, self.told_at = news, time.monotonic()
+
+    def keep(self) -> None:
+        """Takes over the numbers that an earlier comparison with the same options left complete."""
+        with contextlib.suppress(ValueError):
+            metrics = self._read()
+            if metrics is not None and metrics["completed"] and self.threads in (None, metrics["threads"]):
+                self.metrics, self.status, self.kept = metrics, "complete", True
+
+    def _read(self) -> dict[str, Any] | None:
+        metrics = report.read_metrics(self.folder)
+        if metrics is not None:
+            check_same_options(metrics["config"], plain(self.config), self.folder)
+        return metrics
+
+    def start(self, tell: Callable[[str | None], None]) -> None:
+        """Starts its process, which goes on from a checkpoint with the same options.
+
+        ``tell`` gets its lines and at last None, from another thread.
+        """
+        resume = False
+        with contextlib.suppress(ValueError):  # damaged or of other options: it begins anew
+            resume = Checkpoint(self.folder, self.config).tasks_completed() is not None
+        command = [*_TRAIN, *self.command()]
+        self.started, self.status = time.monotonic(), "running"
+        process = self.process = subprocess.Popen(
+            [*command, "--resume"] if resume else command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            # Ctrl-C reaches this process alone, which hands it on: twice would mean to skip the evaluation.
+            start_new_session=True,
+        )
+
+        def listen() -> None:
+            assert process.stderr is not None
+            with process.stderr:
+                for line in process.stderr:
+                    tell(line)
+            tell(None)
+
+        threading.Thread(target=listen, daemon=True).start()
+
+    def command(self) -> list[str]:
+        """The arguments of ``engram-kernels train``."""
+        threads = [] if self.threads is None else ["--threads", str(self.threads)]
+        return [*self.arguments, *threads, "--seed", str(self.seed), "--output", str(self.folder)]
+
+    def end(self, interrupted: bool) -> None:
+        """Takes up what its process left, once that has said its last."""
+        assert self.process is not None
+        code = self.process.wait()
+        self.status = {0: "complete", _EXIT_INTERRUPTED: "interrupted"}.get(code, "failed")
+        if interrupted and code < 0:
+            self.status = "interrupted"
+        if self.status == "complete" or code == _EXIT_INTERRUPTED:
+            try:
+                self.metrics = self._read()
+            except (ValueError, OSError) as error:  # of an earlier run perhaps, if this one wrote nothing
+                if self.status == "complete":
+                    self.status, self.error = "failed", str(error)
+        elif self.status == "failed":
+            said = [line for line in self.output if line.strip()]
+            named = [line for line in said if "error:" in line] or said or ["it said nothing"]
+            self.error = re.sub(r"^engram-kernels: error: ", "", named[-1].strip())
+            if code < 0:
+                with contextlib.suppress(ValueError):
+                    self.error = f"killed by {signal.Signals(-code).name}"
+
+    def send(self, number: int) -> None:
+        """Sends its process a signal, if it still runs."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+def run_all(runs: Sequence[Run], jobs: int, display: Display, changed: Callable[[], object]) -> bool:
+    """Runs what is not complete, ``jobs`` processes at a time; a failure stops no other run.
+
+    The first Ctrl-C is handed on: what runs writes what it has learned. The second one kills.
+
+    Args:
+        runs: in the order to run them.
+        jobs: processes at once, at least 1.
+        display: told what happens.
+        changed: called whenever a run is over.
+
+    Returns:
+        False if it was interrupted.
+    """
+    events: queue.SimpleQueue[tuple[Run, str | None] | None] = queue.SimpleQueue()  # None: interrupted
+    waiting, running = deque[Run](), list[Run]()
+    interrupts = 0
+    display.begin(runs)
+    for run in runs:
+        run.keep()
+        if run.kept:
+            display.over(run)
+        else:
+            waiting.append(run)
+    with _interrupts(lambda: events.put(None)):
+        try:
+            while running or (waiting and not interrupts):
+                while waiting and len(running) < jobs and not interrupts:
+                    run = waiting.popleft()
+                    run.start(lambda line, run=run: events.put((run, line)))  # type: ignore[misc]
+                    running.append(run)
+                display.redraw(running)
+                try:
+                    event = events.get(timeout=0.5)
+                except queue.Empty:
+                    continue
+                if event is None:
+                    interrupts += 1
+                    display.interrupted()
+                    for run in running:
+                        run.send(signal.SIGINT if interrupts == 1 else signal.SIGKILL)
+                    continue
+                run, line = event
+                if line is None:
+                    run.end(interrupts > 0)
+                    running.remove(run)
+                    display.over(run)
+                    changed()
+                elif (news := told(line)) is not None:
+                    run.hear(news)
+                    display.news(run)
+                else:
+                    run.output.append(line)
+        finally:
+            for run in running:  # only if something here went wrong
+                run.send(signal.SIGKILL)
+            display.end()
+    return not interrupts
+
+
+@contextlib.contextmanager
+def _interrupts(put: Callable[[], None]) -> Iterator[None]:
+    """Has Ctrl-C, and what else asks to end, call ``put``; an exception could come between any two lines."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, lambda *_: put()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Display:
+    """Tells a person, a line for every event: for logs.
+
+    Args:
+        stream: by default stderr.
+        quiet: only failures and interrupts are told.
+    """
+
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._quiet = quiet
+        self._runs: Sequence[Run] = ()
+
+    def begin(self, runs: Sequence[Run]) -> None:
+        """All runs there are."""
+        self._runs = runs
+
+    def news(self, run: Run) -> None:
+        """A run has learned a task."""
+        if run.told is not None:
+            self._write(f"{run.name}: {_where(run.told)}; {_time(run)}")
+
+    def over(self, run: Run) -> None:
+        """A run has come to its end, or was complete before."""
+        if run.status == "failed":
+            self._write(f"{run.name}: failed: {run.error}", always=True)
+        elif run.status == "interrupted" or run.metrics is None:
+            self._write(f"{run.name}: interrupted", always=True)
+        else:
+            accuracy = run.metrics["average_accuracy"]
+            result = "" if accuracy is None else f", average accuracy {accuracy:.1%}"
+            when = "complete from before" if run.kept else f"complete in {_duration(run.seconds)}"
+            self._write(f"{run.name}: {when}{result}")
+
+    def interrupted(self) -> None:
+        """The user asked to stop."""
+        self._write("interrupted: waiting for what runs to write what it has learned (interrupt again to kill)", True)
+
+    def redraw(self, running: Sequence[Run]) -> None:
+        """Called several times a second."""
+
+    def end(self) -> None:
+        """Nothing more will be told."""
+
+    def _write(self, line: str, always: bool = False) -> None:
+        if always or not self._quiet:
+            print(line, file=self._stream, flush=True)
+
+
+class LiveDisplay(Display):
+    """For terminals: a bar for every run in progress and one over all, drawn in place; what is over stays above."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self._drawn = 0
+
+    def news(self, run: Run) -> None:
+        """The bar shows it."""
+
+    def redraw(self, running: Sequence[Run]) -> None:
+        """Draws the bars."""
+        width = shutil.get_terminal_size().columns - 1  # a full last column would make some terminals break the line
+        over = sum(run.status not in ("waiting", "running") for run in self._runs)
+        failed = sum(run.status == "failed" for run in self._runs)
+        share = sum(_share(run) for run in running)
+        lines = [
+            f"{_bar((over + share) / max(1, len(self._runs)))} {over} of {len(self._runs)} runs"
+            + (f", {failed} failed" if failed else "")
+        ]
+        name = max((len(run.name) for run in running), default=0)
+        for run in running:
+            where = "starting" if run.told is None else _where(run.told)
+            lines.append(f"{_bar(_share(run))} {run.name:<{name}}  {where}; {_time(run)}")
+        self._clear()
+        self._stream.write("".join(f"{line[:width]}\n" for line in lines))
+        self._stream.flush()
+        self._drawn = len(lines)
+
+    def end(self) -> None:
+        """Takes the bars away."""
+        self._clear()
+        self._stream.flush()
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._stream.write(f"\x1b[{self._drawn}F\x1b[J")  # up so many lines, and erase from there on
+            self._drawn = 0
+
+    def _write(self, line: str, always: bool = False) -> None:
+        self._clear()
+        super()._write(line, always)
+
+
+def default_display(quiet: bool = False) -> Display:
+    """Bars on a terminal, lines elsewhere."""
+    return LiveDisplay() if not quiet and sys.stderr.isatty() else Display(quiet=quiet)
+
+
+def content_of(runs: Sequence[Run], about: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``compare.json``.
+
+    ``about`` (what is compared, by which command), and ``methods``: for each its label, its ``summary`` (mean and
+    deviation over the complete seeds of average_accuracy, backward_transfer, forgetting, step_milliseconds,
+    peak_memory_bytes) and its ``runs`` (seed, status, error, command, metrics).
+    """
+    methods = []
+    for label, group in itertools.groupby(runs, key=lambda run: run.label):
+        members = list(group)
+        complete = [run.metrics for run in members if run.status == "complete" and run.metrics is not None]
+        summary = {
+            name: report.mean_and_deviation([metrics[name] for metrics in complete if metrics[name] is not None])
+            for name in html.SUMMARIZED
+        }
+        methods.append(
+            {
+                "label": label,
+                "config": plain(
+                    {name: value for name, value in members[0].config.items() if name not in ("seed", "data_dir")}
+                ),
+                "summary": summary,
+                "runs": [
+                    {
+                        "seed": run.seed,
+                        "status": run.status,
+                        "error": run.error,
+                        "output": "".join(run.output) if run.status == "failed" else "",
+                        "command": shlex.join(["engram-kernels", "train", *run.command()]),
+                        "metrics": run.metrics,
+                    }
+                    for run in members
+                ],
+            }
+        )
+    about = dict(about)
+    return {**about, "environment": _environment(runs, about.pop("processor", "unknown")), "methods": methods}
+
+
+def _environment(runs: Sequence[Run], processor: str) -> dict[str, str]:
+    """Where the runs were made; what differs between them is listed."""
+    known = [run.metrics for run in runs if run.metrics is not None]
+
+    def all_of(values: Iterable[Any]) -> str:
+        return " or ".join(map(str, dict.fromkeys(values))) or "not known yet"
+
+    names = dict.fromkeys(name for metrics in known for name in metrics["versions"])
+    return {
+        "processor": processor,
+        "instruction set": all_of(metrics["isa"] for metrics in known),
+        "threads per run": all_of(metrics["threads"] for metrics in known),
+        "system": platform.platform(),
+        **{name: all_of(metrics["versions"].get(name) for metrics in known) for name in names},
+    }
+
+
+def write(directory: Path, content: dict[str, Any]) -> list[Path]:
+    """Writes both files into a directory that exists; returns their paths."""
+    page = directory / PAGE_FILE
+    report.write_atomically(page, html.page(content).encode())
+    return [page, report.write_metrics(directory, content, COMPARISON_FILE)]
+
+
+def folder_names(labels: Sequence[str]) -> list[str]:
+    """A name that any file system takes for each label, all different."""
+    names: list[str] = []
+    for label in labels:
+        base = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")[:60] or "method"
+        candidates = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+        names.append(next(name for name in candidates if name not in names))
+    return names
+
+
+def table(content: dict[str, Any]) -> str:
+    """The summary for the terminal, best accuracy first."""
+    width = max(len("method"), *(len(method["label"]) for method in content["methods"]))
+    lines = [f"{'method':<{width}}  accuracy in %  backward  forgetting  ms/step  peak MiB"]
+    for method in html.ranked(content["methods"]):
+        means = [method["summary"][name]["mean"] for name in html.SUMMARIZED]
+        deviation = method["summary"]["average_accuracy"]["deviation"]
+        scales, forms = (100, 100, 100, 1, 2**-20), (".1f", "+.1f", ".1f", ".2f", ".1f")
+        accuracy, backward, forgetting, step, memory = (
+            "-" if mean is None else format(scale * mean, form)
+            for mean, scale, form in zip(means, scales, forms, strict=True)
+        )
+        if deviation is not None:
+            accuracy += f" ± {100 * deviation:.1f}"
+        lines.append(
+            f"{method['label']:<{width}}  {accuracy:>13}  {backward:>8}  {forgetting:>10}  {step:>7}  {memory:>8}"
+        )
+    return "\n".join(lines)
+
+
+def _where(news: Told) -> str:
+    accuracy = "" if news.accuracy is None else f", {news.accuracy:.1%} on them"
+    return f"{news.learned} of {news.tasks} tasks{accuracy}"
+
+
+def _share(run: Run) -> float:
+    return 0.0 if run.told is None else run.told.learned / run.told.tasks
+
+
+def _time(run: Run) -> str:
+    remaining = run.remaining_seconds
+    if remaining is None:
+        return _duration(run.seconds)
+    if run.told is not None and run.told.learned == run.told.tasks:
+        return f"{_duration(run.seconds)}, writing its results"
+    return f"{_duration(run.seconds)}, {_duration(remaining)} remain"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _bar(share: float, cells: int = 20) -> str:
+    full = math.floor(cells * min(1.0, max(0.0, share)))
+    return f"[{'#' * full}{'.' * (cells - full)}]"
