@@ -66,7 +66,11 @@ def permuted() -> dict[str, Experiment]:
     """Domain-incremental: ten orders of the pixels, 20000 images each, one pass."""
     common = "--dataset mnist --scenario permuted --tasks 10 --samples-per-task 20000 --evaluation new"
     rows = {
-        "engram, segments": engram("dendritic"),
+        "engram, 100 segments": engram("dendritic"),
+        "engram, 100 segments, no metaplasticity": f"{engram('dendritic')} --metaplasticity 0",
+        "engram, 100 segments, fixed hidden layer": (
+            f"{engram('dendritic')} --no-train-hidden --lr 2e-3 --metaplasticity 0"
+        ),
         "engram, two trained hidden layers": "--method engram",
         "bnn": "--method bnn",
         "mbnn": "--method mbnn",

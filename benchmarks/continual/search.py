@@ -25,8 +25,20 @@ def grid(common: str, option: str, values: list[float]) -> list[Job]:
 
 ENGRAM = f"{SPLIT} --method engram --hidden 2048 --readout"
 GRIDS: dict[str, list[Job]] = {
-    "permuted-ewc": grid(f"{PERMUTED} --method ewc", "strength", [10, 100, 1000, 10000]),
+    "permuted-ewc": grid(f"{PERMUTED} --method ewc", "strength", [10, 100, 300, 1000, 10000]),
     "permuted-si": grid(f"{PERMUTED} --method si", "strength", [1, 10, 100, 1000]),
+    "permuted-segments-hidden": [
+        Job(label, f"{PERMUTED} --method engram --hidden {hidden} --readout dendritic {options}")
+        for label, hidden, options in (
+            ("fixed", "2048", "--no-train-hidden --lr 0.002 --metaplasticity 0"),
+            ("lr 0.001, m 10", "2048", "--metaplasticity 10 10 0"),
+            ("lr 0.001, m 30", "2048", ""),
+            ("lr 0.001, m 100", "2048", "--metaplasticity 100 100 0"),
+            ("lr 0.0003, m 30", "2048", "--lr 3e-4 3e-4 2e-3"),
+            ("rate 0.1", "2048", "--rate 0.1"),
+            ("two hidden layers, m 30", "2048 2048", ""),
+        )
+    ],
     "split-segments-rate": grid(f"{ENGRAM} dendritic --segments 100", "rate", [0.05, 0.1, 0.15, 0.2, 0.3]),
     "split-segments-lr": grid(f"{ENGRAM} dendritic --segments 100", "lr", [0.002, 0.01]),
     "split-segments-number": grid(f"{ENGRAM} dendritic", "segments", [50, 200]),

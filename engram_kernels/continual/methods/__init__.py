@@ -110,9 +110,12 @@ ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
         },
     ),
     (
-        # all classes are in every task: nothing is lost by telling them apart, and metaplasticity earns nothing
+        # All classes are in every task: telling them apart harms none, so that hidden layers can learn too.
         {"scenario": "permuted", "method": "engram", "readout": "dendritic"},
-        {"loss": "all", "lr": 2e-3, "metaplasticity": 0.0, "rate": 0.2},
+        {
+            "loss": "all", "lr": (1e-3, 1e-3, 2e-3), "metaplasticity": (30.0, 30.0, 0.0), "rate": 0.2,
+            "train_hidden": True,
+        },
     ),
     ({"dataset": "digits"}, {"epochs": 5, "batch_size": 16}),
     *(
