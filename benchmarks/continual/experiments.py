@@ -105,11 +105,14 @@ def domain() -> dict[str, Experiment]:
 
 def long_streams() -> dict[str, Experiment]:
     """Many orders of the pixels, 10000 images each: does the network go on learning?"""
+    fixed, trained = "--no-train-hidden --lr 2e-3 --metaplasticity", "--metaplasticity"
     rows = {
-        "m 0": "--metaplasticity 0",
-        "m 5": "--metaplasticity 5",
-        "m 5, |W| at most 0.3": "--metaplasticity 5 --weight-bound 0.3",
-        "m 0, |W| at most 0.3": "--metaplasticity 0 --weight-bound 0.3",
+        "fixed hidden layer, m 0": f"{fixed} 0",
+        "fixed hidden layer, m 5": f"{fixed} 5",
+        "fixed hidden layer, m 5, |W| at most 0.3": f"{fixed} 5 --weight-bound 0.3",
+        "trained hidden layer, m 0": f"{trained} 0",
+        "trained hidden layer, m 30": f"{trained} 30 30 0",
+        "trained hidden layer, m 30, |W| at most 0.05": f"{trained} 30 30 0 --weight-bound 0.05 0.05 inf",
     }
     return {
         f"long-{tasks}": Experiment(

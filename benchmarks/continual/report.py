@@ -153,7 +153,7 @@ def long_picture(rows: Rows, title: str, path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for (label, own), line, c in zip(
-        rows.items(), ("-", "--", "-.", ":"), ("#999999", "#D55E00", "#0072B2", "#009E73"), strict=False
+        rows.items(), ("-", "--", ":") * 2, ("#E69F00",) * 3 + ("#0072B2",) * 3, strict=False
     ):
         learned, end = np.mean([diagonal(row) for row in own], 0), np.mean([last_row(row) for row in own], 0)
         task = np.arange(1, len(end) + 1)
