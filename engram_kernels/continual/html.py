@@ -670,7 +670,9 @@ def _mark(number: int, x: float, y: float, color: str, r: float = 4.5) -> str:
         f"M{x:.1f} {y - d:.1f}l{d:.1f} {d:.1f}l{-d:.1f} {d:.1f}l{-d:.1f} {-d:.1f}z",
         f"M{x:.1f} {y + 1.2 * r:.1f}l{1.15 * r:.1f} {-2 * r:.1f}h{-2.3 * r:.1f}z",
     )
-    return f'<path class="mark" d="{shapes[number % len(shapes)]}" fill="{color}"/>'
+    # another shape when the colours come round again
+    shape = shapes[(number + number // len(_COLORS)) % len(shapes)]
+    return f'<path class="mark" d="{shape}" fill="{color}"/>'
 
 
 def _key(method: _Method, line: bool = False) -> str:

@@ -203,6 +203,11 @@ def test_many_methods_are_told_apart_without_colours(tmp_path):
     page = Page(html.page(content(runs)))
     lines = [a for tag, a in page.tags if tag == "polyline" and a.get("class") == "line"]
     assert len({(line["stroke"], line.get("stroke-dasharray")) for line in lines}) == 25
+    # the mark beside a name, wherever that circle or square is drawn
+    keys = [
+        re.sub(r"[\d. ]", "", a["d"]) + a["fill"] for tag, a in page.tags if tag == "path" and a.get("class") == "mark"
+    ]
+    assert len(set(keys)) == 25
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0], [0.5, 0.5], [0.999, 0.95], [0.31, 0.42], [0.0, 1.0]])
