@@ -305,7 +305,7 @@ def test_interrupt_writes_what_was_learned(npz):
                 break
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        printed, error = process.communicate(timeout=60)
+        printed, error = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 130, error
@@ -552,7 +552,7 @@ def test_an_interrupted_comparison_goes_on(npz, capsys):
             if len(heard) == 2:
                 break
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 130, error

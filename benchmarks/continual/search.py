@@ -31,12 +31,14 @@ GRIDS: dict[str, list[Job]] = {
         Job(label, f"{PERMUTED} --method engram --hidden {hidden} --readout dendritic {options}")
         for label, hidden, options in (
             ("fixed", "2048", "--no-train-hidden --lr 0.002 --metaplasticity 0"),
-            ("lr 0.001, m 10", "2048", "--metaplasticity 10 10 0"),
-            ("lr 0.001, m 30", "2048", ""),
-            ("lr 0.001, m 100", "2048", "--metaplasticity 100 100 0"),
-            ("lr 0.0003, m 30", "2048", "--lr 3e-4 3e-4 2e-3"),
-            ("rate 0.1", "2048", "--rate 0.1"),
-            ("two hidden layers, m 30", "2048 2048", ""),
+            ("lr 0.001, m 10", "2048", "--lr 1e-3 1e-3 2e-3 --metaplasticity 10 10 0"),
+            ("lr 0.001, m 30", "2048", "--lr 1e-3 1e-3 2e-3 --metaplasticity 30 30 0"),
+            ("lr 0.001, m 100", "2048", "--lr 1e-3 1e-3 2e-3 --metaplasticity 100 100 0"),
+            ("lr 0.0003, m 30", "2048", "--lr 3e-4 3e-4 2e-3 --metaplasticity 30 30 0"),
+            ("lr 0.0001, m 30", "2048", "--lr 1e-4 1e-4 2e-3 --metaplasticity 30 30 0"),
+            ("lr 0.0003, m 0", "2048", "--lr 3e-4 3e-4 2e-3 --metaplasticity 0 0 0"),
+            ("lr 0.001, m 30, rate 0.1", "2048", "--lr 1e-3 1e-3 2e-3 --metaplasticity 30 30 0 --rate 0.1"),
+            ("two hidden layers, lr 0.0003, m 30", "2048 2048", "--lr 3e-4 3e-4 2e-3 --metaplasticity 30 30 0"),
         )
     ],
     "split-segments-rate": grid(f"{ENGRAM} dendritic --segments 100", "rate", [0.05, 0.1, 0.15, 0.2, 0.3]),

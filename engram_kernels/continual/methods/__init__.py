@@ -113,7 +113,7 @@ ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
         # All classes are in every task: telling them apart harms none, so that hidden layers can learn too.
         {"scenario": "permuted", "method": "engram", "readout": "dendritic"},
         {
-            "loss": "all", "lr": (1e-3, 1e-3, 2e-3), "metaplasticity": (30.0, 30.0, 0.0), "rate": 0.2,
+            "loss": "all", "lr": (3e-4, 3e-4, 2e-3), "metaplasticity": (30.0, 30.0, 0.0), "rate": 0.2,
             "train_hidden": True,
         },
     ),
