@@ -301,7 +301,9 @@ def engram_gram(gate_bits: Tensor, k: int) -> Tensor:
     recruited = ((signs.sum(0) + m) / 2).to(torch.int32)
     by_unit = ops.pack_signs(signs.T.contiguous())
     y = ops.binary_matmul(by_unit, by_unit, m)
-    return (y - m + 2 * (recruited[:, None] + recruited)) // 4
+    y += 2 * recruited[:, None] - m  # in place: k² numbers are the largest thing here
+    y += 2 * recruited
+    return y.bitwise_right_shift_(2)
 
 
 def _count(gate_bits: Tensor, y: Tensor, counts: Tensor, samples: Tensor) -> None:
