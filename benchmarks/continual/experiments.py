@@ -72,11 +72,11 @@ def permuted() -> dict[str, Experiment]:
             f"{engram('dendritic')} --no-train-hidden --lr 2e-3 --metaplasticity 0"
         ),
         "engram, two trained hidden layers": "--method engram",
+        "finetune": "--method finetune",
+        "ewc": "--method ewc --strength 300",
+        "si": "--method si --strength 100",
         "bnn": "--method bnn",
         "mbnn": "--method mbnn",
-        "finetune": "--method finetune",
-        "ewc": "--method ewc",
-        "si": "--method si",
         "joint": "--method joint",
     }
     return {"permuted": Experiment([Job(label, f"{common} {options}") for label, options in rows.items()], THREE)}
