@@ -84,7 +84,7 @@ def commands(rows: Rows) -> list[str]:
 
 def bars(rows: Rows, title: str, path: Path, chance: float) -> None:
     """Accuracies as bars, every seed a point."""
-    figure = Figure(figsize=(9, 0.42 * len(rows) + 1.5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(9, 0.3 * len(rows) + 1.6), dpi=130, layout="constrained")
     axes = figure.subplots()
     for at, (label, own) in enumerate(rows.items()):
         values = [100 * row["average_accuracy"] for row in own]
@@ -101,7 +101,7 @@ def bars(rows: Rows, title: str, path: Path, chance: float) -> None:
     kinds = {"engram (binary)": OURS, "other binary": BINARY, "full precision": FULL, "sees old data": BOUND}
     axes.legend(
         [matplotlib.patches.Patch(color=c) for c in kinds.values()], list(kinds), fontsize=8, ncols=4, frameon=False,
-        loc="lower right", bbox_to_anchor=(1.0, 1.0),
+        loc="upper center", bbox_to_anchor=(0.5, 0.0), bbox_transform=axes.transAxes, borderaxespad=4.5,
     )  # fmt: skip
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
