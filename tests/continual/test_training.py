@@ -53,15 +53,6 @@ class StopAfter(NoProgress):
         self.heard.append("end")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are too small to share: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_run_learns_and_is_reproducible(method, scenario):

@@ -41,15 +41,6 @@ seeds = st.integers(0, 2**31)
 widths = st.lists(st.integers(1, 9), min_size=0, max_size=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are too small to share: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_dataset(samples=60, classes=6, features=7):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, features, generator=generator)

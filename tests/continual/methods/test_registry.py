@@ -13,15 +13,6 @@ from engram_kernels.continual.scenarios import SCENARIOS, class_scenario
 from engram_kernels.continual.training import evaluate
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are too small to share: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("dataset", ["digits", "mnist", "own"])
 def test_every_method_has_what_defines_it(scenario, dataset):
