@@ -101,13 +101,13 @@ def test_options_reach_the_run(npz):
     assert train(
         npz, "--lr", "0.001", "0.002", "--metaplasticity", "0.7", "--rate", "0.5", "--temperature", "inf",
         "--ste-window", "2", "--loss", "all", "--batch-size", "7", "--classes-per-task", "1", "--shuffle-classes",
-        "--train-hidden", "--output", "out", "--weight-decay", "1e-6", "--quiet",
+        "--train-hidden", "--output", "out", "--weight-decay", "1e-6", "--weight-bound", "0.5", "inf", "--quiet",
     ) == 0  # fmt: skip
     config = read("out/metrics.json")["config"]
     wanted = {
         "lr": [0.001, 0.002], "metaplasticity": 0.7, "rate": 0.5, "temperature": "inf", "ste_window": 2.0,
         "loss": "all", "batch_size": 7, "classes_per_task": 1, "shuffle_classes": True, "tasks": 4, "hidden": [32],
-        "weight_decay": 1e-6,
+        "weight_decay": 1e-6, "weight_bound": [0.5, "inf"],
     }  # fmt: skip
     assert {key: config[key] for key in wanted} == wanted
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .checkpoint import plain
 from .extras import require
 from .metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting, forward_transfer
 from .training import TrainingResult
@@ -55,7 +56,7 @@ def metrics_of(result: TrainingResult, config: dict[str, Any], chance: float | N
         "forward_transfer": None if chance is None else _json_number(forward_transfer(matrix, chance)),
         "peak_memory_bytes": result.peak_memory_bytes,
         "step_milliseconds": _json_number(result.step_milliseconds),
-        "config": {name: _json_option(value) for name, value in config.items()},
+        "config": plain(config),
         "completed": result.completed,
         "tasks_completed": result.tasks_completed,
         "steps": result.steps,
@@ -407,10 +408,6 @@ def _percent(value: float | None, signed: bool = False) -> str:
 
 def _json_number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _json_option(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _umask() -> int:
