@@ -50,7 +50,7 @@ class MetaplasticAdam(Optimizer):
             ``tanh^2(m |W|)``, grows with every step that agrees with a weight's sign: on a long stream more and more
             weights become too rigid to learn what is new. Bounded, it never exceeds ``tanh^2(m weight_bound)``, so that
             ``weight_bound / (lr (1 - tanh^2(m weight_bound)))`` opposed steps of full size flip any weight, and the
-            oldest is forgotten first, as by bounded synapses (Parisi 1986). BinaryConnect (Courbariaux et al. 2015)
+            oldest is forgotten first, as by bounded synapses. BinaryConnect (Courbariaux et al. 2015)
             clips to 1 for another reason: what lies beyond changes no sign. bfloat16 weights are clipped before they
             are rounded; they keep to a bound that bfloat16 represents, and to any other rounded up.
         state_dtype: of the moments of hidden weights: float32; bfloat16, rounded stochastically; or int8, which keeps

@@ -47,6 +47,11 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def cell_text(label: str) -> str:
+    """A label in a table of Markdown."""
+    return label.replace("|", r"\|")
+
+
 def colour(label: str) -> str:
     """By kind of method."""
     if label.startswith("engram-fp"):
@@ -144,7 +149,7 @@ def long_table(rows: Rows) -> list[str]:
             [100 * statistics.fmean(end) for end in ends],
             [100 * statistics.fmean(each[-10:]) for each in learned],
         ]
-        lines.append(f"| {label} | " + " | ".join(spread(cell) for cell in cells) + " |")
+        lines.append(f"| {cell_text(label)} | " + " | ".join(spread(cell) for cell in cells) + " |")
     return lines
 
 
