@@ -40,6 +40,15 @@ def write(completed):
     metrics["completed"] = completed
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
+if what.startswith("stop"):
+    try:
+        learned(1)  # from here on it may be interrupted
+        time.sleep(60)
+    except KeyboardInterrupt:
+        if what == "stop-deaf":
+            time.sleep(60)
+        write(False)
+        sys.exit(130)
 learned(1)
 if what == "error":
     say("a warning: error: of no weight")
@@ -60,14 +69,6 @@ if what.startswith("meet"):  # succeeds only beside another
         if time.monotonic() > until:
             sys.exit("alone")
         time.sleep(0.01)
-if what.startswith("stop"):
-    try:
-        time.sleep(60)
-    except KeyboardInterrupt:
-        if what == "stop-deaf":
-            time.sleep(60)
-        write(False)
-        sys.exit(130)
 learned(2)
 write(True)
 """
