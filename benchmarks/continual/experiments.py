@@ -103,6 +103,27 @@ def domain() -> dict[str, Experiment]:
     }
 
 
+def published_baselines() -> dict[str, Experiment]:
+    """The baselines on settings close to those they were published with, smaller networks than ours."""
+    split = "--dataset mnist --hidden 400 400 --epochs 2 --evaluation seen"
+    permuted = (
+        "--dataset mnist --scenario permuted --tasks 10 --samples-per-task 20000 --hidden 1000 1000 --evaluation new"
+    )
+    rows = {
+        f"{split} --method finetune": "split, finetune",
+        f"{split} --method ewc": "split, ewc",
+        f"{split} --method si": "split, si",
+        f"{split} --method lwf": "split, lwf",
+        f"{split} --method replay --buffer-size 1000": "split, replay, 1000 samples",
+        f"{split} --method joint": "split, joint",
+        f"{permuted} --method finetune": "permuted, finetune",
+        f"{permuted} --method ewc --strength 300": "permuted, ewc",
+        f"{permuted} --method si --strength 100": "permuted, si",
+        f"{permuted} --method lwf": "permuted, lwf",
+    }
+    return {"published-baselines": Experiment([Job(label, options) for options, label in rows.items()], THREE)}
+
+
 def long_streams() -> dict[str, Experiment]:
     """Many orders of the pixels, 10000 images each: does the network go on learning?"""
     fixed, trained = "--no-train-hidden --lr 2e-3 --metaplasticity", "--metaplasticity"
@@ -190,7 +211,14 @@ def memory() -> dict[str, Experiment]:
 
 
 EXPERIMENTS: dict[str, Experiment] = (
-    split("mnist") | split("fashion-mnist") | permuted() | domain() | long_streams() | ablation() | memory()
+    split("mnist")
+    | split("fashion-mnist")
+    | permuted()
+    | domain()
+    | published_baselines()
+    | long_streams()
+    | ablation()
+    | memory()
 )
 
 

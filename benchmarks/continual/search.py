@@ -46,11 +46,27 @@ GRIDS: dict[str, list[Job]] = {
     "split-segments-number": grid(f"{ENGRAM} dendritic", "segments", [50, 200]),
     "split-segments-metaplasticity": grid(f"{ENGRAM} dendritic --segments 100", "metaplasticity", [0, 20]),
     "split-output-rate": grid(f"{ENGRAM} dendritic --segments 1", "rate", [0.02, 0.05, 0.1, 0.2]),
+    "split-segments-width": [
+        Job(label, f"{SPLIT} --method engram --hidden {hidden} --readout dendritic {options}")
+        for label, hidden, options in (
+            ("2048, 100 segments", "2048", "--segments 100"),
+            ("2048 2048, 100 segments", "2048 2048", "--segments 100"),
+            ("4096, 100 segments", "4096", "--segments 100"),
+            ("4096, 100 segments, rate 0.05", "4096", "--segments 100 --rate 0.05"),
+            ("4096, 200 segments", "4096", "--segments 200"),
+            ("4096, 200 segments, 2 epochs", "4096", "--segments 200 --epochs 2"),
+            ("2048, 100 segments, 2 epochs", "2048", "--segments 100 --epochs 2"),
+        )
+    ],
     "split-prototype-rate": grid(f"{ENGRAM} prototype", "rate", [0.02, 0.05, 0.1]),
     "split-ridge-rate": grid(f"{ENGRAM} ridge", "rate", [0.1, 0.2, 0.3, 0.4]),
+    "split-ridge-width": [
+        Job(f"{units} units", f"{SPLIT} --method engram --hidden {units} --readout ridge")
+        for units in (1024, 2048, 4096)
+    ],
     "split-ewc": grid(f"{SPLIT} --method ewc", "strength", [1, 100, 10000]),
     "split-si": grid(f"{SPLIT} --method si", "strength", [1, 10, 100]),
-    "split-lwf": grid(f"{SPLIT} --method lwf", "strength", [0.3, 1, 3]),
+    "split-lwf": grid(f"{SPLIT} --method lwf", "strength", [0.3, 1, 3, 10, 30, 100]),
 }
 
 
