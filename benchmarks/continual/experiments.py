@@ -54,7 +54,7 @@ def split(dataset: str) -> dict[str, Experiment]:
         "finetune, loss over the batch's classes": "--method finetune --loss batch",
         "ewc": "--method ewc",
         "si": "--method si",
-        "lwf": "--method lwf",
+        "lwf": "--method lwf --strength 3",
         "replay, 200 samples": "--method replay --buffer-size 200",
         "joint": "--method joint",
     }
