@@ -122,6 +122,59 @@ def bars(rows: Rows, title: str, path: Path, chance: float) -> None:
     figure.savefig(path)
 
 
+def ablation_picture(rows: Rows, path: Path) -> None:
+    """Accuracies of each block of variants, and a line at its unchanged recipe."""
+    blocks = {
+        "two trained hidden layers, 10-way output": [name for name in rows if not name.startswith("100 segments")],
+        "100 segments": [name for name in rows if name.startswith("100 segments")],
+    }
+    blocks = {title: labels for title, labels in blocks.items() if labels}
+    figure = Figure(figsize=(9, 0.3 * len(rows) + 2.2), dpi=130, layout="constrained")
+    heights = [len(labels) for labels in blocks.values()]
+    for axes, (title, labels) in zip(
+        figure.subplots(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0], blocks.items(), strict=True
+    ):
+        for at, label in enumerate(labels):
+            values = [100 * row["average_accuracy"] for row in rows[label]]
+            mean = statistics.fmean(values)
+            axes.barh(at, mean, color=OURS if at == 0 else BINARY, alpha=0.85, height=0.72)
+            axes.plot(values, [at] * len(values), "o", color="black", markersize=2.5, alpha=0.6)
+            axes.text(max(mean, max(values)) + 0.8, at, f"{mean:.1f}", va="center", fontsize=9)
+            if at == 0:
+                axes.axvline(mean, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
+        names = ["unchanged"] + [label.removeprefix("100 segments, ") for label in labels[1:]]
+        axes.set_yticks(range(len(labels)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 105)
+        axes.set_title(title, loc="left", fontsize=11)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    axes.set_xlabel("average accuracy on Split-MNIST after the last task (%)")
+    figure.savefig(path)
+
+
+def memory_picture(rows: Rows, path: Path) -> None:
+    """Peak memory on the left, time per thousand samples on the right."""
+    figure = Figure(figsize=(11, 0.3 * len(rows) + 1.4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for at, (label, own) in enumerate(rows.items()):
+        memory = statistics.median(row["peak_memory_bytes"] for row in own) / 1e6
+        samples = 2 * 5000 / own[0]["steps"]
+        seconds = statistics.median(row["step_milliseconds"] for row in own) / samples
+        for axes, value, text in ((left, memory, f"{memory:.0f}"), (right, seconds, f"{seconds:.2f}")):
+            axes.barh(at, value, color=colour(label), alpha=0.85, height=0.72)
+            axes.text(value, at, f" {text}", va="center", fontsize=9)
+    left.set_yticks(range(len(rows)), list(rows))
+    left.invert_yaxis()
+    left.set_xlabel("peak memory of training (MB)")
+    right.set_xlabel("seconds of training steps per 1000 samples")
+    for axes in (left, right):
+        axes.margins(x=0.12)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.savefig(path)
+
+
 def write_search() -> None:
     """SEARCH.md: every grid."""
     lines = [
@@ -273,7 +326,10 @@ def main() -> None:
         section(title, name, rows, long_table(rows), f"{name}.png")
     for name, title in (("ablation", "What each part earns"), ("memory", "Memory and time")):
         rows = load(name)
-        section(title, name, rows, memory_table(rows) if name == "memory" else accuracy_table(rows))
+        if rows:
+            (memory_picture if name == "memory" else ablation_picture)(rows, pictures / f"{name}.png")
+        body = memory_table(rows) if name == "memory" else accuracy_table(rows)
+        section(title, name, rows, body, f"{name}.png")
     (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
 
 
