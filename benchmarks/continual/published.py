@@ -6,11 +6,13 @@ gains and biases of the normalisation are kept for each task and put back to tes
 beside it stands what the network scores with those of the last task, without it.
 
 One epoch instead of 40. A hidden weight is consolidated by how far it has moved, and the published step size of 0.005
-moves it too little in a fortieth of the steps; so the step size of the hidden weights is 0.05 here (that of the
-normalisation is as published). It matters to the network by its ratio to m and to the initial weights only, since all
-that the network uses of a hidden weight is its sign. ``--lr 0.005`` shows what the published one does in an epoch.
+moves it too little in a fortieth of the steps; so the step size of the hidden weights is 0.5 here (that of the
+normalisation is as published). All that the network uses of a hidden weight is its sign, so only the products of the
+step size and m and of the initial weights and m matter: it is as if m were larger. Chosen on validation data with the
+first two tasks and another seed: 0.2 loses half of the first, 0.5 keeps it; 0.05 had lost it on the test set.
+``--lr 0.005`` shows what the published step size does in an epoch.
 
-    python benchmarks/continual/published.py --data-dir DIR [--hidden 4096] [--lr 0.05] [--epochs 1] [--seeds 0]
+    python benchmarks/continual/published.py --data-dir DIR [--hidden 4096] [--lr 0.5] [--epochs 1] [--seeds 0]
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--lr", type=float, default=0.05, help="of the hidden weights")
+    parser.add_argument("--lr", type=float, default=0.5, help="of the hidden weights")
     parser.add_argument("--tasks", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
