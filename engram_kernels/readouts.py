@@ -251,11 +251,13 @@ class RidgeReadout(_Readout):
         if self._solution is None:
             n = max(1, int(self.samples.sum()))
             mean = self.counts.sum(0).double() / n
-            covariance = (self.gram.double() / n).addr_(mean, mean, alpha=-1)
+            covariance = self.gram.double().div_(n).addr_(mean, mean, alpha=-1)  # in place: k² of 8 bytes
             variance = covariance.diagonal()
             variance += self.penalty * float(variance.mean()) + 1e-12  # a unit that all samples share has none
             class_means = self.counts.double() / self.samples.clamp(min=1)[:, None]
-            weight = torch.cholesky_solve(class_means.T, torch.linalg.cholesky(covariance)).T
+            factor = torch.linalg.cholesky(covariance)
+            del covariance, variance  # before the solution copies the factor
+            weight = torch.cholesky_solve(class_means.T, factor).T
             bias = -0.5 * (weight * class_means).sum(1)
             self._solution = weight.float(), bias.float()
         return self._solution
