@@ -347,6 +347,7 @@ def balance_(weight: Tensor) -> None:
     Magnitudes stay; which synapses are negative is drawn from torch's generator. Without it the units that happen to
     have more positive signs are the most excitable ones for every input whose mean is not 0.
     """
-    n, k = weight.shape
-    negative = torch.rand(n, k, device=weight.device).argsort(dim=1) < k // 2
-    weight.copy_(torch.where(negative, -weight.abs(), weight.abs()))
+    k = weight.shape[1]
+    for rows in weight.split(256):  # the order of a draw takes 8 bytes a synapse
+        negative = torch.rand(rows.shape, device=rows.device).argsort(dim=1) < k // 2
+        rows.copy_(torch.where(negative, -rows.abs(), rows.abs()))

@@ -305,10 +305,11 @@ def standardize(x: Tensor) -> Tensor:
     # Scaling to [-1, 1] first keeps the variance inside float32 for data of any magnitude.
     peak = x.abs().amax(dim=1, keepdim=True)
     x = x / torch.where(peak > 0, peak, 1.0)
-    x = x - x.mean(dim=1, keepdim=True)
+    x -= x.mean(dim=1, keepdim=True)
     deviation = x.square().mean(dim=1, keepdim=True).sqrt()
     # Below this the deviation of a constant sample is rounding noise, which must not be amplified.
-    return x / torch.where(deviation > 1e-5, deviation, torch.inf)
+    x /= torch.where(deviation > 1e-5, deviation, torch.inf)
+    return x
 
 
 def _check_inputs(name: str, array: npt.NDArray[np.generic]) -> Tensor:
