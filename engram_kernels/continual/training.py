@@ -19,7 +19,7 @@ from .methods import Method, TrainingError, build, method_config
 from .progress import NoProgress, Progress
 from .scenarios import Samples, Scenario, make_scenario, seeded_generator
 
-EVALUATION_BATCH = 250
+EVALUATION_BATCH = 128  # so that evaluation takes no more memory than training
 EVALUATIONS = ("all", "seen", "new")
 
 
