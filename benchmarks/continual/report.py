@@ -134,14 +134,14 @@ def ablation_picture(rows: Rows, path: Path) -> None:
     for axes, (title, labels) in zip(
         figure.subplots(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0], blocks.items(), strict=True
     ):
+        unchanged = 100 * statistics.fmean(row["average_accuracy"] for row in rows[labels[0]])
+        axes.axvline(unchanged, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
         for at, label in enumerate(labels):
             values = [100 * row["average_accuracy"] for row in rows[label]]
             mean = statistics.fmean(values)
             axes.barh(at, mean, color=OURS if at == 0 else BINARY, alpha=0.85, height=0.72)
             axes.plot(values, [at] * len(values), "o", color="black", markersize=2.5, alpha=0.6)
-            axes.text(max(mean, max(values)) + 0.8, at, f"{mean:.1f}", va="center", fontsize=9)
-            if at == 0:
-                axes.axvline(mean, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
+            axes.text(max(unchanged, *values) + 0.8, at, f"{mean:.1f}", va="center", fontsize=9)
         names = ["unchanged"] + [label.removeprefix("100 segments, ") for label in labels[1:]]
         axes.set_yticks(range(len(labels)), names)
         axes.invert_yaxis()
@@ -219,9 +219,10 @@ def long_picture(rows: Rows, title: str, path: Path) -> None:
     """Left: accuracy on each task when it was learned. Right: at the end, on each task of the stream."""
     figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for (label, own), line, c in zip(
-        rows.items(), ("-", "--", ":") * 2, ("#E69F00",) * 3 + ("#0072B2",) * 3, strict=False
-    ):
+    styles = {c: iter(("-", "--", ":")) for c in (FULL, OURS)}
+    for label, own in rows.items():
+        c = OURS if label.startswith("trained") else FULL
+        line = next(styles[c])
         learned, end = np.mean([diagonal(row) for row in own], 0), np.mean([last_row(row) for row in own], 0)
         task = np.arange(1, len(end) + 1)
         left.plot(task, 100 * learned, line, color=c, label=label)
