@@ -94,7 +94,9 @@ class StochasticEngram(Engram):
         """Floats (M, K): the pre-activations."""
         score = x.detach().abs() if self.score == "magnitude" else x.detach()
         temperature = self.temperature if self.training else 0.0
-        gate = ops.sample_engram(score, ops.draw_seed(), self.rate, temperature=temperature, first_row=self.first_row)
+        # without noise nothing is drawn, so that an evaluation leaves the training after it as it would have been
+        seed = ops.draw_seed() if temperature > 0 else torch.zeros(2, dtype=torch.int64)
+        gate = ops.sample_engram(score, seed, self.rate, temperature=temperature, first_row=self.first_row)
         return Recruitment(gate)
 
     def extra_repr(self) -> str:

@@ -119,3 +119,14 @@ def test_one_context_per_sample_must_fit_the_batch():
     engram.context = torch.tensor([0, 1, 1])
     with pytest.raises(ValueError, match="context: expected 4 numbers, one per sample, got 3"):
         engram(torch.randn(4, 10))
+
+
+def test_a_stochastic_engram_without_noise_leaves_the_generator_alone():
+    x = torch.randn(5, 40)
+    evaluated = ek.StochasticEngram(0.2, temperature=1.0).eval()
+    for engram in (evaluated, ek.StochasticEngram(0.2, temperature=0.0)):
+        before = torch.get_rng_state()
+        assert engram(x).gate_bits is not None
+        assert torch.get_rng_state().equal(before)
+    ek.StochasticEngram(0.2, temperature=1.0)(x)
+    assert not torch.get_rng_state().equal(before)
