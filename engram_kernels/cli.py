@@ -174,6 +174,7 @@ def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Actio
         ("--logit-scale", float, "factor on the logits before the softmax"),
         ("--weight-decay", float, "L2 decay of the hidden weights"),
         ("--segments", int, "dendritic segments per class"),
+        ("--top-segments", int, "how many of them, the most active ones, speak for their class"),
         ("--conscience", float, "of the local loss: preference for segments that win seldom"),
         ("--cross-entropy-weight", float, "of the batch's cross-entropy beside the local loss"),
         ("--penalty", float, "of the ridge regression, a share of the mean variance"),

@@ -59,10 +59,10 @@ class _Readout(nn.Module):
 
 
 class DendriticReadout(_Readout):
-    """A binary output layer with several dendritic segments per class; the most active one speaks for its class.
+    """A binary output layer with several dendritic segments per class; the most active ones speak for their class.
 
     ``s[m, c, j] = sum_k (g[m, k] - rate) sign(weight[c S + j, k]) / sqrt(recruited)``,
-    ``logit[m, c] = max_j s[m, c, j]``
+    ``logit[m, c] = max_j s[m, c, j]``, or the mean of the ``top_segments`` largest
 
     One segment per class is a plain binary output layer on the centred code. :meth:`local_loss` trains a class without
     pushing any other down: only the segment that won for the true class moves, towards the engram, so what was
@@ -74,6 +74,8 @@ class DendriticReadout(_Readout):
         num_classes: C, at least 1.
         segments: S per class, at least 1.
         engram: a :class:`~engram_kernels.StochasticEngram`.
+        top_segments: how many of the most active segments speak for their class, 1 to S. More than one average out
+            the coarseness of binary weights, as k nearest neighbours do that of a sample.
         conscience: how much of an advantage in ``s`` a segment that never wins has over one that wins as often as the
             mean of its class, at least 0. Without it few segments win everything.
         ste_window: gradient reaches recruited units whose excitability lies at most this far above that of the weakest
@@ -97,6 +99,7 @@ class DendriticReadout(_Readout):
         segments: int = 100,
         *,
         engram: StochasticEngram,
+        top_segments: int = 1,
         conscience: float = 5.0,
         ste_window: float = math.inf,
         device: torch.device | str | None = None,
@@ -105,11 +108,14 @@ class DendriticReadout(_Readout):
         super().__init__(in_features, num_classes, engram)
         if segments < 1:
             raise ValueError(f"segments: expected at least 1, got {segments}")
+        if not 1 <= top_segments <= segments:
+            raise ValueError(f"top_segments: expected 1 to segments = {segments}, got {top_segments}")
         if not 0.0 <= conscience < math.inf:
             raise ValueError(f"conscience: expected a finite number of at least 0, got {conscience!r}")
         if not ste_window > 0:
             raise ValueError(f"ste_window: expected above 0, got {ste_window!r}")
-        self.segments, self.conscience, self.ste_window = segments, float(conscience), float(ste_window)
+        self.segments, self.top_segments = segments, top_segments
+        self.conscience, self.ste_window = float(conscience), float(ste_window)
         self.weight = HiddenWeight(torch.empty(num_classes * segments, in_features, device=device, dtype=dtype))
         self.register_buffer("wins", torch.ones(num_classes, segments, device=device))
         self.reset_parameters()
@@ -135,7 +141,11 @@ class DendriticReadout(_Readout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Excitabilities, floats (M, K) -> logits (M, C)."""
-        return self.activations(x).amax(dim=2)
+        return self.scores(self.activations(x))
+
+    def scores(self, activations: Tensor) -> Tensor:
+        """Activations of all segments (M, C, S) -> logits (M, C)."""
+        return segment_scores(activations, self.top_segments)
 
     def local_loss(self, activations: Tensor, y: Tensor) -> Tensor:
         """``-mean over m of s[m, y[m], winner]``.
@@ -148,7 +158,8 @@ class DendriticReadout(_Readout):
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return f"{super().extra_repr()}, segments={self.segments}, conscience={self.conscience}"
+        own = f"segments={self.segments}, top_segments={self.top_segments}, conscience={self.conscience}"
+        return f"{super().extra_repr()}, {own}"
 
 
 class PrototypeReadout(_Readout):
@@ -273,6 +284,13 @@ class RidgeReadout(_Readout):
     def _load_from_state_dict(self, *arguments, **named):
         super()._load_from_state_dict(*arguments, **named)
         self._solution = None
+
+
+def segment_scores(activations: Tensor, top_segments: int) -> Tensor:
+    """The mean of the most active segments of each class: (M, C, S) -> (M, C)."""
+    if top_segments == 1:
+        return activations.amax(dim=2)
+    return activations.topk(top_segments, dim=2, sorted=False).values.mean(dim=2)
 
 
 def pull_loss(activations: Tensor, y: Tensor, wins: Tensor, conscience: float, *, count: bool) -> Tensor:

@@ -33,6 +33,9 @@ def test_segments_are_products_of_the_centred_code(m, k, classes, segments, rate
     expected = (code @ signs.T / math.sqrt(readout.engram.recruited(k))).view(m, classes, segments)
     torch.testing.assert_close(readout.activations(x), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(readout(x), expected.amax(2), atol=1e-4, rtol=1e-4)
+    for readout.top_segments in range(2, segments + 1):
+        speaking = expected.sort(dim=2).values[:, :, -readout.top_segments :]
+        torch.testing.assert_close(readout(x), speaking.mean(2), atol=1e-4, rtol=1e-4)
 
 
 @given(sizes, st.integers(2, 150), st.integers(1, 40), st.floats(0.05, 1.0), st.sampled_from([0.2, math.inf]))
@@ -67,6 +70,16 @@ def test_the_update_within_the_backward_pass_gives_the_same_weights(state_dtype)
             optimizer.zero_grad()
         weights.append(readout.weight.detach().clone())
     assert torch.equal(*weights)
+
+
+def test_all_segments_that_speak_learn_from_a_loss_on_the_logits():
+    torch.manual_seed(0)
+    readout = make(ek.DendriticReadout, 64, 3, segments=5, top_segments=2)
+    x = torch.randn(1, 64)
+    speaking = readout.activations(x)[0, 1].topk(2).indices + 5
+    readout(x)[0, 1].backward()
+    moved = readout.weight.grad.abs().sum(1).nonzero().flatten()
+    assert torch.equal(moved, speaking.sort().values)
 
 
 def test_only_the_winning_segment_of_the_true_class_learns():
@@ -214,6 +227,8 @@ def test_a_network_ends_in_a_readout(kind):
         (lambda e: ek.DendriticReadout(0, 3, engram=e), "in_features, num_classes: expected at least 1, got 0, 3"),
         (lambda e: ek.PrototypeReadout(3, 0, engram=e), "in_features, num_classes: expected at least 1, got 3, 0"),
         (lambda e: ek.DendriticReadout(3, 3, 0, engram=e), "segments: expected at least 1, got 0"),
+        (lambda e: ek.DendriticReadout(3, 3, 4, engram=e, top_segments=5), "top_segments: expected 1 to segments = 4"),
+        (lambda e: ek.DendriticReadout(3, 3, 4, engram=e, top_segments=0), "top_segments: expected 1 to segments = 4"),
         (lambda e: ek.DendriticReadout(3, 3, engram=e, conscience=-1.0), "conscience: expected a finite number"),
         (lambda e: ek.DendriticReadout(3, 3, engram=e, ste_window=0.0), "ste_window: expected above 0, got 0.0"),
         (lambda e: ek.RidgeReadout(3, 3, engram=e, penalty=0.0), "penalty: expected a finite number above 0, got 0.0"),

@@ -28,7 +28,7 @@ class DendriticMethod(Method):
             return LOSSES[self.config.loss](scores * self.config.logit_scale, y), scores
         # the local loss would have all inputs of a class recruit the same units: it stays within the read-out
         activations = readout.activations(features.detach())
-        scores, loss = activations.amax(dim=2), readout.local_loss(activations, y)
+        scores, loss = readout.scores(activations), readout.local_loss(activations, y)
         if self.config.cross_entropy_weight:
             scores = readout(features)
             cross_entropy = LOSSES["batch"](scores * self.config.logit_scale, y)
@@ -66,7 +66,8 @@ def build(config: BinaryConfig, features: int, hidden: Sequence[int], num_classe
         kind = DendriticMethod
         readout = ek.DendriticReadout(
             hidden[-1], num_classes, config.segments,
-            engram=engram, conscience=config.conscience, ste_window=config.ste_window,
+            engram=engram, top_segments=config.top_segments,
+            conscience=config.conscience, ste_window=config.ste_window,
         )  # fmt: skip
     elif config.readout != "linear":
         assert engram is not None

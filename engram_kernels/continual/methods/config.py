@@ -22,6 +22,12 @@ def _check(name: str, value: PerLayer | None, wanted: str, fits: bool) -> None:
         raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
+def _check_segments(segments: int, top_segments: int) -> None:
+    _check("segments", segments, "an integer >= 1", segments >= 1)
+    fits = 1 <= top_segments <= segments
+    _check("top_segments", top_segments, f"an integer from 1 to segments = {segments}", fits)
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """What every method has.
@@ -66,6 +72,7 @@ class BinaryConfig(MethodConfig):
         readout: ``linear``: a binary output layer. ``dendritic``, ``prototype``, ``ridge``: see
             `engram_kernels.readouts`; the last two are counted together, not trained, on fixed hidden layers.
         segments: of each class of a dendritic read-out.
+        top_segments: how many of them, the most active ones, speak for their class, 1 to ``segments``.
         conscience: of its local loss: how strongly segments that win seldom are preferred, at least 0.
         cross_entropy_weight: weight of the batch's cross-entropy beside the local loss, at least 0.
         penalty: of a ridge read-out, a share of the mean variance, above 0.
@@ -86,6 +93,7 @@ class BinaryConfig(MethodConfig):
     temperature: float | None = None
     readout: str = "linear"
     segments: int = 100
+    top_segments: int = 1
     conscience: float = 5.0
     cross_entropy_weight: float = 0.0
     penalty: float = 0.01
@@ -110,7 +118,7 @@ class BinaryConfig(MethodConfig):
         _check("rate", rate, "a number in (0, 1]", rate is None or 0.0 < rate <= 1.0)
         # inf is a uniformly random engram
         _check("temperature", temperature, "a number >= 0", temperature is None or temperature >= 0.0)
-        _check("segments", self.segments, "an integer >= 1", self.segments >= 1)
+        _check_segments(self.segments, self.top_segments)
         for value in values(self.weight_bound):
             _check("weight_bound", value, "a number > 0", value > 0.0)
         for name in ("ste_window", "logit_scale"):
@@ -210,11 +218,13 @@ class FloatTwinConfig(MethodConfig):
     Attributes:
         rate: share of each hidden layer's units recruited per sample, in (0, 1].
         segments: of each class, at least 1.
+        top_segments: how many of them, the most active ones, speak for their class, 1 to ``segments``.
         conscience: of the local loss: how strongly segments that win seldom are preferred, at least 0.
     """
 
     rate: float = 0.1
     segments: int = 100
+    top_segments: int = 1
     conscience: float = 5.0
 
     def __post_init__(self) -> None:
@@ -222,6 +232,6 @@ class FloatTwinConfig(MethodConfig):
         super().__post_init__()
         _check("lr", self.lr, "one value with a full-precision method", not isinstance(self.lr, tuple))
         _check("rate", self.rate, "a number in (0, 1]", 0.0 < self.rate <= 1.0)
-        _check("segments", self.segments, "an integer >= 1", self.segments >= 1)
+        _check_segments(self.segments, self.top_segments)
         conscience = self.conscience
         _check("conscience", conscience, "a finite number >= 0", math.isfinite(conscience) and conscience >= 0.0)

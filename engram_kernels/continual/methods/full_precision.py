@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram_kernels.readouts import pull_loss
+from engram_kernels.readouts import pull_loss, segment_scores
 
 from ..scenarios import Experience, Joint, Samples
 from .base import LOSSES, Method
@@ -376,6 +376,7 @@ class FloatTwin(nn.Module):
         sizes: units per layer, input and output included.
         rate: share of the units recruited in each hidden layer.
         segments: S per class.
+        top_segments: how many of the most active ones speak for their class.
 
     Attributes: ``hidden_weights`` Gaussian, of variance 1 / inputs, fixed; ``weight`` (C S, sizes[-2]), uniform in
     [-0.05, 0.05] at first; ``wins`` float32 (C, S), how often each segment won in training, from 1.
@@ -385,10 +386,10 @@ class FloatTwin(nn.Module):
 
     wins: Tensor
 
-    def __init__(self, sizes: Sequence[int], rate: float, segments: int) -> None:
+    def __init__(self, sizes: Sequence[int], rate: float, segments: int, top_segments: int = 1) -> None:
         super().__init__()
         *widths, classes = sizes
-        self.rate = rate
+        self.rate, self.top_segments = rate, top_segments
         self.hidden_weights = nn.ParameterList(
             nn.Parameter(torch.randn(n, k) / k**0.5, requires_grad=False) for k, n in pairwise(widths)
         )
@@ -411,7 +412,11 @@ class FloatTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Floats (B, features) -> logits (B, classes)."""
-        return self.activations(x).amax(dim=2)
+        return self.scores(self.activations(x))
+
+    def scores(self, activations: Tensor) -> Tensor:
+        """Activations of all segments (B, C, S) -> logits (B, C)."""
+        return segment_scores(activations, self.top_segments)
 
 
 class FloatTwinMethod(Method):
@@ -427,12 +432,13 @@ class FloatTwinMethod(Method):
     @classmethod
     def build(cls, config: FloatTwinConfig, features: int, hidden: Sequence[int], num_classes: int) -> Method:
         """Model and optimizer for ``config``, initialised from torch's global generator."""
-        return cls(config, FloatTwin([features, *hidden, num_classes], config.rate, config.segments))
+        sizes = [features, *hidden, num_classes]
+        return cls(config, FloatTwin(sizes, config.rate, config.segments, config.top_segments))
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Local loss or one of the others, and the scores (B, classes)."""
         activations = self.model.activations(x)
-        scores = activations.amax(dim=2)
+        scores = self.model.scores(activations)
         if self.config.loss != "local":
             return LOSSES[self.config.loss](scores, y), scores
         loss = pull_loss(activations, y, self.model.wins, self.config.conscience, count=self.model.training)

@@ -386,6 +386,8 @@ def test_the_twin_is_its_formula(hidden, rate, seed):
     cosines = F.cosine_similarity(h[:, None], model.weight[None], dim=2)
     torch.testing.assert_close(model.activations(x), 10.0 * cosines.view(6, 3, 4), rtol=1e-4, atol=1e-4)
     assert torch.equal(model(x), model.activations(x).amax(2))
+    model.top_segments = 3
+    torch.testing.assert_close(model(x), model.activations(x).sort(dim=2).values[:, :, 1:].mean(2))
 
 
 def test_the_twin_starts_gaussian_and_keeps_its_hidden_layers():
@@ -402,7 +404,7 @@ def test_the_twin_starts_gaussian_and_keeps_its_hidden_layers():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_twin_is_trained_by_the_loss_of_the_binary_read_out(training):
-    config = FloatTwinConfig(lr=0.1, loss="local", segments=3, conscience=2.0)
+    config = FloatTwinConfig(lr=0.1, loss="local", segments=3, top_segments=2, conscience=2.0)
     method = FloatTwinMethod.build(config, 7, [20], 6)
     method.model.train(training)
     method.model.wins.random_(1, 9)

@@ -76,6 +76,12 @@ def test_overrides_win_and_none_keeps_the_default():
         ("replay", {"buffer_size": 0}, "buffer_size: expected an integer >= 1, got 0"),
         ("engram-fp", {"rate": 0.0}, r"rate: expected a number in \(0, 1\], got 0.0"),
         ("engram-fp", {"segments": 0}, "segments: expected an integer >= 1, got 0"),
+        ("engram-fp", {"top_segments": 101}, "top_segments: expected an integer from 1 to segments = 100, got 101"),
+        (
+            "engram",
+            {"segments": 3, "top_segments": 0},
+            "top_segments: expected an integer from 1 to segments = 3, got 0",
+        ),
         ("engram-fp", {"conscience": -1.0}, "conscience: expected a finite number >= 0, got -1.0"),
         ("engram-fp", {"lr": (0.1, 0.2)}, "lr: expected one value with a full-precision method"),
     ],
