@@ -217,7 +217,7 @@ def long_table(rows: Rows) -> list[str]:
 
 def long_picture(rows: Rows, title: str, path: Path) -> None:
     """Left: accuracy on each task when it was learned. Right: at the end, on each task of the stream."""
-    figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     styles = {c: iter(("-", "--", ":")) for c in (FULL, OURS)}
     for label, own in rows.items():
@@ -231,7 +231,7 @@ def long_picture(rows: Rows, title: str, path: Path) -> None:
     right.set_title("each task at the end of the stream", loc="left", fontsize=10)
     left.set_ylabel("test accuracy (%)")
     left.set_ylim(0, 100)
-    right.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9, ncols=3)
     for axes in (left, right):
         axes.set_xlabel("task")
         axes.grid(axis="y", color="0.9")

@@ -2,8 +2,8 @@
 
     python benchmarks/continual/search.py [GRID ...] --data-dir DIR
 
-Each grid goes on until its best value is not at an edge. What was measured is in results/search/GRID.json, and as a
-table in SEARCH.md.
+A grid goes on until its best value is not at an edge, or the edge changes nothing. What was measured is in
+results/search/GRID.json, and as a table in SEARCH.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from jobs import RESULTS, Job, run_jobs
 SEEDS = (100,)
 SPLIT = "--dataset mnist --scenario class --validation 5000"
 PERMUTED = "--dataset mnist --scenario permuted --tasks 10 --samples-per-task 20000 --evaluation new --validation 5000"
+DOMAIN = "--dataset mnist fashion-mnist --scenario domain --samples-per-task 20000 --validation 5000"
+LONG = (
+    "--dataset mnist --scenario permuted --tasks 50 --samples-per-task 10000 --evaluation new --validation 5000 "
+    "--method engram --hidden 2048 --readout dendritic --segments 80"
+)
 
 
 def grid(common: str, option: str, values: list[float]) -> list[Job]:
@@ -27,6 +32,21 @@ ENGRAM = f"{SPLIT} --method engram --hidden 2048 --readout"
 GRIDS: dict[str, list[Job]] = {
     "permuted-ewc": grid(f"{PERMUTED} --method ewc", "strength", [10, 100, 300, 1000, 10000]),
     "permuted-si": grid(f"{PERMUTED} --method si", "strength", [1, 10, 100, 1000]),
+    "domain-ewc": grid(f"{DOMAIN} --method ewc", "strength", [100, 1000, 10000, 100000, 1000000]),
+    "domain-si": grid(f"{DOMAIN} --method si", "strength", [10, 100, 1000, 10000]),
+    "long-bound": [
+        Job(label, f"{LONG} {options}")
+        for label, options in (
+            ("m 30", "--metaplasticity 30 30 0"),
+            ("m 30, at most 0.03", "--metaplasticity 30 30 0 --weight-bound 0.03 0.03 inf"),
+            ("m 30, at most 0.05", "--metaplasticity 30 30 0 --weight-bound 0.05 0.05 inf"),
+            ("m 30, at most 0.1", "--metaplasticity 30 30 0 --weight-bound 0.1 0.1 inf"),
+            ("m 30 and 2, at most 0.05 and 0.1", "--metaplasticity 30 30 2 --weight-bound 0.05 0.05 0.1"),
+            ("m 0", "--metaplasticity 0"),
+            ("m 0, hidden lr 0.0001", "--metaplasticity 0 --lr 1e-4 1e-4 2e-3"),
+            ("m 0, hidden lr 0.00003", "--metaplasticity 0 --lr 3e-5 3e-5 2e-3"),
+        )
+    ],
     "permuted-segments-hidden": [
         Job(label, f"{PERMUTED} --method engram --hidden {hidden} --readout dendritic {options}")
         for label, hidden, options in (
