@@ -34,6 +34,10 @@ def split(dataset: str) -> dict[str, Experiment]:
     binary = {
         "engram, 10-way output": engram("dendritic --segments 1 --rate 0.05"),
         "engram, 100 segments": engram("dendritic --segments 100"),
+        "engram, 100 segments, two speak": engram("dendritic --segments 100 --top-segments 2"),
+        "engram, 400 segments, two speak, 4096 units, two passes": engram(
+            "dendritic --segments 400 --top-segments 2 --epochs 2", "4096"
+        ),
         "engram, prototypes": engram("prototype"),
         "engram, ridge": engram("ridge", "4096"),
         "engram, two trained hidden layers": "--method engram",
@@ -48,6 +52,7 @@ def split(dataset: str) -> dict[str, Experiment]:
     twin = {
         "engram-fp, 10-way output": "--method engram-fp --hidden 2048 --segments 1 --rate 0.05",
         "engram-fp, 100 segments": "--method engram-fp --hidden 2048 --segments 100",
+        "engram-fp, 100 segments, two speak": "--method engram-fp --hidden 2048 --segments 100 --top-segments 2",
     }
     full = {
         "finetune": "--method finetune",

@@ -81,13 +81,12 @@ GRIDS: dict[str, list[Job]] = {
     "split-segments-top": [
         Job(label, f"{SPLIT} --method engram --readout dendritic {options}")
         for label, options in (
+            ("2048, 100 segments, 1 speaks", "--hidden 2048 --segments 100"),
             ("2048, 100 segments, 2 speak", "--hidden 2048 --segments 100 --top-segments 2"),
             ("2048, 100 segments, 3 speak", "--hidden 2048 --segments 100 --top-segments 3"),
             ("4096, 400 segments, 2 epochs, 1 speaks", "--hidden 4096 --segments 400 --epochs 2"),
             ("4096, 400 segments, 2 epochs, 2 speak", "--hidden 4096 --segments 400 --epochs 2 --top-segments 2"),
             ("4096, 400 segments, 2 epochs, 3 speak", "--hidden 4096 --segments 400 --epochs 2 --top-segments 3"),
-            ("4096, 400 segments, 2 epochs, 5 speak", "--hidden 4096 --segments 400 --epochs 2 --top-segments 5"),
-            ("4096, 400 segments, 4 epochs, 3 speak", "--hidden 4096 --segments 400 --epochs 4 --top-segments 3"),
         )
     ],
     "split-prototype-rate": grid(f"{ENGRAM} prototype", "rate", [0.02, 0.05, 0.1]),
