@@ -191,6 +191,30 @@ def ablation() -> dict[str, Experiment]:
     return {"ablation": Experiment(jobs, THREE)}
 
 
+def compact() -> dict[str, Experiment]:
+    """Accuracy with moments in 16 and 8 bits and hidden weights in 16: two trained hidden layers."""
+    streams = {
+        "split": "--dataset mnist --evaluation seen",
+        "permuted": "--dataset mnist --scenario permuted --tasks 3 --samples-per-task 20000 --evaluation new",
+    }
+    kinds = (
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+        ("int8", "float32"),
+        ("float32", "bfloat16"),
+        ("int8", "bfloat16"),
+    )
+    jobs = [
+        Job(
+            f"{stream}, moments {state}, hidden weights {weight}",
+            f"{options} --method engram --state-dtype {state} --weight-dtype {weight}",
+        )
+        for stream, options in streams.items()
+        for state, weight in kinds
+    ]
+    return {"compact": Experiment(jobs, THREE)}
+
+
 def memory() -> dict[str, Experiment]:
     """Peak memory and time of a step: two tasks of 5000 images. To be run with one process on an idle machine."""
     common = "--dataset mnist --scenario permuted --tasks 2 --samples-per-task 5000 --evaluation new"
@@ -223,6 +247,7 @@ EXPERIMENTS: dict[str, Experiment] = (
     | published_baselines()
     | long_streams()
     | ablation()
+    | compact()
     | memory()
 )
 

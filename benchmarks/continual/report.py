@@ -325,12 +325,16 @@ def main() -> None:
         if rows:
             long_picture(rows, title, pictures / f"{name}.png")
         section(title, name, rows, long_table(rows), f"{name}.png")
-    for name, title in (("ablation", "What each part earns"), ("memory", "Memory and time")):
-        rows = load(name)
-        if rows:
-            (memory_picture if name == "memory" else ablation_picture)(rows, pictures / f"{name}.png")
-        body = memory_table(rows) if name == "memory" else accuracy_table(rows)
-        section(title, name, rows, body, f"{name}.png")
+    rows = load("ablation")
+    if rows:
+        ablation_picture(rows, pictures / "ablation.png")
+    section("What each part earns", "ablation", rows, accuracy_table(rows), "ablation.png")
+    rows = load("compact")
+    section("What compact state costs", "compact", rows, accuracy_table(rows))
+    rows = load("memory")
+    if rows:
+        memory_picture(rows, pictures / "memory.png")
+    section("Memory and time", "memory", rows, memory_table(rows), "memory.png")
     (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
 
 
