@@ -91,10 +91,10 @@ def domain() -> dict[str, Experiment]:
     """MNIST and Fashion-MNIST one after the other, same ten outputs."""
     rows = {
         "engram, segments": engram("dendritic --segments 100"),
-        "mbnn": "--method mbnn",
+        "mbnn": "--method mbnn --metaplasticity 100",
         "finetune": "--method finetune",
-        "ewc": "--method ewc",
-        "si": "--method si",
+        "ewc": "--method ewc --strength 100000",
+        "si": "--method si --strength 100",
     }
     return {
         f"domain-{first}-first": Experiment(
