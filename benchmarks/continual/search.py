@@ -39,11 +39,11 @@ GRIDS: dict[str, list[Job]] = {
     "long-bound": [
         Job(label, f"{LONG} {options}")
         for label, options in (
-            ("m 30, at most 0.03", "--metaplasticity 30 30 0 --weight-bound 0.03 0.03 inf"),
             ("m 30, at most 0.05", "--metaplasticity 30 30 0 --weight-bound 0.05 0.05 inf"),
-            ("m 30 and 2, at most 0.05 and 0.1", "--metaplasticity 30 30 2 --weight-bound 0.05 0.05 0.1"),
             ("m 0, hidden lr 0.0001", "--metaplasticity 0 --lr 1e-4 1e-4 2e-3"),
             ("m 0, hidden lr 0.00003", "--metaplasticity 0 --lr 3e-5 3e-5 2e-3"),
+            ("m 30, at most 0.03", "--metaplasticity 30 30 0 --weight-bound 0.03 0.03 inf"),
+            ("m 30 and 2, at most 0.05 and 0.1", "--metaplasticity 30 30 2 --weight-bound 0.05 0.05 0.1"),
         )
     ],
     "permuted-segments-hidden": [
