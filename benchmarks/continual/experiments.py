@@ -81,7 +81,7 @@ def permuted() -> dict[str, Experiment]:
         "ewc": "--method ewc --strength 300",
         "si": "--method si --strength 100",
         "bnn": "--method bnn",
-        "mbnn": "--method mbnn",
+        "mbnn": "--method mbnn --metaplasticity 20",
         "joint": "--method joint",
     }
     return {"permuted": Experiment([Job(label, f"{common} {options}") for label, options in rows.items()], THREE)}
