@@ -139,6 +139,7 @@ def long_streams() -> dict[str, Experiment]:
         "trained hidden layer, m 0": f"{trained} 0",
         "trained hidden layer, m 30": f"{trained} 30 30 0",
         "trained hidden layer, m 30, |W| at most 0.05": f"{trained} 30 30 0 --weight-bound 0.05 0.05 inf",
+        "trained more slowly, m 0": f"{trained} 0 --lr 1e-4 1e-4 2e-3",
     }
     return {
         f"long-{tasks}": Experiment(
@@ -193,10 +194,6 @@ def ablation() -> dict[str, Experiment]:
 
 def compact() -> dict[str, Experiment]:
     """Accuracy with moments in 16 and 8 bits and hidden weights in 16: two trained hidden layers."""
-    streams = {
-        "split": "--dataset mnist --evaluation seen",
-        "permuted": "--dataset mnist --scenario permuted --tasks 3 --samples-per-task 20000 --evaluation new",
-    }
     kinds = (
         ("float32", "float32"),
         ("bfloat16", "float32"),
@@ -206,10 +203,9 @@ def compact() -> dict[str, Experiment]:
     )
     jobs = [
         Job(
-            f"{stream}, moments {state}, hidden weights {weight}",
-            f"{options} --method engram --state-dtype {state} --weight-dtype {weight}",
+            f"moments {state}, hidden weights {weight}",
+            f"--dataset mnist --evaluation seen --method engram --state-dtype {state} --weight-dtype {weight}",
         )
-        for stream, options in streams.items()
         for state, weight in kinds
     ]
     return {"compact": Experiment(jobs, THREE)}

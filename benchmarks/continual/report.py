@@ -219,7 +219,7 @@ def long_picture(rows: Rows, title: str, path: Path) -> None:
     """Left: accuracy on each task when it was learned. Right: at the end, on each task of the stream."""
     figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    styles = {c: iter(("-", "--", ":")) for c in (FULL, OURS)}
+    styles = {c: iter(("-", "--", ":", "-.")) for c in (FULL, OURS)}
     for label, own in rows.items():
         c = OURS if label.startswith("trained") else FULL
         line = next(styles[c])

@@ -36,14 +36,17 @@ GRIDS: dict[str, list[Job]] = {
     "domain-si": grid(f"{DOMAIN} --method si", "strength", [10, 100, 1000, 10000]),
     "permuted-mbnn": grid(f"{PERMUTED} --method mbnn", "metaplasticity", [5, 20, 50, 100, 500]),
     "domain-mbnn": grid(f"{DOMAIN} --method mbnn", "metaplasticity", [1.35, 5, 20, 100, 500]),
-    "long-bound": [
+    "long-hidden": [
         Job(label, f"{LONG} {options}")
         for label, options in (
-            ("m 30, at most 0.05", "--metaplasticity 30 30 0 --weight-bound 0.05 0.05 inf"),
+            ("m 30, hidden lr 0.0003, at most 0.05", "--metaplasticity 30 30 0 --weight-bound 0.05 0.05 inf"),
             ("m 0, hidden lr 0.0001", "--metaplasticity 0 --lr 1e-4 1e-4 2e-3"),
             ("m 0, hidden lr 0.00003", "--metaplasticity 0 --lr 3e-5 3e-5 2e-3"),
-            ("m 30, at most 0.03", "--metaplasticity 30 30 0 --weight-bound 0.03 0.03 inf"),
-            ("m 30 and 2, at most 0.05 and 0.1", "--metaplasticity 30 30 2 --weight-bound 0.05 0.05 0.1"),
+            (
+                "m 30, hidden lr 0.0001, at most 0.05",
+                "--metaplasticity 30 30 0 --lr 1e-4 1e-4 2e-3 --weight-bound 0.05 0.05 inf",
+            ),
+            ("m 10, hidden lr 0.0001", "--metaplasticity 10 10 0 --lr 1e-4 1e-4 2e-3"),
         )
     ],
     "permuted-segments-hidden": [
