@@ -111,7 +111,7 @@ def bars(rows: Rows, title: str, path: Path, chance: float) -> None:
     axes.set_xlim(0, 105)
     axes.axvline(chance, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlabel("average accuracy over all tasks after the last (%); dashed: chance")
-    axes.set_title(title, loc="left", fontsize=11)
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=11)
     kinds = {"engram (binary)": OURS, "other binary": BINARY, "full precision": FULL, "sees old data": BOUND}
     axes.legend(
         [matplotlib.patches.Patch(color=c) for c in kinds.values()], list(kinds), fontsize=8, ncols=4, frameon=False,

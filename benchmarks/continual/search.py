@@ -46,7 +46,6 @@ GRIDS: dict[str, list[Job]] = {
                 "m 30, hidden lr 0.0001, at most 0.05",
                 "--metaplasticity 30 30 0 --lr 1e-4 1e-4 2e-3 --weight-bound 0.05 0.05 inf",
             ),
-            ("m 10, hidden lr 0.0001", "--metaplasticity 10 10 0 --lr 1e-4 1e-4 2e-3"),
         )
     ],
     "permuted-segments-hidden": [
