@@ -298,6 +298,7 @@ def test_interrupt_writes_what_was_learned(npz):
         [*command, "--epochs", "20", "--batch-size", "2", "--scenario", "permuted", "--tasks", "300",
          "--threads", "1", "--output", "out"],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )  # fmt: skip
     try:
         for line in process.stderr:
