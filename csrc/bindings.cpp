@@ -205,17 +205,30 @@ engram::cuda::Element cuda_element(ScalarType dtype) {
                                          : engram::cuda::Element::kUint8;
 }
 
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+bool aligned(const Tensor& t, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0; }
+
+// Contiguous, and aligned to its own dtype, which a view of bytes or of a mapped file need not be.
+Tensor as_contiguous(const Tensor& t) {
+  const Tensor contiguous = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return aligned(contiguous, static_cast<uintptr_t>(t.element_size())) ? contiguous : torch::stable::clone(contiguous);
+}
 
 // Contiguous, and on CUDA 16-byte aligned, which a view into other words need not be.
 Tensor as_packed(const Tensor& t) {
   const Tensor packed = as_contiguous(t);
-  const bool aligned = reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
-  return aligned || !t.is_cuda() ? packed : torch::stable::clone(packed);
+  return !t.is_cuda() || aligned(packed, 16) ? packed : torch::stable::clone(packed);
 }
-std::optional<Tensor> as_packed(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(as_packed(*t)) : std::nullopt;
-}
+
+// Packed rows that may be missing.
+class OptionalBits {
+ public:
+  explicit OptionalBits(const std::optional<Tensor>& t) : t_(t ? std::optional<Tensor>(as_packed(*t)) : std::nullopt) {}
+  const Tensor* tensor() const { return t_ ? &*t_ : nullptr; }
+  const uint64_t* data() const { return t_ ? packed_data(*t_) : nullptr; }
+
+ private:
+  std::optional<Tensor> t_;
+};
 
 Tensor as_float32(const Tensor& t) {
   return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
@@ -240,6 +253,7 @@ void advise_huge_pages(Tensor& t) {
 // Uninitialised. By the C shim, since torch::stable::new_empty takes microseconds.
 Tensor new_tensor(const int64_t* shape, int64_t dims, ScalarType dtype, const Place& place) {
   constexpr int64_t kDims = 8;
+  constexpr int64_t kMostElements = int64_t{1} << 59;  // whose bytes an int64 counts
   int64_t few_strides[kDims];
   std::vector<int64_t> many_strides;
   int64_t* strides = few_strides;
@@ -250,7 +264,8 @@ Tensor new_tensor(const int64_t* shape, int64_t dims, ScalarType dtype, const Pl
   int64_t elements = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = elements;
-    elements *= shape[i] > 0 ? shape[i] : 1;
+    require(!__builtin_mul_overflow(elements, shape[i] > 0 ? shape[i] : 1, &elements) && elements <= kMostElements,
+            "result: expected at most ", kMostElements, " elements, got ", shape[0], " rows of too many");
   }
   AtenTensorHandle handle;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -293,7 +308,8 @@ void check_nan_flags(volatile int32_t* flags) {
   static const char* const kMessages[] = {
       "x: expected numbers, got NaN, which has no sign (in an earlier pack_signs on CUDA)",
       "score: expected numbers, got NaN (in an earlier sample_engram on CUDA)",
-      "grad: expected finite numbers, got values that made a weight NaN (in an earlier metaplastic_adam_ on CUDA)"};
+      "grad: expected finite steps, got NaN or infinity; those weights were left as they were (in an earlier "
+      "metaplastic_adam_ on CUDA)"};
   for (int source = 0; source < engram::cuda::kNaNSources; ++source) {
     if (flags[source] == 0) continue;
     flags[source] = 0;
@@ -322,6 +338,11 @@ class CudaCall {
     require_success(launcher(arguments, stream_));
   }
   int32_t* nan_flag(engram::cuda::NaNSource source) { return flags_ + source; }
+  void refuse_capture(const char* message) {
+    bool capturing = false;
+    require_success(engram::cuda::is_capturing(stream_, &capturing));
+    require(!capturing, message);
+  }
   static void require_success(int error) { require(error == 0, "CUDA: ", engram::cuda::error_text(error)); }
 
  private:
@@ -371,18 +392,16 @@ Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bit
   require(width > 0, "width: expected above 0, got ", width);
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, rows, k, place) : 0;
   const Tensor in = as_float32(x);
-  const std::optional<Tensor> gate = as_packed(gate_bits);
+  const OptionalBits gate(gate_bits);
   Tensor bits = new_tensor({rows, words_for(k)}, ScalarType::Long, place);
   if (place.cuda) {
     CudaCall call(place);
-    call.launch(engram::cuda::launch_pack_window,
-                {float_data(in), static_cast<float>(width), gate ? packed_data(*gate) : nullptr, stride, rows, k,
-                 words_for(k), data<uint64_t>(bits)});
+    call.launch(engram::cuda::launch_pack_window, {float_data(in), static_cast<float>(width), gate.data(), stride, rows,
+                                                   k, words_for(k), data<uint64_t>(bits)});
     return bits;
   }
   TorchRuntime rt;
-  engram::cpu::pack_window(rt.get(), float_data(in), static_cast<float>(width), rows, k,
-                           gate ? packed_data(*gate) : nullptr, stride,
+  engram::cpu::pack_window(rt.get(), float_data(in), static_cast<float>(width), rows, k, gate.data(), stride,
                            static_cast<uint64_t*>(bits.mutable_data_ptr()));
   return bits;
 }
@@ -444,6 +463,19 @@ Tensor cuda_product(const Place& place, const Tensor& numbers, std::initializer_
   return dtype == ScalarType::Half ? as_dtype(y, dtype) : y;
 }
 
+// A product of bits on CUDA. Where rows have padding, a gate keeps it out.
+void cuda_binary_matmul(const Place& place, engram::cuda::BinaryMatmul p) {
+  CudaCall call(place);
+  std::optional<Tensor> gate;
+  if (p.K % engram::kRowBits != 0) {
+    const int64_t rows = p.gate_stride == 0 ? 1 : p.M;
+    gate = new_tensor({rows, p.words}, ScalarType::Long, place);
+    call.launch(engram::cuda::launch_valid_gate, {p.gate, rows, p.K, p.words, data<uint64_t>(*gate)});
+    p.gate = data<uint64_t>(*gate);
+  }
+  call.launch(engram::cuda::launch_binary_matmul, p);
+}
+
 Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std::optional<Tensor> gate_bits) {
   check_k(k);
   const Place place = place_of(x_bits);
@@ -452,18 +484,16 @@ Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std:
   const int64_t M = x_bits.size(0), N = w_bits.size(0);
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k, place) : 0;
   const Tensor x = as_packed(x_bits), w = as_packed(w_bits);
-  const std::optional<Tensor> gate = as_packed(gate_bits);
+  const OptionalBits gate(gate_bits);
   Tensor y = new_tensor({M, N}, ScalarType::Int, place);
   if (place.cuda) {
-    CudaCall call(place);
-    call.launch(engram::cuda::launch_binary_matmul,
-                {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride, M, N, k, words_for(k),
-                 data<int32_t>(y), nullptr, nullptr, nullptr});
+    cuda_binary_matmul(place, {packed_data(x), packed_data(w), gate.data(), stride, M, N, k, words_for(k),
+                               data<int32_t>(y), nullptr, nullptr, nullptr});
     return y;
   }
   TorchRuntime rt;
-  engram::cpu::binary_matmul(rt.get(), {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride,
-                                        nullptr, data<int32_t>(y), M, N, k, words_for(k)});
+  engram::cpu::binary_matmul(rt.get(), {packed_data(x), packed_data(w), gate.data(), stride, nullptr, data<int32_t>(y),
+                                        M, N, k, words_for(k)});
   return y;
 }
 
@@ -487,20 +517,17 @@ Tensor binary_threshold(const Tensor& x_bits, const Tensor& w_bits, int64_t k, c
   const Tensor thresholds = as_contiguous(threshold), flips = as_contiguous(flip);
   const auto* threshold_data = static_cast<const int32_t*>(thresholds.const_data_ptr());
   const auto* flip_data = static_cast<const uint8_t*>(flips.const_data_ptr());
-  const std::optional<Tensor> gate = as_packed(gate_bits);
+  const OptionalBits gate(gate_bits);
   Tensor bits = new_tensor({M, words_for(N)}, ScalarType::Long, place);
   if (place.cuda) {
-    CudaCall call(place);
-    call.launch(engram::cuda::launch_binary_matmul,
-                {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride, M, N, k, words_for(k),
-                 nullptr, threshold_data, flip_data, data<uint64_t>(bits)});
+    cuda_binary_matmul(place, {packed_data(x), packed_data(w), gate.data(), stride, M, N, k, words_for(k), nullptr,
+                               threshold_data, flip_data, data<uint64_t>(bits)});
     return bits;
   }
   TorchRuntime rt;
-  engram::cpu::binary_threshold(rt.get(),
-                                {packed_data(x), packed_data(w), gate ? packed_data(*gate) : nullptr, stride, nullptr,
-                                 nullptr, M, N, k, words_for(k)},
-                                threshold_data, flip_data, data<uint64_t>(bits));
+  engram::cpu::binary_threshold(
+      rt.get(), {packed_data(x), packed_data(w), gate.data(), stride, nullptr, nullptr, M, N, k, words_for(k)},
+      threshold_data, flip_data, data<uint64_t>(bits));
   return bits;
 }
 
@@ -582,13 +609,13 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
   require(x_bits.size(0) == M, "x_bits: expected ", M, " samples like d, got ", describe(x_bits));
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k, place) : 0;
   const Tensor x = as_packed(x_bits);
-  const std::optional<Tensor> gate = as_packed(gate_bits);
+  const OptionalBits gate(gate_bits);
   if (place.cuda)
     return cuda_product(place, d, {N, k},
                         {.a_transposed = true,
                          .signs = packed_data(x),
                          .signs_by_row = true,
-                         .gate = gate ? packed_data(*gate) : nullptr,
+                         .gate = gate.data(),
                          .gate_stride = stride,
                          .R = N,
                          .I = M,
@@ -596,8 +623,7 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
   const Tensor in = as_float32(d);
   Tensor dw = new_tensor({N, k}, ScalarType::Float, place);
   TorchRuntime rt;
-  engram::cpu::gated_weight_grad(rt.get(),
-                                 {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, M, N, k},
+  engram::cpu::gated_weight_grad(rt.get(), {float_data(in), packed_data(x), gate.data(), stride, M, N, k},
                                  data<float>(dw));
   return as_dtype(dw, d.scalar_type());
 }
@@ -633,6 +659,10 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
     CudaCall call(place);
     engram::cuda::SampleEngram p{};
     fill(p);
+    if (bernoulli || temperature > 0)
+      call.refuse_capture(
+          "seed: expected no capture into a CUDA graph, which would replay one engram for ever, since the seed is read "
+          "when the call is made; an engram without noise (temperature 0) can be captured");
     p.key_stride = engram::ceil_div(K, 4) * 4;
     std::optional<Tensor> keys;
     if (!bernoulli) keys = new_tensor({M, p.key_stride}, ScalarType::Int, place);
@@ -648,25 +678,56 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   return gate;
 }
 
+struct Named {
+  const char* name;
+  const Tensor* tensor;  // null: not given
+};
+const Tensor* address(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
+// Whatever is written shares memory with nothing else. Tensors are contiguous.
+void check_apart(std::initializer_list<Named> written, std::initializer_list<Named> read) {
+  const auto share_memory = [](const Tensor& one, const Tensor& other) {
+    const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
+    const auto bytes = [](const Tensor& t) { return static_cast<uintptr_t>(t.numel() * t.element_size()); };
+    return begin(one) < begin(other) + bytes(other) && begin(other) < begin(one) + bytes(one);
+  };
+  const auto check = [&](const Named& one, const Named& other) {
+    require(one.tensor == nullptr || other.tensor == nullptr || !share_memory(*one.tensor, *other.tensor), one.name,
+            ": expected memory of its own, got some that ", other.name, " shares");
+  };
+  for (const Named& one : written) {
+    for (const Named* other = written.begin(); other != &one; ++other) check(one, *other);
+    for (const Named& other : read) check(other, one);
+  }
+}
+
+// What lies above consolidates every weight but 0 alike, and infinity times a weight of 0 would be a NaN.
+constexpr double kMostMetaplasticity = 1e38;
+
 // The arguments that both updates share, checked, all but the gradient; tensors on any device, if it is the weight's.
+// `read` are contiguous tensors that the update reads.
 engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tensor& exp_avg_sq,
                                           std::optional<Tensor>& sign_bits, double lr, double beta1, double beta2,
                                           double eps, double weight_decay, double metaplasticity, int64_t step,
                                           double weight_bound, std::optional<Tensor>& exp_avg_scale,
                                           std::optional<Tensor>& exp_avg_sq_scale, const std::optional<Tensor>& seed,
-                                          int64_t first_row) {
+                                          int64_t first_row, std::initializer_list<Named> read) {
   const Place place = place_of(weight);
   const ScalarType weight_dtype = weight.scalar_type(), state_dtype = exp_avg.scalar_type();
-  require((weight_dtype == ScalarType::Float || weight_dtype == ScalarType::BFloat16) && weight.dim() == 2 &&
-              weight.is_contiguous(),
-          "weight: expected contiguous float32 or bfloat16 of 2 dimensions, got ", describe(weight));
+  require(weight_dtype == ScalarType::Float || weight_dtype == ScalarType::BFloat16,
+          "weight: expected float32 or bfloat16, got ", describe(weight));
+  require(weight.dim() == 2, "weight: expected 2 dimensions, got ", describe(weight));
   const int64_t N = weight.size(0), K = weight.size(1);
   check_k(K);
   const auto check = [&](const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns) {
     check_place(name, t, place);
-    require(t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(),
-            name, ": expected contiguous ", dtype_name(dtype), " (", rows, ", ", columns, "), got ", describe(t));
+    require(t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected ",
+            dtype_name(dtype), " (", rows, ", ", columns, "), got ", describe(t));
+    require(
+        t.is_contiguous() && aligned(t, static_cast<uintptr_t>(t.element_size())), name,
+        ": expected contiguous memory that is aligned to its dtype, to update it in place, got a view of other data");
   };
+  check("weight", weight, weight_dtype, N, K);
   require(state_dtype == ScalarType::Float || state_dtype == ScalarType::BFloat16 || state_dtype == ScalarType::Char,
           "exp_avg: expected float32, bfloat16 or int8, got ", describe(exp_avg));
   const bool scaled = state_dtype == ScalarType::Char;
@@ -686,15 +747,23 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
   const Seed key = seed ? check_seed(*seed) : Seed{};
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
   if (sign_bits) check("sign_bits", *sign_bits, ScalarType::Long, N, words_for(K));
-  require(lr >= 0, "lr: expected at least 0, got ", lr);
+  require(lr >= 0 && std::isfinite(lr), "lr: expected a finite number of at least 0, got ", lr);
   require(beta1 >= 0 && beta1 < 1, "beta1: expected in [0, 1), got ", beta1);
   require(beta2 >= 0 && beta2 < 1, "beta2: expected in [0, 1), got ", beta2);
   require(eps >= 0, "eps: expected at least 0, got ", eps);
-  require(weight_decay >= 0, "weight_decay: expected at least 0, got ", weight_decay);
+  require(weight_decay >= 0 && std::isfinite(weight_decay),
+          "weight_decay: expected a finite number of at least 0, got ", weight_decay);
   require(metaplasticity >= 0, "metaplasticity: expected at least 0, got ", metaplasticity);
   const auto float_bound = static_cast<float>(weight_bound);
   require(float_bound > 0, "weight_bound: expected above 0 in float32, got ", weight_bound);
   require(step >= 1, "step: expected at least 1, got ", step);
+  check_apart({{"weight", &weight},
+               {"exp_avg", &exp_avg},
+               {"exp_avg_sq", &exp_avg_sq},
+               {"sign_bits", address(sign_bits)},
+               {"exp_avg_scale", address(exp_avg_scale)},
+               {"exp_avg_sq_scale", address(exp_avg_sq_scale)}},
+              read);
   const double t = static_cast<double>(step);
   const double step_size = lr * std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t));
   engram::cpu::MetaplasticAdam p{};
@@ -712,7 +781,8 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
   p.beta1 = static_cast<float>(beta1), p.one_minus_beta1 = static_cast<float>(1 - beta1);
   p.beta2 = static_cast<float>(beta2), p.one_minus_beta2 = static_cast<float>(1 - beta2);
   p.eps = static_cast<float>(eps), p.weight_decay = static_cast<float>(weight_decay);
-  p.metaplasticity = static_cast<float>(metaplasticity), p.step_size = static_cast<float>(step_size);
+  p.metaplasticity = static_cast<float>(metaplasticity < kMostMetaplasticity ? metaplasticity : kMostMetaplasticity);
+  p.step_size = static_cast<float>(step_size);
   p.weight_bound = float_bound;
   p.seed = key.key, p.offset = key.offset, p.first_row = static_cast<uint64_t>(first_row);
   return p;
@@ -734,28 +804,29 @@ double check_update_of(Tensor weight, std::optional<Tensor> grad, Tensor exp_avg
                        std::optional<Tensor> seed, int64_t first_row) {
   const engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
-                   weight_bound, exp_avg_scale, exp_avg_sq_scale, seed, first_row);
+                   weight_bound, exp_avg_scale, exp_avg_sq_scale, seed, first_row, {{"grad", address(grad)}});
   if (grad) check_grad(*grad, weight);
   return p.step_size;
 }
 
-constexpr const char* kNaNWeight = "grad: expected finite numbers, got values that made a weight NaN";
+constexpr const char* kNotFinite =
+    "grad: expected finite steps, got NaN or infinity; those weights were left as they were";
 
 void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
                        std::optional<Tensor> sign_bits, double lr, double beta1, double beta2, double eps,
                        double weight_decay, double metaplasticity, int64_t step, double weight_bound,
                        std::optional<Tensor> exp_avg_scale, std::optional<Tensor> exp_avg_sq_scale,
                        std::optional<Tensor> seed, int64_t first_row) {
+  const Tensor g = as_contiguous(grad);
   engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
-                   weight_bound, exp_avg_scale, exp_avg_sq_scale, seed, first_row);
-  check_grad(grad, weight);
-  const Tensor g = as_contiguous(grad);
+                   weight_bound, exp_avg_scale, exp_avg_sq_scale, seed, first_row, {{"grad", &g}});
+  check_grad(g, weight);
   p.grad = g.const_data_ptr();
   p.grad_element = element_of(g.scalar_type());
   p.grad_stride = p.K;
   TorchRuntime rt;
-  require(!engram::cpu::metaplastic_adam(rt.get(), p), kNaNWeight);
+  require(!engram::cpu::metaplastic_adam(rt.get(), p), kNotFinite);
 }
 
 void gated_metaplastic_adam_(const Tensor& d, const Tensor& x_bits, std::optional<Tensor> gate_bits, Tensor weight,
@@ -763,22 +834,22 @@ void gated_metaplastic_adam_(const Tensor& d, const Tensor& x_bits, std::optiona
                              double beta1, double beta2, double eps, double weight_decay, double metaplasticity,
                              int64_t step, double weight_bound, std::optional<Tensor> exp_avg_scale,
                              std::optional<Tensor> exp_avg_sq_scale, std::optional<Tensor> seed, int64_t first_row) {
-  const engram::cpu::MetaplasticAdam p =
-      check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
-                   weight_bound, exp_avg_scale, exp_avg_sq_scale, seed, first_row);
   const Place place = place_of(weight);
   check_matrix("d", d, place);
-  check_packed("x_bits", x_bits, p.K, place);
-  const int64_t M = d.size(0);
-  require(d.size(1) == p.N, "d: expected shape (M, ", p.N, ") to meet the rows of the weight, got ", describe(d));
-  require(x_bits.size(0) == M, "x_bits: expected ", M, " samples like d, got ", describe(x_bits));
-  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, p.K, place) : 0;
+  const int64_t M = d.size(0), N = d.size(1), K = weight.dim() == 2 ? weight.size(1) : 0;
+  check_packed("x_bits", x_bits, K, place);
+  const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, K, place) : 0;
   const Tensor in = as_float32(d), x = as_packed(x_bits);
-  const std::optional<Tensor> gate = as_packed(gate_bits);
+  const OptionalBits gate(gate_bits);
+  const engram::cpu::MetaplasticAdam p = check_update(
+      weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step, weight_bound,
+      exp_avg_scale, exp_avg_sq_scale, seed, first_row, {{"d", &in}, {"x_bits", &x}, {"gate_bits", gate.tensor()}});
+  require(N == p.N, "d: expected shape (M, ", p.N, ") to meet the rows of the weight, got ", describe(d));
+  require(x_bits.size(0) == M, "x_bits: expected ", M, " samples like d, got ", describe(x_bits));
   TorchRuntime rt;
-  const bool nan = engram::cpu::gated_metaplastic_adam(
-      rt.get(), {float_data(in), packed_data(x), gate ? packed_data(*gate) : nullptr, stride, M, p.N, p.K}, p);
-  require(!nan, kNaNWeight);
+  const bool failed = engram::cpu::gated_metaplastic_adam(
+      rt.get(), {float_data(in), packed_data(x), gate.data(), stride, M, p.N, p.K}, p);
+  require(!failed, kNotFinite);
 }
 
 // ---- what was built and what runs
@@ -802,8 +873,8 @@ int32_t* nan_flags() {
 
 void check_all_nan_flags() { check_nan_flags(nan_flags()); }
 
-// Address that the update on CUDA, which is not in this library, writes 1 to if a weight becomes NaN. Raises what has
-// been reported so far.
+// Address that the update on CUDA, which is not in this library, writes 1 to if a weight could not be updated. Raises
+// what has been reported so far.
 int64_t update_nan_flag() {
   int32_t* flags = nan_flags();
   check_nan_flags(flags);

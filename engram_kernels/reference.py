@@ -173,6 +173,7 @@ def sample_engram(
 
 _DROPPED = 20  # bits of a float32 below three of mantissa
 _FIRST_ZERO, _SECOND_ZERO = 2.0**-15, 2.0**-31
+_CARRY = (1 << 20) + (1 << 8)  # carries the bits of what is above 1.875 - 2^-15, the largest code, into the exponent
 SCALE_BLOCK = 64
 
 
@@ -202,11 +203,15 @@ def _by_unit(scale: Tensor, k: int) -> Tensor:
 
 
 def _block_scale(x: Tensor) -> Tensor:
-    """The power of two at or below the largest magnitude in every block of 64 units of a row, at most 2^126, or 0."""
+    """The scale of every block of 64 units of a row.
+
+    The least power of two for which the largest code stands for no less than the block's largest magnitude, at most
+    2^126; 0 for a block of zeros.
+    """
     k = x.shape[1]
     magnitude = torch.nn.functional.pad(x.abs(), (0, -k % SCALE_BLOCK))
     largest = magnitude.unflatten(1, (-1, SCALE_BLOCK)).amax(dim=2)
-    return _float((_bits(largest) & 0x7F800000).clamp(max=253 << 23))
+    return _float((_bits(largest) + _CARRY & 0x7F800000).clamp(max=253 << 23))
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
@@ -270,7 +275,10 @@ def metaplastic_adam_(
 
     ``W -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)``, where ``mu' = mu (1 - tanh^2(m |W|))`` if the
     step would shrink ``|W|`` and ``mu`` otherwise. ``weight_decay`` is coupled: it is added to the gradient.
-    ``W`` is then clipped to ``[-weight_bound, weight_bound]``, and a NaN stays one.
+    ``W`` is then clipped to ``[-weight_bound, weight_bound]``.
+
+    Where the gradient (with decay) is not finite, ``W``, ``mu`` and ``v`` stay as they are; where the new ``W`` would
+    be a NaN, ``W`` does. Raises: RuntimeError in either case, once everything else is updated.
 
     ``weight`` is float32, float64 or bfloat16. The moments are like it, or bfloat16, or int8 and uint8 with
     ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with
@@ -284,12 +292,15 @@ def metaplastic_adam_(
     mu = decode_first_moment(exp_avg, exp_avg_scale) if scaled else _widened(exp_avg)  # type: ignore[arg-type]
     v = decode_second_moment(exp_avg_sq, exp_avg_sq_scale) if scaled else _widened(exp_avg_sq)  # type: ignore[arg-type]
     g = _widened(grad) + weight_decay * w
-    mu = beta1 * mu + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * (g * g)
+    finite = g.isfinite()
+    mu = torch.where(finite, beta1 * mu + (1 - beta1) * g, mu)
+    v = torch.where(finite, beta2 * v + (1 - beta2) * (g * g), v)
     step_avg = torch.where(w.sign() * mu.sign() > 0, mu * (1 - torch.tanh(metaplasticity * w.abs()) ** 2), mu)
     step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    stepped = w - torch.where(finite, step_size * (step_avg / (v.sqrt() + eps)), 0.0)
+    failed = bool((~finite | stepped.isnan()).any())
     bound = w.new_tensor(weight_bound)
-    w = (w - step_size * (step_avg / (v.sqrt() + eps))).clamp(-bound, bound)
+    w = torch.where(stepped.isnan(), w, stepped).clamp(-bound, bound)
     if exp_avg.dtype in (torch.bfloat16, torch.int8) or weight.dtype == torch.bfloat16:
         assert seed is not None
         own_draw = weight.dtype == torch.bfloat16
@@ -312,7 +323,9 @@ def metaplastic_adam_(
         elif kept.is_floating_point():
             kept.copy_(x)
     if sign_bits is not None:
-        sign_bits.copy_(pack_signs(weight))
+        sign_bits.copy_(_pack(weight >= 0))
+    if failed:
+        raise RuntimeError("grad: expected finite steps, got NaN or infinity; those weights were left as they were")
 
 
 def gated_metaplastic_adam_(

@@ -3,12 +3,19 @@
 // distance from the lower. A moving average would otherwise stand still once its steps are less than half a unit.
 //
 //   bfloat16   the upper half of a float32
-//   moments in blocks of 64 units of a row, with a scale 2^e per block, the exponent of the largest magnitude:
+//   moments in blocks of 64 units of a row, with a scale per block, a power of two:
 //   first      int8, sign and magnitude 0 .. 127; magnitude c stands for scale * (E(c) - 2^-15)
 //   second     uint8 0 .. 255;                    code c stands for      scale * (E(c) - 2^-31)
 //              E(c) is the float whose bits are those of 2^-15 (2^-31) plus c << 20: three bits of mantissa in every
-//              octave, as in an 8-bit float, and evenly spaced near 0. A second moment never rounds down to 0 in a
-//              block that has a larger one, lest the quotient of the moments explode.
+//              octave, as in an 8-bit float, and evenly spaced near 0.
+//   scale      the least power of two for which the largest magnitude of the block is at most what the largest code
+//              stands for, about 1.875 scales. So every magnitude lies between two codes, and an average that grows
+//              climbs into the next octave. (A scale that is the exponent of the largest magnitude, which reaches 2
+//              scales, would hold it down at 1.875.)
+//
+// The range of a block is its limit below. First moments are spaced 2^-18 scales apart near 0. Second moments are
+// spaced 2^-34 scales apart there and none is held at less than that, lest the quotient of the moments explode: one
+// gradient more than about 10^6 times as large as the others of its block holds their steps down until it has decayed.
 //
 // 16 random bits round both moments of a unit: half `unit % 2` (low half first) of the draw of unit / 2, core/philox.h.
 // Where the weight is bfloat16, the unit has a draw of its own: the low half for the moments, the high half for the
@@ -26,6 +33,8 @@ constexpr int64_t kScaleBlock = 64;
 constexpr int kDrop = 20;                             // bits of a float below the three of mantissa
 constexpr uint32_t kFirstBits = uint32_t{112} << 23;  // 2^-15
 constexpr uint32_t kSecondBits = uint32_t{96} << 23;  // 2^-31
+// Carries into the exponent the bits of every magnitude above 1.875 - 2^-15, which the largest code stands for.
+constexpr uint32_t kCarry = (uint32_t{1} << 20) + (uint32_t{1} << 8);
 
 ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t random16) {
   return static_cast<uint16_t>((bits_from_float(x) + random16) >> 16);
@@ -33,9 +42,9 @@ ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t random16) {
 ENGRAM_FUNCTION float from_bfloat16(uint16_t x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
 
 // The scale of a block whose largest magnitude has these bits: 0 for a block of zeros, at most 2^126, so that its
-// reciprocal is a normal number; what lies above 2^127 is held as the largest code.
+// reciprocal is a normal number; what lies above 1.875 * 2^126 is held as the largest code.
 ENGRAM_FUNCTION float block_scale(uint32_t largest_bits) {
-  const uint32_t exponent = largest_bits & 0x7F800000u, limit = uint32_t{253} << 23;
+  const uint32_t exponent = (largest_bits + kCarry) & 0x7F800000u, limit = uint32_t{253} << 23;
   return float_from_bits(exponent < limit ? exponent : limit);
 }
 ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {

@@ -1,7 +1,7 @@
 // binary_matmul: y[m,n] = popc(g[m]) - 2 popc((x[m] ^ w[n]) & g[m])
 //
 //   x  [M, words]  packed signs of the activations (core/bits.h)
-//   w  [N, words]  packed signs of the weights
+//   w  [N, words]  packed signs of the weights; their padding bits do not count
 //   g  [words] or [M, words] gate, 1 = recruited; null means every unit, and popc(g) = K
 //   y  [M, N] int32
 //
@@ -47,6 +47,8 @@ ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, i
     const uint64_t* row = p.w + (n + j) * p.words + word;
     for (int64_t i = whole; i < block; ++i) panel[i * kPanel + j] = n + j < p.N ? row[i] : 0;
   }
+  for (int64_t i = p.K / kWordBits > word ? p.K / kWordBits - word : 0; i < block; ++i)
+    for (int64_t j = 0; j < kPanel; ++j) panel[i * kPanel + j] &= valid_bits(word + i, p.K);
 }
 
 // Adds the distances of Rows samples within their gates, for one word.
@@ -155,10 +157,18 @@ void panel_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n
   }
 }
 
-// n < kBitLanes words from p, the rest zero.
+// n <= kBitLanes words from p, the rest zero.
 ENGRAM_INLINE Bits load_words(const uint64_t* p, int64_t n) {
+  if (n == kBitLanes) return bits_load(p);
   uint64_t block[kBitLanes] = {};
   for (int64_t i = 0; i < n; ++i) block[i] = p[i];
+  return bits_load(block);
+}
+
+// valid_bits of kBitLanes words from `word` on.
+ENGRAM_INLINE Bits valid_words(int64_t word, int64_t k) {
+  uint64_t block[kBitLanes];
+  for (int64_t i = 0; i < kBitLanes; ++i) block[i] = valid_bits(word + i, k);
   return bits_load(block);
 }
 
@@ -181,7 +191,7 @@ ENGRAM_INLINE void count_block(const uint64_t* x, const uint64_t* g, const uint6
 
 template <bool Gated>
 void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
-  const int64_t vectors = p.words / kBitLanes, tail = p.words % kBitLanes;
+  const int64_t vectors = p.K / kWordBits / kBitLanes;  // without padding
   for (int64_t n = n_begin; n < n_end; n += kDotColumns) {
     const int columns = static_cast<int>(smaller<int64_t>(kDotColumns, n_end - n));
     const uint64_t* w[kDotColumns];
@@ -196,9 +206,9 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
         count_block<Gated>(x, g, w, first * kBitLanes, smaller(kCountSteps, vectors - first), partial);
         for (int j = 0; j < kDotColumns; ++j) wide[j] = add_wide(wide[j], widen(partial[j]));
       }
-      if (tail > 0) {
-        const int64_t i = vectors * kBitLanes;
-        const Bits xi = load_words(x + i, tail), gi = Gated ? load_words(g + i, tail) : bits_all(~uint64_t{0});
+      for (int64_t i = vectors * kBitLanes; i < p.words; i += kBitLanes) {
+        const int64_t tail = smaller<int64_t>(kBitLanes, p.words - i);
+        const Bits xi = load_words(x + i, tail), gi = Gated ? load_words(g + i, tail) : valid_words(i, p.K);
         for (int j = 0; j < kDotColumns; ++j)
           wide[j] = add_wide(wide[j], widen(count(differ_within(xi, load_words(w[j] + i, tail), gi))));
       }

@@ -11,9 +11,9 @@ enum class Element { kFloat32, kBFloat16, kFloat16 };
 
 // gate_stride is in words: 0 for one gate shared by all samples, `words` for one gate per sample.
 struct BinaryMatmul {
-  const uint64_t* x;     // [M, words]
+  const uint64_t* x;     // [M, words], without a gate with padding 0
   const uint64_t* w;     // [N, words]
-  const uint64_t* gate;  // [words] or [M, words], null: every unit recruited
+  const uint64_t* gate;  // [words] or [M, words], padding 0; null: every unit recruited
   int64_t gate_stride;
   const int32_t* recruited;  // [M or 1] popcount of each gate row; null without a gate
   int32_t* y;                // [M, N]
@@ -125,7 +125,7 @@ struct Kernels {
                             float* dw, int64_t dw_stride);
   // `keys` is scratch of K words; true if a NaN score was seen.
   bool (*sample_engram)(const SampleEngram&, uint32_t* keys, int64_t m_begin, int64_t m_end);
-  // Range in words of weights, row-major; true if a weight became NaN.
+  // Range in words of weights, row-major; true if a weight could not be updated.
   bool (*metaplastic_adam)(const MetaplasticAdam&, int64_t begin, int64_t end);
 };
 

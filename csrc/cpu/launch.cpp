@@ -63,6 +63,20 @@ T* workspace(const Runtime& rt, int64_t elements) {
   return static_cast<T*>(rt.allocate(rt.owner, static_cast<size_t>(elements) * sizeof(T)));
 }
 
+// The rows with their padding set to 0: themselves where it is, as in everything that this library packs.
+const uint64_t* without_padding(const Runtime& rt, const uint64_t* bits, int64_t rows, int64_t k) {
+  const int64_t words = words_for(k), first = k / kWordBits;  // the words from `first` on hold padding
+  uint64_t set = 0;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t word = first; word < words; ++word) set |= bits[row * words + word] & ~valid_bits(word, k);
+  if (set == 0) return bits;
+  uint64_t* cleared = workspace<uint64_t>(rt, rows * words);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t word = 0; word < words; ++word)
+      cleared[row * words + word] = bits[row * words + word] & valid_bits(word, k);
+  return cleared;
+}
+
 // Whether to split a product over its `outer` blocks (the better for reuse of the operand they stand for) or over
 // samples.
 bool enough_blocks(const Runtime& rt, int64_t blocks) { return blocks >= 4 * rt.threads; }
@@ -112,8 +126,11 @@ void unpack_signs(const Runtime& rt, const uint64_t* bits, int64_t rows, int64_t
 
 void binary_matmul(const Runtime& rt, BinaryMatmul p) {
   const Kernels& kernels = *active().load();
-  if (p.gate != nullptr) {
+  if (p.gate == nullptr) {
+    p.x = without_padding(rt, p.x, p.M, p.K);
+  } else {
     const int64_t rows = p.gate_stride == 0 ? 1 : p.M;
+    p.gate = without_padding(rt, p.gate, rows, p.K);
     int32_t* recruited = workspace<int32_t>(rt, rows);
     share(rt, rows, p.words,
           [&](int64_t begin, int64_t end) { kernels.popcount_rows(p.gate, p.words, recruited, begin, end); });
@@ -195,6 +212,7 @@ void masked_input_grad(const Runtime& rt, const float* d, const uint64_t* w, con
                        float* dx, int64_t M, int64_t N, int64_t K) {
   const Kernels& kernels = *active().load();
   const int64_t words = words_for(K), mask_rows = mask_stride == 0 ? 1 : M;
+  mask = without_padding(rt, mask, mask_rows, K);
   int32_t* recruited = workspace<int32_t>(rt, mask_rows);
   kernels.popcount_rows(mask, words, recruited, 0, mask_rows);
   int64_t taking_part = 0;
@@ -224,6 +242,7 @@ class WeightGrad {
     int64_t recruited = p_.K, rows = 1;
     if (p_.gate != nullptr) {
       rows = p_.gate_stride == 0 ? 1 : p_.M;
+      p_.gate = without_padding(rt, p_.gate, rows, p_.K);
       int32_t* counts = workspace<int32_t>(rt, rows);
       kernels.popcount_rows(p_.gate, words, counts, 0, rows);
       recruited = 0;
@@ -278,7 +297,7 @@ class WeightGrad {
 
  private:
   const Kernels& kernels_;
-  const WeightGradOperands p_;
+  WeightGradOperands p_;
   GatedWeightGrad lists_{};
   const uint64_t* plus_ = nullptr;
   const uint64_t* minus_ = nullptr;

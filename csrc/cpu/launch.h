@@ -55,7 +55,7 @@ void masked_input_grad(const Runtime&, const float* d, const uint64_t* w, const 
 // dw [N, K].
 void gated_weight_grad(const Runtime&, const WeightGradOperands& p, float* dw);
 bool sample_engram(const Runtime&, const SampleEngram& p);
-// True if a weight became NaN.
+// True if a weight could not be updated.
 bool metaplastic_adam(const Runtime&, const MetaplasticAdam& p);
 // The same with the gradient that gated_weight_grad would give, made and consumed block by block; p.grad is not read.
 bool gated_metaplastic_adam(const Runtime&, const WeightGradOperands& gradient, const MetaplasticAdam& p);

@@ -6,6 +6,7 @@
 //   W  -= step_size * mu' / (sqrt(v) + eps),   step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t)
 //   W   = weight_bound if W > weight_bound, -weight_bound if W < -weight_bound;  infinity bounds nothing
 //
+// Where g is not finite, W, mu and v stay as they are; where the new W would be a NaN, W does. Either is reported.
 // (Laborieux et al. 2021, eq. 2 and their published optimizer, which tests the sign of the momentum.)
 // 1 - tanh^2(z) = 4 t / (1 + t)^2 with t = e^{-2z}. All tensors [N, K]: the weight float32 or bfloat16, the moments
 // float32 or in one of the compact formats of core/compact.h, rounded with random bits; the weight is clipped before,
@@ -40,21 +41,26 @@ ENGRAM_INLINE float power_of_two(float x) {
 }
 
 // The update of n <= 64 weights, written to be vectorised. In stages over all of them: operations that wait for each
-// other, root and quotient above all, would otherwise fill the processor's window.
-ENGRAM_INLINE void update(const MetaplasticAdam& p, int64_t n, float* __restrict w, const float* __restrict grad,
+// other, root and quotient above all, would otherwise fill the processor's window. True if a weight could not be
+// updated.
+ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict w, const float* __restrict grad,
                           float* __restrict exp_avg, float* __restrict exp_avg_sq) {
   constexpr float kLog2E = 1.44269504f;
+  constexpr uint32_t kInfinity = 0x7F800000u;
   const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
   const float slope = -2.0f * kLog2E * p.metaplasticity;
   alignas(64) float t[kWordBits], root[kWordBits];
+  uint32_t failed = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float weight = w[i];
     const float g = grad[i] + p.weight_decay * weight;
-    const float mu = keep1 * exp_avg[i] + take1 * g;
-    const float v = keep2 * exp_avg_sq[i] + take2 * (g * g);
+    const bool finite = (bits_from_float(g) & kInfinity) != kInfinity;
+    const float mu = finite ? keep1 * exp_avg[i] + take1 * g : exp_avg[i];
+    const float v = finite ? keep2 * exp_avg_sq[i] + take2 * (g * g) : exp_avg_sq[i];
+    failed |= static_cast<uint32_t>(!finite);
     exp_avg[i] = mu;
     exp_avg_sq[i] = v;
-    root[i] = __builtin_sqrtf(v) + p.eps;
+    root[i] = finite ? __builtin_sqrtf(v) + p.eps : float_from_bits(kInfinity);  // a step of 0
     // Same signs: the step would shrink |W|. Otherwise t = 1, and the factor 4 t / (1 + t)^2 is exactly 1, as it is
     // where the weight is 0.
     const bool opposed = static_cast<int32_t>(bits_from_float(weight) ^ bits_from_float(mu)) >= 0;
@@ -63,11 +69,14 @@ ENGRAM_INLINE void update(const MetaplasticAdam& p, int64_t n, float* __restrict
   for (int64_t i = 0; i < n; ++i) t[i] = power_of_two(t[i]);
   for (int64_t i = 0; i < n; ++i) {
     const float quotient = (exp_avg[i] * (4.0f * t[i])) / (root[i] * ((1.0f + t[i]) * (1.0f + t[i])));
-    // comparisons that a NaN fails, so that it stays one and is reported
     const float stepped = w[i] - p.step_size * quotient;
-    const float clipped = stepped > p.weight_bound ? p.weight_bound : stepped;
+    const bool number = stepped == stepped;
+    failed |= static_cast<uint32_t>(!number);
+    const float kept = number ? stepped : w[i];
+    const float clipped = kept > p.weight_bound ? p.weight_bound : kept;
     w[i] = clipped < -p.weight_bound ? -p.weight_bound : clipped;
   }
+  return failed != 0;
 }
 
 // How the 64 numbers of a word are held in memory. Formats other than float32 read them into floats and write them
@@ -176,8 +185,7 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
     First::read(exp_avg, p.exp_avg_scale + block, n, mu);
     Second::read(exp_avg_sq, p.exp_avg_sq_scale + block, n, v);
   }
-  update(p, n, w, g, mu, v);
-  bool nan = false;
+  bool failed = update(p, n, w, g, mu, v);
   if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) {
     const uint64_t draw_row = p.first_row + static_cast<uint64_t>(row);
     alignas(64) uint16_t own[kWordBits];
@@ -188,7 +196,6 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
       uint32_t draws[kWordBits];
       source.group<kWordBits>(draw_row, unit, draws);
       for (int64_t i = 0; i < kWordBits; ++i) own[i] = static_cast<uint16_t>(draws[i] >> 16);
-      for (int64_t i = 0; i < n; ++i) nan |= w[i] != w[i];  // rounding may carry a NaN over to -0
       Weight::write(w, random, n, weight, nullptr);
       Weight::read(weight, nullptr, n, w);  // rounding may have made a small negative weight -0, whose sign is +1
       for (int64_t i = 0; i < kWordBits; ++i) own[i] = static_cast<uint16_t>(draws[i]);
@@ -198,21 +205,18 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
       Second::write(v, random, n, exp_avg_sq, p.exp_avg_sq_scale + block);
     }
   }
+  if (p.sign_bits == nullptr) return failed;
   uint64_t bits = 0;
   if (n == kWordBits) {
-    bits = signs_of_64(w, nan);
+    bits = signs_of_64(w, failed);
   } else {
-    for (int64_t i = 0; i < n; ++i) {
-      bits |= static_cast<uint64_t>(w[i] >= 0.0f) << i;
-      nan |= w[i] != w[i];
-    }
+    for (int64_t i = 0; i < n; ++i) bits |= static_cast<uint64_t>(w[i] >= 0.0f) << i;
   }
-  if (p.sign_bits == nullptr) return nan;
   uint64_t* word = p.sign_bits + row * p.words + unit / kWordBits;
   *word = bits;
   if (unit + n == p.K)
     for (uint64_t* padding = word + 1; padding < p.sign_bits + (row + 1) * p.words; ++padding) *padding = 0;
-  return nan;
+  return failed;
 }
 
 template <typename Weight, typename Grad, typename First, typename Second>
@@ -220,15 +224,15 @@ bool update_words(const MetaplasticAdam& p, int64_t begin, int64_t end) {
   const int64_t used = ceil_div(p.K, kWordBits);  // words of a row that hold weights
   const Draws source(p.seed, p.offset);
   RandomHalves halves(source);
-  bool nan = false;
+  bool failed = false;
   for (int64_t word = begin; word < end; ++word) {
     const int64_t row = word / used, unit = word % used * kWordBits;
     if (p.K - unit >= kWordBits)
-      nan |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, kWordBits);
+      failed |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, kWordBits);
     else
-      nan |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, p.K - unit);
+      failed |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, p.K - unit);
   }
-  return nan;
+  return failed;
 }
 
 template <typename Weight, typename Grad>

@@ -37,6 +37,13 @@ struct UnpackSigns {
   void* out;             // [rows, K]
 };
 
+struct ValidGate {
+  const uint64_t* gate;  // [rows, words], null: every unit
+  int64_t rows, K, words;
+  uint64_t* out;  // [rows, words]
+};
+
+// Padding of x and w counts, unless a gate leaves it out, and so does that of the gate.
 struct BinaryMatmul {
   const uint64_t* x;     // [M, words]
   const uint64_t* w;     // [N, words]
@@ -84,6 +91,7 @@ struct SampleEngram {
 int launch_pack_signs(const PackSigns& p, void* stream);
 int launch_pack_window(const PackWindow& p, void* stream);
 int launch_unpack_signs(const UnpackSigns& p, void* stream);
+int launch_valid_gate(const ValidGate& p, void* stream);
 int launch_binary_matmul(const BinaryMatmul& p, void* stream);
 int launch_sign_product(const SignProduct& p, void* stream);
 int launch_sample_engram(const SampleEngram& p, void* stream);
@@ -97,5 +105,7 @@ int leave_device(int previous);
 enum NaNSource { kPackSigns, kSampleEngram, kMetaplasticAdam, kNaNSources };
 int nan_flags(int32_t** flags);
 const char* error_text(int error);
+// Whether work queued on the stream is recorded in a graph, which replays it with the arguments that it has now.
+int is_capturing(void* stream, bool* capturing);
 
 }  // namespace engram::cuda

@@ -7,6 +7,7 @@
 #include "cuda/sample_engram.cuh"
 #include "cuda/sign_product.cuh"
 #include "cuda/unpack.cuh"
+#include "cuda/valid_gate.cuh"
 
 namespace engram::cuda {
 
@@ -21,6 +22,7 @@ __global__ void probe_kernel() {}
 int launch_pack_signs(const PackSigns& p, void* stream) { return pack_signs(p, as_stream(stream)); }
 int launch_pack_window(const PackWindow& p, void* stream) { return pack_window(p, as_stream(stream)); }
 int launch_unpack_signs(const UnpackSigns& p, void* stream) { return unpack_signs(p, as_stream(stream)); }
+int launch_valid_gate(const ValidGate& p, void* stream) { return valid_gate(p, as_stream(stream)); }
 int launch_sign_product(const SignProduct& p, void* stream) { return sign_product(p, as_stream(stream)); }
 int launch_sample_engram(const SampleEngram& p, void* stream) { return sample_engram(p, as_stream(stream)); }
 
@@ -44,6 +46,13 @@ int use_device(int device, int* previous) {
 }
 
 int leave_device(int previous) { return cudaSetDevice(previous); }
+
+int is_capturing(void* stream, bool* capturing) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(as_stream(stream), &status);
+  *capturing = status != cudaStreamCaptureStatusNone;
+  return error;
+}
 
 int nan_flags(int32_t** flags) {
   static int32_t* allocated = nullptr;

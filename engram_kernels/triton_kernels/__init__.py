@@ -27,8 +27,17 @@ def _launch() -> Callable[..., None]:
 
 
 def _nan_flag() -> int:
-    """Address of the int32 in which later operators find that a weight became NaN; raises what was found before."""
+    """Address of the int32 in which later operators find that a weight could not be updated; raises what was found before."""
     return _ops._update_nan_flag()
+
+
+def _refuse_capture() -> None:
+    """Raises: RuntimeError within the capture of a CUDA graph."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step: expected no capture into a CUDA graph, which would replay one step's bias correction and random bits "
+            "for ever, since both are read when the call is made"
+        )
 
 
 def metaplastic_adam_(
@@ -43,10 +52,11 @@ def metaplastic_adam_(
     **settings: Any,
 ) -> None:
     """:func:`engram_kernels.ops.metaplastic_adam_` on CUDA; a NaN is an error of a later operator."""
-    launch, state = _launch(), (exp_avg, exp_avg_sq, sign_bits)
+    launch, state, grad = _launch(), (exp_avg, exp_avg_sq, sign_bits), grad.contiguous()
     step_size = _ops._check_update(weight, grad, *state, lr=lr, step=step, **settings)
+    _refuse_capture()
     with torch.cuda.device(weight.device):
-        launch(weight, grad.contiguous(), *state, step_size=step_size, nan_flag=_nan_flag(), **settings)
+        launch(weight, grad, *state, step_size=step_size, nan_flag=_nan_flag(), **settings)
 
 
 def gated_metaplastic_adam_(
@@ -70,6 +80,7 @@ def gated_metaplastic_adam_(
     step_size = _ops._check_update(
         weight, None, exp_avg, exp_avg_sq, sign_bits, lr=lr, step=step, first_row=first_row, **scales, **settings
     )
+    _refuse_capture()
     n, k = weight.shape
     if d.dim() != 2 or d.shape[1] != n:
         raise RuntimeError(f"d: expected shape (M, {n}) to meet the rows of the weight, got {tuple(d.shape)}")

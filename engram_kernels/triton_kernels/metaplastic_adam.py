@@ -8,6 +8,8 @@
     W  -= step_size * mu' / (sqrt(v) + eps),   step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t)
     W   = weight_bound if W > weight_bound, -weight_bound if W < -weight_bound;  infinity bounds nothing
 
+Where g is not finite, W, mu and v stay as they are; where the new W would be a NaN, W does. Either is reported. ::
+
     weight                [N, K] float32 or bfloat16
     grad                  [N, K] float32 or like the weight
     exp_avg, exp_avg_sq   [N, K] float32, bfloat16, or int8 and uint8 with scales [N, ceil(K / 64)]
@@ -50,11 +52,14 @@ _FIRST_ZERO, _FIRST_BITS = tl.constexpr(2.0**-15), tl.constexpr(112 << 23)
 _SECOND_ZERO, _SECOND_BITS = tl.constexpr(2.0**-31), tl.constexpr(96 << 23)
 _NOISE_SHIFT = tl.constexpr(_DROPPED.value - 16)
 _NOISE_MIDDLE = tl.constexpr(1 << (_DROPPED.value - 17))
+_CARRY = tl.constexpr((1 << 20) + (1 << 8))  # of what is above the largest code, into the exponent
+_EXPONENT = tl.constexpr(0x7F800000)  # the bits of a float's exponent, all 1 where it is not finite
 _LARGEST_SCALE = tl.constexpr(253 << 23)
 _SCALE_AND_RECIPROCAL = tl.constexpr(254 << 23)  # the bits of a power of two and of its reciprocal add up to this
 
 NUM_WARPS = 4
 _LOG2_E = 1.44269504
+_MOST_METAPLASTICITY = 1e38  # infinity times a weight of 0 would be a NaN
 
 
 @triton.jit
@@ -116,7 +121,7 @@ def _block_scale(x):
     """Bits of the scale, a power of two, of every quad's block."""
     largest = tl.max((_bits(x) & 0x7FFFFFFF).to(tl.int32), axis=2)
     largest = tl.max(_groups_of_quads(largest, _BLOCK_QUADS), axis=2)
-    return _by_quad(tl.minimum(largest & 0x7F800000, _LARGEST_SCALE), _BLOCK_QUADS)
+    return _by_quad(tl.minimum((largest + _CARRY) & _EXPONENT, _LARGEST_SCALE), _BLOCK_QUADS)
 
 
 @triton.jit
@@ -205,8 +210,8 @@ def metaplastic_adam_kernel(
 ):
     """Updates a tile. Tensors are [ROWS, QUADS, 4], or [ROWS, QUADS] where a quad has one number.
 
-    ``nan_flag`` is the address of an int32 that becomes 1 if a weight becomes NaN; ``slope`` is -2 log2(e) m;
-    ``K_FACTOR`` divides K.
+    ``nan_flag`` is the address of an int32 that becomes 1 if a weight could not be updated; ``slope`` is
+    -2 log2(e) m; ``K_FACTOR`` divides K.
     """
     COMPACT_WEIGHT: tl.constexpr = weight.dtype.element_ty == tl.bfloat16
     SCALED: tl.constexpr = exp_avg_scale is not None
@@ -239,22 +244,22 @@ def metaplastic_adam_kernel(
         v = _load(exp_avg_sq, at, mask)
 
     g = g + weight_decay * w
-    mu = beta1 * mu + one_minus_beta1 * g
-    v = beta2 * v + one_minus_beta2 * (g * g)
+    finite = (_bits(g) & _EXPONENT) != _EXPONENT
+    mu = tl.where(finite, beta1 * mu + one_minus_beta1 * g, mu)
+    v = tl.where(finite, beta2 * v + one_minus_beta2 * (g * g), v)
     # Same signs: the step would shrink |W|. Otherwise t = 1, and the factor 4 t / (1 + t)^2 is exactly 1, as it is
     # where the weight is 0.
     opposed = (_bits(w) ^ _bits(mu)) < 0x80000000
     t = _power_of_two(tl.where(opposed, slope * tl.abs(w), 0.0))
-    root = tl.sqrt_rn(v) + eps
-    w = w - step_size * tl.div_rn(mu * (4.0 * t), root * ((1.0 + t) * (1.0 + t)))
-
-    # comparisons that a NaN fails, so that it stays one and is reported; minimum and maximum would drop it
+    root = tl.where(finite, tl.sqrt_rn(v) + eps, float("inf"))  # infinity: a step of 0
+    stepped = w - step_size * tl.div_rn(mu * (4.0 * t), root * ((1.0 + t) * (1.0 + t)))
+    number = stepped == stepped
+    w = tl.where(number, stepped, w)
     w = tl.where(w > weight_bound, weight_bound, w)
     w = tl.where(w < -weight_bound, -weight_bound, w)
 
-    # before rounding, which may carry a NaN over to -0
-    nan = tl.max(((w != w) & mask).to(tl.int32), axis=2)
-    tl.store(nan_flag.to(tl.pointer_type(tl.int32)) + tl.zeros_like(nan), 1, nan != 0)
+    failed = tl.max(((~finite | ~number) & mask).to(tl.int32), axis=2)
+    tl.store(nan_flag.to(tl.pointer_type(tl.int32)) + tl.zeros_like(failed), 1, failed != 0)
 
     if COMPACT_WEIGHT:
         draws = _draw_per_unit(key, offset, first_row + tile_row, tile, ROWS)
@@ -343,7 +348,7 @@ def launch(
         _float32(1 - beta2),
         _float32(eps),
         _float32(weight_decay),
-        _float32(-2 * _float32(_LOG2_E) * _float32(metaplasticity)),
+        _float32(-2 * _float32(_LOG2_E) * _float32(min(metaplasticity, _MOST_METAPLASTICITY))),
         _float32(step_size),
         _float32(weight_bound),
         key,
