@@ -173,7 +173,8 @@ def sample_engram(
 
 _DROPPED = 20  # bits of a float32 below three of mantissa
 _FIRST_ZERO, _SECOND_ZERO = 2.0**-15, 2.0**-31
-_CARRY = (1 << 20) + (1 << 8)  # carries the bits of what is above 1.875 - 2^-15, the largest code, into the exponent
+# carry into the exponent the bits of what is above the largest code, as a float: 1.875 - 2^-15, and 1.875
+_FIRST_CARRY, _SECOND_CARRY = (1 << 20) + (1 << 8) - 1, (1 << 20) - 1
 SCALE_BLOCK = 64
 
 
@@ -202,7 +203,7 @@ def _by_unit(scale: Tensor, k: int) -> Tensor:
     return scale.repeat_interleave(SCALE_BLOCK, dim=1)[:, :k]
 
 
-def _block_scale(x: Tensor) -> Tensor:
+def _block_scale(x: Tensor, carry: int) -> Tensor:
     """The scale of every block of 64 units of a row.
 
     The least power of two for which the largest code stands for no less than the block's largest magnitude, at most
@@ -211,7 +212,7 @@ def _block_scale(x: Tensor) -> Tensor:
     k = x.shape[1]
     magnitude = torch.nn.functional.pad(x.abs(), (0, -k % SCALE_BLOCK))
     largest = magnitude.unflatten(1, (-1, SCALE_BLOCK)).amax(dim=2)
-    return _float((_bits(largest) + _CARRY & 0x7F800000).clamp(max=253 << 23))
+    return _float((_bits(largest) + carry & 0x7F800000).clamp(max=253 << 23))
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def decode_first_moment(codes: Tensor, scale: Tensor) -> Tensor:
 
 def encode_first_moment(x: Tensor, random16: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of a first moment, float32 (N, K), rounded by random integers in [0, 2^16)."""
-    scale, zero = _block_scale(x), torch.tensor(_FIRST_ZERO)
+    scale, zero = _block_scale(x, _FIRST_CARRY), torch.tensor(_FIRST_ZERO)
     magnitude = x.abs() * _by_unit(_reciprocal(scale), x.shape[1]) + zero
     codes = (_bits(magnitude) - _bits(zero) + _moment_noise(random16) >> _DROPPED).clamp(max=127)
     return torch.where(x < 0, -codes, codes).to(torch.int8), scale
@@ -241,7 +242,7 @@ def decode_second_moment(codes: Tensor, scale: Tensor) -> Tensor:
 
 def encode_second_moment(x: Tensor, random16: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of a second moment, float32 (N, K), rounded likewise; no code is 0."""
-    scale, zero = _block_scale(x), torch.tensor(_SECOND_ZERO)
+    scale, zero = _block_scale(x, _SECOND_CARRY), torch.tensor(_SECOND_ZERO)
     value = x * _by_unit(_reciprocal(scale), x.shape[1]) + zero
     codes = _bits(value) - _bits(zero) + _moment_noise(random16) >> _DROPPED
     return codes.clamp(1, 255).to(torch.uint8), scale

@@ -1,3 +1,4 @@
+import ctypes
 import itertools
 import math
 import os
@@ -276,27 +277,79 @@ def update_arguments(n, k):
 ADAM = dict(lr=5e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, metaplasticity=1.35, step=3)
 
 
-def test_update_notices_nan_that_rounding_would_carry_over_to_zero(isa):
-    """0x7FFFFFFF plus any random bits is -0 in the upper half."""
-    weight = torch.zeros(3, 70, dtype=torch.bfloat16)
-    grad = torch.zeros(3, 70)
-    grad[2, 69] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]
-    moments = torch.zeros(3, 70), torch.zeros(3, 70)
-    with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
-        ops.metaplastic_adam_(weight, grad, *moments, None, **ADAM, seed=torch.tensor([5, 0]))
+def update_state(weight, state_dtype):
+    """Zero moments, and the keyword arguments that go with them."""
+    (n, k), second = weight.shape, torch.uint8 if state_dtype == torch.int8 else state_dtype
+    moments = torch.zeros(n, k, dtype=state_dtype), torch.zeros(n, k, dtype=second)
+    scales = {}
+    if state_dtype == torch.int8:
+        scales = {name: torch.zeros(n, -(-k // 64)) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
+    return moments, scales | {"seed": torch.tensor([5, 0])}
 
 
-@pytest.mark.parametrize("weight_bound", [math.inf, 0.1])
-def test_update_reports_nan_whatever_the_bound(isa, weight_bound):
-    for dtype, unit in itertools.product((torch.float32, torch.bfloat16), (0, 37, 63, 64, 69)):
-        weight, grad = torch.zeros(3, 70, dtype=dtype), torch.zeros(3, 70)
-        grad[1, unit] = math.nan
-        moments = torch.zeros(3, 70), torch.zeros(3, 70)
-        with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.3])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_update_leaves_weights_as_they_were_where_a_gradient_is_not_finite(isa, state_dtype, weight_bound):
+    last_nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).item()  # rounding would carry it to -0
+    for dtype, unit, value in itertools.product(
+        (torch.float32, torch.bfloat16), (0, 37, 63, 64, 69), (math.nan, last_nan, math.inf, -math.inf)
+    ):
+        weight, grad = torch.empty(3, 70).uniform_(-0.3, 0.3).to(dtype), torch.randn(3, 70)
+        before, sign_bits = weight.clone(), reference.pack_signs(weight)
+        moments, settings = update_state(weight, state_dtype)
+        grad[1, unit] = value
+        other = torch.ones(3, 70, dtype=torch.bool)
+        other[1, unit] = False
+        with pytest.raises(RuntimeError, match="grad: expected finite steps"):
             ops.metaplastic_adam_(
-                weight, grad, *moments, None, **ADAM, weight_bound=weight_bound, seed=torch.tensor([5, 0])
-            )
-        assert weight.isnan().sum() == weight[1, unit].isnan() == 1
+                weight, grad, *moments, sign_bits, **ADAM, weight_bound=weight_bound, **settings
+            )  # fmt: skip
+        assert weight[1, unit] == before[1, unit] and moments[0][1, unit] == 0
+        assert not weight.isnan().any() and torch.equal(sign_bits, reference.pack_signs(weight))
+        assert moments[0].float().isfinite().all() and moments[1].float().isfinite().all()
+        assert (weight != before)[other].float().mean() > 0.9  # a small step may round to none in bfloat16
+
+
+@pytest.mark.parametrize("metaplasticity", [0.0, math.inf])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_update_at_the_edges_of_its_formula(isa, eps, metaplasticity):
+    """Weights of 0, gradients of 0 and so small that their squares vanish."""
+    weight = torch.tensor([[0.0, -0.0, 0.5, -0.5, 1e-30, 0.0, 0.2]]).repeat(3, 10)
+    grad = torch.tensor([[1.0], [0.0], [-1e-30]]).expand_as(weight).contiguous()
+    state = torch.zeros_like(weight), torch.zeros_like(weight)
+    expected, expected_state = weight.clone(), [t.clone() for t in state]
+    settings = ADAM | dict(eps=eps, metaplasticity=metaplasticity, weight_decay=0.0)
+    raised = []
+    for module, w, moments in ((reference, expected, expected_state), (ops, weight, state)):
+        try:
+            module.metaplastic_adam_(w, grad, *moments, None, **settings)
+            raised.append(None)
+        except RuntimeError as error:
+            raised.append(str(error))
+    assert raised[0] == raised[1] and (raised[0] is None) == (eps > 0)  # 0 / 0 is no step
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(state, tuple(expected_state))
+
+
+def test_update_refuses_arguments_that_share_memory(isa):
+    names = ("weight", "grad", "exp_avg", "exp_avg_sq")
+    for one, other in itertools.combinations(range(4), 2):
+        tensors = [torch.randn(4, 70).abs() for _ in names]
+        before = [t.clone() for t in tensors]
+        shared = torch.cat([tensors[one].view(-1), torch.zeros(70)])
+        tensors[one], tensors[other] = shared[:280].view(4, 70), shared[70:].view(4, 70)  # a row apart
+        before[one], before[other] = tensors[one].clone(), tensors[other].clone()
+        with pytest.raises(RuntimeError, match=r"\w+: expected memory of its own, got some that \w+ shares"):
+            ops.metaplastic_adam_(tensors[0], tensors[1], tensors[2], tensors[3], None, **ADAM)
+        assert all(map(torch.equal, tensors, before))
+    weight, _, *state = update_arguments(4, 128)
+    d = weight[:3, :4].contiguous()
+    for sharing in (weight.view(-1)[:12].view(3, 4), state[0].view(-1)[:12].view(3, 4)):
+        with pytest.raises(RuntimeError, match="d: expected memory of its own"):
+            ops.gated_metaplastic_adam_(sharing, bits_of(3, 128), None, weight, *state, **ADAM)
+    ops.gated_metaplastic_adam_(d, bits_of(3, 128), None, weight, *state, **ADAM)
+    both = torch.zeros(8, 70)  # neighbours are no overlap
+    ops.metaplastic_adam_(both[:4], torch.randn(4, 70), both[4:], torch.zeros(4, 70), None, **ADAM)
 
 
 @pytest.mark.parametrize("k", SIZES)
@@ -431,16 +484,14 @@ def test_compact_moments_round_without_bias(moment, smallest_step):
     width = 16
     encode, decode = (getattr(reference, f"{name}_{moment}_moment") for name in ("encode", "decode"))
     x = torch.randn(1, 64).exp()
-    x[0, :4] = torch.tensor([1.0, 1e-3, 1e-5, 0.0])
+    x[0, :5] = torch.tensor([1.0, 1e-3, 1e-5, 0.0, 1500.0])  # the largest, which rounds within its octave
     draws = torch.randperm(2**width).unsqueeze(1).expand(-1, 64)  # every draw once
     codes, scale = encode(x.expand(2**width, 64), draws)
     mean = decode(codes, scale).double().mean(0)
-    # a step of the format is at most an eighth of the number, or the smallest step; draws divide it evenly
+    # a step of the format is at most an eighth of the number, plus the smallest step; draws divide it evenly
     smallest = scale[0, 0] * smallest_step
-    step = torch.maximum(x[0] / 8, smallest)
-    largest = x[0] == x[0].max()  # may round to the end of the format
-    bias = (mean - x[0]).abs()[~largest]
-    assert (bias <= (step * 2.0**-width + (smallest if moment == "second" else 0))[~largest]).all()
+    step = x[0] / 8 + smallest
+    assert ((mean - x[0]).abs() <= step * 2.0**-width + (smallest if moment == "second" else 0)).all()
     again, _ = encode(decode(codes, scale), draws)
     assert torch.equal(again, codes)  # what is representable does not move
 
@@ -649,11 +700,11 @@ def bad_calls():
         ),
         "update strides": (
             lambda: ops.metaplastic_adam_(torch.randn(5, 3).T, *update[1:], **ADAM),
-            "weight: expected contiguous float32 or bfloat16",
+            "weight: expected contiguous memory",
         ),
         "update moments": (
             lambda: ops.metaplastic_adam_(update[0], update[1], update[2].bfloat16(), *update[3:], **ADAM),
-            r"exp_avg_sq: expected contiguous bfloat16 \(3, 5\), got float32 \(3, 5\)",
+            r"exp_avg_sq: expected bfloat16 \(3, 5\), got float32 \(3, 5\)",
         ),
         "update moment dtype": (
             lambda: ops.metaplastic_adam_(update[0], update[1], update[2].half(), *update[3:], **ADAM),
@@ -692,7 +743,7 @@ def bad_calls():
         ),
         "update NaN": (
             lambda: ops.metaplastic_adam_(update[0].clone(), update[1] * math.nan, *update[2:], **ADAM),
-            "grad: expected finite",
+            "grad: expected finite steps",
         ),
         "device": (
             lambda: ops.binary_matmul(x_bits, w_bits.to("meta"), k),
@@ -762,3 +813,157 @@ def test_calls_leave_no_memory_behind():
 
 def test_public_name():
     assert ek.ops is ops and ek.reference is reference
+
+
+# ---- memory as it comes: unaligned, and with bits where no unit is
+
+
+def unaligned(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers a byte behind an address that suits their dtype, as in a mapped file."""
+    size = t.numel() * t.element_size()
+    memory = torch.empty(size + 17, dtype=torch.uint8)
+    start = 16 - memory.data_ptr() % 16 + 1
+    address = (ctypes.c_uint8 * size).from_address(memory.data_ptr() + start)
+    view = torch.frombuffer(address, dtype=t.dtype).view(t.shape) if size else t
+    view.copy_(t)
+    view._memory = memory
+    return view
+
+
+def test_unaligned_arguments_give_the_same(isa):
+    m, n, k = 5, 6, 100
+    x, d, a = torch.randn(m, k), torch.randn(m, n), torch.randn(m, n)
+    x_bits, w_bits, gate = bits_of(m, k), bits_of(n, k), bits_of(m, k)
+    threshold, flip = torch.randint(-5, 5, (n,), dtype=torch.int32), torch.rand(n) < 0.5
+    calls = [
+        (ops.pack_signs, x),
+        (ops.pack_signs, x.bfloat16()),
+        (ops.pack_window, x, 1.0, gate),
+        (ops.unpack_signs, x_bits, k),
+        (ops.binary_matmul, x_bits, w_bits, k, gate),
+        (ops.binary_threshold, x_bits, w_bits, k, threshold, flip, gate),
+        (ops.sign_matmul, a, w_bits, k),
+        (ops.sign_matmul_t, x, w_bits, k),
+        (ops.gated_input_grad, d, w_bits, x, gate),
+        (ops.masked_input_grad, d, w_bits, k, gate),
+        (ops.gated_weight_grad, d, x_bits, k, gate),
+        (ops.sample_engram, x, torch.tensor([3, 4]), 0.3),
+    ]
+    for function, *arguments in calls:
+        moved = [unaligned(t) if isinstance(t, torch.Tensor) else t for t in arguments]
+        assert any(isinstance(t, torch.Tensor) and t.data_ptr() % 2 for t in moved)
+        assert torch.equal(function(*moved), function(*arguments)), function
+    weight, grad, *state = update_arguments(n, k)
+    expected = [t.clone() for t in (weight, *state)]
+    ops.metaplastic_adam_(expected[0], grad, *expected[1:], **ADAM)
+    ops.metaplastic_adam_(weight, unaligned(grad), *state, **ADAM)
+    assert all(map(torch.equal, (weight, *state), expected))
+    with pytest.raises(RuntimeError, match="exp_avg: expected contiguous memory that is aligned to its dtype"):
+        ops.metaplastic_adam_(weight, grad, unaligned(state[0]), *state[1:], **ADAM)
+
+
+@pytest.mark.parametrize("k", [1, 63, 64, 65, 100, 127, 129, 500, 1000, 1023, 2049])
+def test_bits_in_the_padding_do_not_count(isa, k):
+    padding = ~reference._pack(torch.ones(k, dtype=torch.bool))
+    for m, n in ((1, 3), (2, 40), (5, 70), (20, 33)):
+        x, w, d = bits_of(m, k), bits_of(n, k), torch.randn(m, n)
+        for gate in (None, bits_of(m, k), bits_of(1, k)[0]):
+            padded_gate = None if gate is None else gate | padding
+            y = ops.binary_matmul(x | padding, w | padding & bits_of(n, padding.numel() * 64), k, padded_gate)
+            assert torch.equal(y, reference.binary_matmul(x, w, k, gate)), (m, n, gate is None)
+            threshold, flip = torch.randint(-3, 3, (n,), dtype=torch.int32), torch.rand(n) < 0.5
+            signs = ops.binary_threshold(x | padding, w | padding, k, threshold, flip, padded_gate)
+            assert torch.equal(signs, reference.binary_threshold(x, w, k, threshold, flip, gate))
+            dw = ops.gated_weight_grad(d, x | padding, k, padded_gate)
+            assert torch.equal(dw, ops.gated_weight_grad(d, x, k, gate))
+            if gate is not None:
+                dx = ops.masked_input_grad(d, w | padding, k, padded_gate)
+                assert torch.equal(dx, ops.masked_input_grad(d, w, k, gate))
+
+
+def fake_refuses(operator, name, *arguments, **settings):
+    """Whether the operator names the argument, on the CPU and for meta tensors alike."""
+
+    def on_meta(t):
+        return t.to("meta") if isinstance(t, torch.Tensor) else t
+
+    for move in (lambda t: t, on_meta):
+        given = {key: t if key == "seed" else move(t) for key, t in settings.items()}
+        with pytest.raises(RuntimeError, match=f"^{name}: expected"):
+            operator(*map(move, arguments), **given)
+
+
+def test_fakes_check_what_the_operators_check():
+    o = torch.ops.engram_kernels
+    m, n, k = 3, 5, 100
+    x, d, bits, w = torch.randn(m, k), torch.randn(m, n), bits_of(m, k), bits_of(n, k)
+    short, wide, ints = bits_of(m, k)[:, :1], bits_of(m, 300), torch.zeros(m, k, dtype=torch.int32)
+    for operator, name, *arguments in (
+        (o.pack_signs, "x", ints),
+        (o.pack_signs, "x", torch.zeros(3, 0)),
+        (o.pack_signs, "x", torch.zeros(())),
+        (o.pack_window, "x", x[0], 1.0),
+        (o.pack_window, "width", x, 0.0),
+        (o.pack_window, "gate_bits", x, 1.0, wide),
+        (o.unpack_signs, "bits", short, k, torch.float32),
+        (o.unpack_signs, "k", bits, 0, torch.float32),
+        (o.unpack_signs, "dtype", bits, k, torch.int64),
+        (o.binary_matmul, "x_bits", wide, w, k),
+        (o.binary_matmul, "w_bits", bits, w.int(), k),
+        (o.binary_matmul, "gate_bits", bits, w, k, bits[:2]),
+        (o.binary_threshold, "threshold", bits, w, k, torch.zeros(n), torch.zeros(n).bool()),
+        (o.binary_threshold, "flip", bits, w, k, torch.zeros(n).int(), torch.zeros(n - 1).bool()),
+        (o.sign_matmul, "a", x, w, k),
+        (o.sign_matmul, "a", d.double(), w, k),
+        (o.sign_matmul_t, "x", d, w, k),
+        (o.sign_matmul_t, "x", torch.zeros(k, dtype=torch.uint8), w, k),
+        (o.gated_input_grad, "x", d, w, x[:2]),
+        (o.gated_input_grad, "d", x, w, x),
+        (o.masked_input_grad, "mask_bits", d, w, k, bits[:2]),
+        (o.masked_input_grad, "d", d[:, :2], w, k, bits),
+        (o.gated_weight_grad, "x_bits", d, bits[:2], k),
+        (o.gated_weight_grad, "gate_bits", d, bits, k, wide),
+        (o.sample_engram, "score", ints, torch.tensor([1, 0]), 0.5),
+    ):
+        fake_refuses(operator, name, *arguments)
+    seed = torch.tensor([1, 0])
+    fake_refuses(o.sample_engram, "rate", x, seed=seed, rate=1.5)
+    fake_refuses(o.sample_engram, "seed", x, seed=seed[:1], rate=0.5)
+    fake_refuses(o.sample_engram, "temperature", x, seed=seed, rate=0.5, temperature=-1.0)
+    weight, grad, *state = update_arguments(n, k)
+    for name, arguments in (
+        ("weight", (weight.double(), grad, *state)),
+        ("exp_avg", (weight, grad, state[0].half(), *state[1:])),
+        ("exp_avg_sq", (weight, grad, state[0], state[1][:2], state[2])),
+        ("exp_avg_scale", (weight, grad, state[0].to(torch.int8), state[1].to(torch.uint8), None)),
+        ("sign_bits", (weight, grad, *state[:2], short)),
+        ("seed", (weight.bfloat16(), grad, *state)),
+        ("grad", (weight, grad[:2], *state)),
+    ):
+        fake_refuses(o.metaplastic_adam_, name, *arguments, **ADAM)
+    for name, d_, x_bits in (("d", d[:, :2], bits), ("x_bits", d, bits[:2]), ("x_bits", d, short)):
+        fake_refuses(o.gated_metaplastic_adam_, name, d_, x_bits, None, weight, *state, **ADAM)
+
+
+def test_every_tensor_has_its_place_checked():
+    o, k = torch.ops.engram_kernels, 100
+    score, seed = torch.randn(3, k), torch.tensor([1, 0])
+    with pytest.raises(RuntimeError, match="seed: expected a CPU tensor, got one on meta"):
+        o.sample_engram(score, seed.to("meta"), 0.1)
+    weight = torch.randn(5, k)
+    moments, settings = update_state(weight, torch.int8)
+    before = weight.clone()
+    for name in settings:
+        elsewhere = settings | {name: settings[name].to("meta")}
+        with pytest.raises(RuntimeError, match=f"^{name}: expected"):
+            ops.metaplastic_adam_(weight, torch.randn(5, k), *moments, None, **ADAM, **elsewhere)
+    with pytest.raises(RuntimeError, match="^exp_avg_sq: expected"):
+        ops.gated_metaplastic_adam_(
+            torch.randn(3, 5), bits_of(3, k), None, weight, moments[0], moments[1].to("meta"), None, **ADAM, **settings
+        )
+    assert torch.equal(weight, before)
+
+
+def test_a_result_too_large_for_any_memory_is_named():
+    with pytest.raises(RuntimeError, match="result: expected at most"):
+        ops.sign_matmul(torch.zeros(2**62, 0), torch.zeros(0, 2, dtype=torch.int64), 100)

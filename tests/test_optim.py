@@ -342,11 +342,11 @@ def test_bad_gradients_are_named():
         layer = ek.BinaryEngramLinear(3, 3)
         optimizer = ek.MetaplasticAdam(layer.parameters(), weight_bound=weight_bound)
         layer.weight.grad = torch.full((3, 3), math.nan)
-        with pytest.raises(RuntimeError, match="grad: expected finite numbers"):
+        with pytest.raises(RuntimeError, match="grad: expected finite steps"):
             optimizer.step()
     layer = ek.BinaryEngramLinear(3, 3, dtype=torch.float16)
     layer.weight.grad = torch.ones_like(layer.weight)
-    with pytest.raises(RuntimeError, match="weight: expected contiguous float32 or bfloat16"):
+    with pytest.raises(RuntimeError, match="weight: expected float32 or bfloat16"):
         ek.MetaplasticAdam(layer.parameters()).step()
 
 

@@ -13,7 +13,7 @@ import torch
 from test_ops import ADAM, bits_of, cloned, compact_arguments, gate_of
 
 import engram_kernels as ek
-from engram_kernels import ops, reference
+from engram_kernels import ops, reference, triton_kernels
 
 TESTS = Path(__file__).parent
 WEIGHTS_AND_GRADS = [
@@ -84,10 +84,10 @@ def test_the_step_size_is_that_of_the_reference_and_gradients_are_optional():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(weight=torch.zeros(5, 3).T), r"weight: expected contiguous float32 or bfloat16 .*got float32 \(3, 5\)"),
+        (dict(weight=torch.zeros(5, 3).T), "weight: expected contiguous memory"),
         (dict(grad=torch.zeros(5, 3)), r"grad: expected float32 or the weight's dtype, .*got float32 \(5, 3\)"),
         (dict(exp_avg=torch.zeros(3, 5).half()), "exp_avg: expected float32, bfloat16 or int8, got float16"),
-        (dict(exp_avg_sq=torch.zeros(3, 6)), r"exp_avg_sq: expected contiguous float32 \(3, 5\), got float32 \(3, 6\)"),
+        (dict(exp_avg_sq=torch.zeros(3, 6)), r"exp_avg_sq: expected float32 \(3, 5\), got float32 \(3, 6\)"),
         (
             dict(exp_avg=torch.zeros(3, 5, device="meta")),
             "exp_avg: expected a tensor on cpu like the other arguments, got one on another",
@@ -344,3 +344,17 @@ def test_on_cuda_the_update_goes_to_the_current_stream():
         moved = (weight != 0).all()
     stream.synchronize()
     assert moved.item()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_capture_into_a_graph_is_refused(gated, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "_launch", lambda: pytest.fail)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    weight, state = torch.zeros(3, 5), (torch.zeros(3, 5), torch.zeros(3, 5), None)
+    with pytest.raises(RuntimeError, match="step: expected no capture into a CUDA graph"):
+        if gated:
+            x_bits = torch.zeros(4, 2, dtype=torch.int64)
+            triton_kernels.gated_metaplastic_adam_(torch.ones(4, 3), x_bits, None, weight, *state, **ADAM)
+        else:
+            triton_kernels.metaplastic_adam_(weight, torch.ones(3, 5), *state, **ADAM)

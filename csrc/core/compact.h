@@ -33,8 +33,10 @@ constexpr int64_t kScaleBlock = 64;
 constexpr int kDrop = 20;                             // bits of a float below the three of mantissa
 constexpr uint32_t kFirstBits = uint32_t{112} << 23;  // 2^-15
 constexpr uint32_t kSecondBits = uint32_t{96} << 23;  // 2^-31
-// Carries into the exponent the bits of every magnitude above 1.875 - 2^-15, which the largest code stands for.
-constexpr uint32_t kCarry = (uint32_t{1} << 20) + (uint32_t{1} << 8);
+// Carries into the exponent the bits of every magnitude above what the largest code stands for, as a float: 1.875 -
+// 2^-15 and, since 2^-31 is lost beside it, 1.875.
+constexpr uint32_t kFirstCarry = (uint32_t{1} << 20) + (uint32_t{1} << 8) - 1;
+constexpr uint32_t kSecondCarry = (uint32_t{1} << 20) - 1;
 
 ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t random16) {
   return static_cast<uint16_t>((bits_from_float(x) + random16) >> 16);
@@ -43,8 +45,8 @@ ENGRAM_FUNCTION float from_bfloat16(uint16_t x) { return float_from_bits(static_
 
 // The scale of a block whose largest magnitude has these bits: 0 for a block of zeros, at most 2^126, so that its
 // reciprocal is a normal number; what lies above 1.875 * 2^126 is held as the largest code.
-ENGRAM_FUNCTION float block_scale(uint32_t largest_bits) {
-  const uint32_t exponent = (largest_bits + kCarry) & 0x7F800000u, limit = uint32_t{253} << 23;
+ENGRAM_FUNCTION float block_scale(uint32_t largest_bits, uint32_t carry) {
+  const uint32_t exponent = (largest_bits + carry) & 0x7F800000u, limit = uint32_t{253} << 23;
   return float_from_bits(exponent < limit ? exponent : limit);
 }
 ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {

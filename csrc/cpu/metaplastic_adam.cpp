@@ -46,7 +46,7 @@ ENGRAM_INLINE float power_of_two(float x) {
 ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict w, const float* __restrict grad,
                           float* __restrict exp_avg, float* __restrict exp_avg_sq) {
   constexpr float kLog2E = 1.44269504f;
-  constexpr uint32_t kInfinity = 0x7F800000u;
+  constexpr uint32_t kInfinity = 0x7F800000u, kNaN = 0x7FC00000u;
   const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
   const float slope = -2.0f * kLog2E * p.metaplasticity;
   alignas(64) float t[kWordBits], root[kWordBits];
@@ -57,10 +57,9 @@ ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict
     const bool finite = (bits_from_float(g) & kInfinity) != kInfinity;
     const float mu = finite ? keep1 * exp_avg[i] + take1 * g : exp_avg[i];
     const float v = finite ? keep2 * exp_avg_sq[i] + take2 * (g * g) : exp_avg_sq[i];
-    failed |= static_cast<uint32_t>(!finite);
     exp_avg[i] = mu;
     exp_avg_sq[i] = v;
-    root[i] = finite ? __builtin_sqrtf(v) + p.eps : float_from_bits(kInfinity);  // a step of 0
+    root[i] = finite ? __builtin_sqrtf(v) + p.eps : float_from_bits(kNaN);  // no step
     // Same signs: the step would shrink |W|. Otherwise t = 1, and the factor 4 t / (1 + t)^2 is exactly 1, as it is
     // where the weight is 0.
     const bool opposed = static_cast<int32_t>(bits_from_float(weight) ^ bits_from_float(mu)) >= 0;
@@ -98,7 +97,7 @@ struct BFloat16 {
   }
 };
 
-template <typename Code, float (*kDecode)(Code, float), Code (*kEncode)(float, float, uint32_t)>
+template <typename Code, uint32_t kCarry, float (*kDecode)(Code, float), Code (*kEncode)(float, float, uint32_t)>
 struct Scaled {
   using Held = Code;
   ENGRAM_INLINE void read(const Held* __restrict from, const float* scale, int64_t n, float* __restrict to) {
@@ -112,13 +111,13 @@ struct Scaled {
       const uint32_t magnitude = bits_from_float(from[i]) & 0x7FFFFFFFu;
       largest = largest < magnitude ? magnitude : largest;
     }
-    *scale = block_scale(largest);
+    *scale = block_scale(largest, kCarry);
     const float reciprocal = reciprocal_of_scale(*scale);
     for (int64_t i = 0; i < n; ++i) to[i] = kEncode(from[i], reciprocal, random[i]);
   }
 };
-using FirstScaled = Scaled<int8_t, from_first_moment, to_first_moment>;
-using SecondScaled = Scaled<uint8_t, from_second_moment, to_second_moment>;
+using FirstScaled = Scaled<int8_t, kFirstCarry, from_first_moment, to_first_moment>;
+using SecondScaled = Scaled<uint8_t, kSecondCarry, from_second_moment, to_second_moment>;
 
 // 16 random bits a unit, drawn for as many words together as Draws works on at once.
 class RandomHalves {

@@ -27,16 +27,16 @@ def _launch() -> Callable[..., None]:
 
 
 def _nan_flag() -> int:
-    """Address of the int32 in which later operators find that a weight could not be updated; raises what was found before."""
+    """Address of the int32 that tells later operators of a weight that could not be updated; raises what it told."""
     return _ops._update_nan_flag()
 
 
 def _refuse_capture() -> None:
     """Raises: RuntimeError within the capture of a CUDA graph."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "step: expected no capture into a CUDA graph, which would replay one step's bias correction and random bits "
-            "for ever, since both are read when the call is made"
+            "step: expected no capture into a CUDA graph, which would replay one step's bias correction and random "
+            "bits for ever, since both are read when the call is made"
         )
 
 

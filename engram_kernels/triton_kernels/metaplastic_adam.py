@@ -52,7 +52,8 @@ _FIRST_ZERO, _FIRST_BITS = tl.constexpr(2.0**-15), tl.constexpr(112 << 23)
 _SECOND_ZERO, _SECOND_BITS = tl.constexpr(2.0**-31), tl.constexpr(96 << 23)
 _NOISE_SHIFT = tl.constexpr(_DROPPED.value - 16)
 _NOISE_MIDDLE = tl.constexpr(1 << (_DROPPED.value - 17))
-_CARRY = tl.constexpr((1 << 20) + (1 << 8))  # of what is above the largest code, into the exponent
+# carry into the exponent the bits of what is above the largest code
+_FIRST_CARRY, _SECOND_CARRY = tl.constexpr((1 << 20) + (1 << 8) - 1), tl.constexpr((1 << 20) - 1)
 _EXPONENT = tl.constexpr(0x7F800000)  # the bits of a float's exponent, all 1 where it is not finite
 _LARGEST_SCALE = tl.constexpr(253 << 23)
 _SCALE_AND_RECIPROCAL = tl.constexpr(254 << 23)  # the bits of a power of two and of its reciprocal add up to this
@@ -117,11 +118,11 @@ def _by_quad(x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _block_scale(x):
+def _block_scale(x, CARRY: tl.constexpr):
     """Bits of the scale, a power of two, of every quad's block."""
     largest = tl.max((_bits(x) & 0x7FFFFFFF).to(tl.int32), axis=2)
     largest = tl.max(_groups_of_quads(largest, _BLOCK_QUADS), axis=2)
-    return _by_quad(tl.minimum((largest + _CARRY) & _EXPONENT, _LARGEST_SCALE), _BLOCK_QUADS)
+    return _by_quad(tl.minimum((largest + CARRY) & _EXPONENT, _LARGEST_SCALE), _BLOCK_QUADS)
 
 
 @triton.jit
@@ -251,15 +252,13 @@ def metaplastic_adam_kernel(
     # where the weight is 0.
     opposed = (_bits(w) ^ _bits(mu)) < 0x80000000
     t = _power_of_two(tl.where(opposed, slope * tl.abs(w), 0.0))
-    root = tl.where(finite, tl.sqrt_rn(v) + eps, float("inf"))  # infinity: a step of 0
+    root = tl.where(finite, tl.sqrt_rn(v) + eps, float("nan"))  # NaN: no step
     stepped = w - step_size * tl.div_rn(mu * (4.0 * t), root * ((1.0 + t) * (1.0 + t)))
-    number = stepped == stepped
-    w = tl.where(number, stepped, w)
+    failed = tl.max(((stepped != stepped) & mask).to(tl.int32), axis=2)
+    tl.store(nan_flag.to(tl.pointer_type(tl.int32)) + tl.zeros_like(failed), 1, failed != 0)
+    w = tl.where(stepped == stepped, stepped, w)
     w = tl.where(w > weight_bound, weight_bound, w)
     w = tl.where(w < -weight_bound, -weight_bound, w)
-
-    failed = tl.max(((~finite | ~number) & mask).to(tl.int32), axis=2)
-    tl.store(nan_flag.to(tl.pointer_type(tl.int32)) + tl.zeros_like(failed), 1, failed != 0)
 
     if COMPACT_WEIGHT:
         draws = _draw_per_unit(key, offset, first_row + tile_row, tile, ROWS)
@@ -275,8 +274,8 @@ def metaplastic_adam_kernel(
         _store_bfloat16(exp_avg_sq, at, mask, v, random16)
     elif SCALED:
         noise = (random16 << _NOISE_SHIFT) + _NOISE_MIDDLE
-        first_bits = _block_scale(mu)
-        second_bits = _block_scale(v)
+        first_bits = _block_scale(mu, _FIRST_CARRY)
+        second_bits = _block_scale(v, _SECOND_CARRY)
         tl.store(exp_avg + at, _to_first_moment(mu, _reciprocal(first_bits), noise), mask)
         tl.store(exp_avg_sq + at, _to_second_moment(v, _reciprocal(second_bits), noise), mask)
         one_per_block = in_blocks & (quad % _BLOCK_QUADS == 0)

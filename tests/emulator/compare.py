@@ -110,6 +110,26 @@ def unpack_signs_to_an_unaligned_tensor(ops: EmulatedOps, dtype: torch.dtype) ->
 # ---- products of bits
 
 
+def with_padding(bits: torch.Tensor, k: int) -> torch.Tensor:
+    """The same units, and bits that are set in the padding."""
+    return bits | ~reference._pack(torch.ones(k, dtype=torch.bool))
+
+
+def valid_gate(ops: EmulatedOps, rows: int, k: int) -> None:
+    gate = packed(rows, k)
+    assert_same(ops.valid_gate(with_padding(gate, k), k), gate, rows, k)
+    assert_same(ops.valid_gate(None, k), packed(1, k, 1.0)[0], k)
+
+
+def padded_products(ops: EmulatedOps, m: int, n: int, k: int, gate="none", form: int = 0) -> None:
+    """As the bindings call it where rows have padding: within a gate that leaves it out."""
+    x, w, gate_bits = packed(m, k), packed(n, k), gate_of(gate, m, k)
+    expected = reference.binary_matmul(x, w, k, gate_bits)
+    clean = ops.valid_gate(None if gate_bits is None else with_padding(gate_bits, k), k)
+    actual = ops.binary_matmul(with_padding(x, k), with_padding(w, k), k, clean, form)
+    assert_same(actual, expected, m, n, k, gate, form)
+
+
 def binary_matmul(ops: EmulatedOps, m: int, n: int, k: int, gate="none", form: int = 0) -> None:
     x, w, gate_bits = packed(m, k), packed(n, k), gate_of(gate, m, k)
     expected = reference.binary_matmul(x, w, k, gate_bits)
@@ -295,6 +315,7 @@ COMPACT = {
     ],
     "unpack.cuh": [partial(unpack_signs, rows=3, k=k, dtype=dtype) for dtype in PATTERNS for k in (144, 131, 1)]
     + [partial(unpack_signs_to_an_unaligned_tensor, dtype=dtype) for dtype in PATTERNS],
+    "valid_gate.cuh": [partial(valid_gate, rows=rows, k=k) for rows in (1, 5) for k in (1, 64, 131, 300)],
     "sample_engram.cuh": [
         partial(sample_engram, rows=3, k=260, rate=0.3, rule="bernoulli"),
         partial(sample_engram, rows=2, k=131, rate=1.0, rule="bernoulli"),

@@ -135,7 +135,8 @@ def test_every_bit_is_that_of_the_cpu_operator_for_extreme_numbers(
             try:
                 theirs.updated_by(ops.metaplastic_adam_, grad, **settings)
             except RuntimeError as error:
-                assert "made a weight NaN" in str(error) and flag.item() == 1
+                assert "expected finite steps" in str(error) and flag.item() == 1
+                assert_same_bits(mine, theirs)
                 return
             assert flag.item() == 0
             assert_same_bits(mine, theirs)
@@ -164,7 +165,7 @@ def test_a_nan_is_noted_wherever_it_is(formats, nan_flag):
         grad[row, unit] = math.nan
         nan_flag.zero_()
         layer.updated_by(triton_kernels.metaplastic_adam_, grad, weight_bound=weight_bound)
-        assert nan_flag.item() == layer.weight.isnan().sum() == layer.weight[row, unit].isnan() == 1
+        assert nan_flag.item() == 1 and layer.weight.isfinite().all()
 
 
 def test_what_lies_beyond_the_rows_and_units_is_never_taken_for_a_nan(nan_flag):

@@ -5,6 +5,7 @@
 #include "cuda/sample_engram.cuh"
 #include "cuda/sign_product.cuh"
 #include "cuda/unpack.cuh"
+#include "cuda/valid_gate.cuh"
 
 using namespace engram::cuda;
 using engram::words_for;
@@ -25,6 +26,10 @@ ENGRAM_EXPORT run_unpack_signs(const uint64_t* bits, int64_t rows, int64_t k, in
   return unpack_signs({bits, rows, k, words_for(k), static_cast<int>(size), static_cast<uint64_t>(plus),
                        static_cast<uint64_t>(minus), out},
                       nullptr);
+}
+
+ENGRAM_EXPORT run_valid_gate(const uint64_t* gate, int64_t rows, int64_t k, uint64_t* out) {
+  return valid_gate({gate, rows, k, words_for(k), out}, nullptr);
 }
 
 // form: 0 as the launcher chooses, 1 by tiles, 2 by dots. y or y_bits is null.

@@ -92,6 +92,13 @@ class EmulatedOps:
         )
         return out
 
+    def valid_gate(self, gate_bits: Tensor | None, k: int) -> Tensor:
+        """The gate without its padding, (words,) or (rows, words); without a gate, that of every unit."""
+        out = torch.full((words_for(k),) if gate_bits is None else gate_bits.shape, -1)
+        gate = None if gate_bits is None else Read(gate_bits)
+        self._call("run_valid_gate", gate=gate, rows=out.numel() // words_for(k), k=k, out=Write(out))
+        return out
+
     def _binary_matmul(self, form, x_bits, w_bits, k, gate_bits, y, threshold, flip, y_bits) -> None:
         gate, stride = _gate(gate_bits, words_for(k))
         self._call(

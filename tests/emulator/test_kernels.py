@@ -119,6 +119,18 @@ def test_binary_products_as_the_launcher_chooses(ops):
             compare.binary_threshold(ops, m, 33, 129, gate)
 
 
+def test_valid_gate(ops):
+    for k in (*SIZES, 1000):
+        compare.valid_gate(ops, 3, k)
+    compare.valid_gate(ops, 700, 70)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_padding_does_not_count_in_binary_products(ops, form, gate):
+    for m, n, k in [(1, 1, 1), (2, 31, 129), (33, 3, 513), (9, 66, 600)]:
+        compare.padded_products(ops, m, n, k, gate, form)
+
+
 def test_binary_products_of_nothing(ops):
     for m, n in [(0, 5), (5, 0)]:
         compare.binary_matmul(ops, m, n, 70)
