@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"{path}: can't be written ({reason(error)})") from None
+        raise OSError(f"{path} can't be written ({reason(error)})") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -75,9 +75,9 @@ def read_within(path: Path, largest: int) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise OSError(f"{path}: can't be read ({reason(error)})") from None
+        raise OSError(f"{path} can't be read ({reason(error)})") from None
     if len(content) > largest:
-        raise DamagedFileError(f"{path}: expected at most {largest} bytes, got more")
+        raise DamagedFileError(f"{path} has more than {largest} bytes")
     return content
 
 
