@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .files import DamagedFileError, reason, replacing, sweep
+from .streams import readable
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -22,8 +25,7 @@ class Checkpoint:
     """The file ``checkpoint.pt`` of one run: written after every task but the last, removed when the run is done.
 
     The last task needs none, since its results are written at once. Tensors go from where they lie into the file,
-    without a copy in memory. The file is written beside its place and renamed into it; one that was cut off by the
-    end of its process is overwritten by the next.
+    without a copy in memory. The file is written beside its place and renamed into it.
 
     Args:
         directory: the run's, which exists.
@@ -35,13 +37,14 @@ class Checkpoint:
         self.path = Path(directory) / CHECKPOINT_FILE
         self.resume = resume
         self._options = plain(options)
-        self._partial = self.path.with_name(f".{CHECKPOINT_FILE}.partial")
 
     def tasks_completed(self) -> int | None:
         """Tasks learned in the file; None without a file. Its tensors are not read into memory.
 
         Raises:
-            ValueError: the file is damaged, or of a run with other options; the message names the first of them.
+            DamagedFileError: the file is no checkpoint, or a damaged one.
+            ValueError: it is of a run with other options; the message names the first of them.
+            OSError: it can't be read.
         """
         state = self._read(mmap=True)
         return None if state is None else int(state["tasks_completed"])
@@ -49,64 +52,95 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         """What :meth:`save` was given last; None without a file, and unless ``resume``.
 
-        Raises:
-            ValueError: as from :meth:`tasks_completed`.
+        Raises: as :meth:`tasks_completed`.
         """
         return self._read() if self.resume else None
+
+    def damaged(self, why: str) -> DamagedFileError:
+        """The error for a file that is no checkpoint of this run, whoever finds out."""
+        return DamagedFileError(
+            f"checkpoint: {self.path} is damaged or of another version ({why}); without --resume training begins anew"
+        )
 
     def save(self, state: dict[str, Any]) -> None:
         """Write tensors and plain values, with ``tasks_completed`` among them, in place of what was written before.
 
         Raises:
-            OSError: the directory is missing, not writable or full.
+            OSError: the directory is missing, not writable or full; the message names the file.
         """
         try:
-            try:
-                # By its name: torch copies a tensor on its way to a Python stream.
-                torch.save({**state, "options": self._options}, self._partial)
-            except RuntimeError as error:  # how torch tells that a file can't be written
-                raise OSError(f"checkpoint: {self.path} can't be written ({str(error).splitlines()[0]})") from None
-            os.replace(self._partial, self.path)
-        except BaseException:
-            self._partial.unlink(missing_ok=True)
-            raise
+            with replacing(self.path) as partial:
+                try:
+                    # By its name: torch copies a tensor on its way to a Python stream.
+                    torch.save({**state, "options": self._options}, partial)
+                except RuntimeError as error:  # how torch tells that a file can't be written, but not why
+                    full = self.path.parent.is_dir() and shutil.disk_usage(self.path.parent).free < 2**16
+                    raise OSError("No space left on device" if full else str(error).splitlines()[0]) from None
+        except OSError as error:
+            raise OSError(f"checkpoint: {error}") from None
 
     def remove(self) -> None:
-        """Leave nothing behind."""
-        for path in (self.path, self._partial):
-            path.unlink(missing_ok=True)
+        """Leave nothing behind, neither of this process nor of one that was killed."""
+        self.path.unlink(missing_ok=True)
+        sweep(self.path.parent)
 
     def _read(self, mmap: bool = False) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
         try:
-            with zipfile.ZipFile(self.path) as archive:  # torch does not look at the checksums
-                if (damaged := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            _check_archive(self.path)
             state = torch.load(self.path, weights_only=True, map_location="cpu", mmap=mmap)
-            options, _ = state["options"], state["tasks_completed"]
-        except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"checkpoint: {self.path} is damaged ({reason}); without --resume training begins anew"
-            ) from None
-        check_same_options(options, self._options, self.path)
+            _check_fields(state)
+        except FileNotFoundError:
+            return None
+        except (PermissionError, IsADirectoryError) as error:
+            raise OSError(f"checkpoint: {self.path} can't be read ({reason(error)})") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile, pickle and torch have many kinds for what they can't make out
+            raise self.damaged(reason(error).split(". ")[0]) from None
+        check_same_options(state["options"], self._options, self.path)
         return dict(state)
 
 
+def _check_archive(path: Path) -> None:
+    """torch neither looks at checksums nor asks how large a member says it is, before it reads it.
+
+    Raises:
+        zipfile.BadZipFile: a checksum is wrong, or a member is packed, as torch's never are.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise zipfile.BadZipFile("a compressed member")
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise zipfile.BadZipFile("members that are larger than the file")
+        if (wrong := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {wrong}")
+
+
+def _check_fields(state: Any) -> None:
+    """Raises ValueError unless the fields that every checkpoint has are there, and of their kinds."""
+    if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
+        raise ValueError("no options of a run")
+    tasks = state.get("tasks_completed")
+    if type(tasks) is not int or tasks < 1:
+        raise ValueError(f"tasks_completed: expected an integer >= 1, got {tasks!r}")
+
+
 def plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as JSON holds them: tuples as lists, and infinity by its name."""
+    """Options as JSON holds them: tuples as lists, infinity by its name, text whatever the locale it came by."""
 
     def number(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [number(item) for item in value]
+        if isinstance(value, str):
+            return readable(value)
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
     return dict(json.loads(json.dumps({name: number(value) for name, value in options.items()}, default=str)))
 
 
 def check_same_options(earlier: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Whether a run may go on from what one with ``earlier`` options left at ``path``.
+    """Whether a run may go on from what one with ``earlier`` options left at ``path``, or write over it.
 
     Raises:
         ValueError: names the first option that differs, what it was and what it is.
@@ -114,6 +148,6 @@ def check_same_options(earlier: dict[str, Any], now: dict[str, Any], path: Path)
     for name in (*earlier, *(name for name in now if name not in earlier)):
         if name not in _FREE_OPTIONS and earlier.get(name) != now.get(name):
             raise ValueError(
-                f"{name}: expected {earlier.get(name)} as in {path}, got {now.get(name)}; without --resume training "
-                "begins anew"
+                f"{name}: expected {earlier.get(name)} as in {path}, got {now.get(name)}; give the same options or "
+                "another --output"
             )

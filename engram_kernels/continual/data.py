@@ -11,10 +11,10 @@ import gzip
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from .extras import require
+from .files import DamagedFileError, reason
+from .memory import available_bytes
 
 IDX_DATASETS = {
     # name: folders looked in below the data directory, first match wins; the second one is torchvision's
@@ -35,6 +37,7 @@ _IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+_LARGEST_IDX_BYTES = 2**30  # twenty times MNIST: a gzip file of 8 MB can hold 8 GiB
 _NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 _DIGITS_SPLIT_SEED = 0
@@ -48,6 +51,11 @@ class Dataset:
     Shapes: ``x_train`` (n, features), ``y_train`` (n,), ``x_test`` (m, features), ``y_test`` (m,).
     Types: ``x_*`` uint8 or float32, ``y_*`` int64 indices into ``classes``. ``classes`` holds the labels as
     the files give them, sorted, so that labels with holes (3, 5, 9) cost no unused network outputs.
+    ``sample_shape`` is that of one sample where it came from: (28, 28) for an image, (features,) for the row of a
+    table, which is also what () becomes. A row of ``x_*`` is a sample flattened, its last axis fastest.
+
+    Raises:
+        ValueError: ``sample_shape`` does not have ``features`` values.
     """
 
     name: str
@@ -56,6 +64,14 @@ class Dataset:
     x_test: Tensor
     y_test: Tensor
     classes: tuple[int, ...]
+    sample_shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        shape = tuple(self.sample_shape) or (self.features,)
+        if math.prod(shape) != self.features:
+            raise ValueError(f"sample_shape: expected a shape of {self.features} values, got {shape}")
+        object.__setattr__(self, "sample_shape", shape)  # the dataclass is frozen
 
     @property
     def features(self) -> int:
@@ -77,7 +93,8 @@ def from_arrays(
 ) -> Dataset:
     """Check four arrays and make a `Dataset` of them.
 
-    Shapes: ``x_*`` (n, ...), flattened to (n, features); ``y_*`` (n,) or (n, 1), integers >= 0.
+    Shapes: ``x_*`` (n, ...), flattened to (n, features), their shape kept as ``sample_shape``; ``y_*`` (n,) or (n, 1),
+    integers >= 0.
     ``x_*`` may hold any real numbers; integers from 0 to 255 are kept as uint8, all else becomes float32.
 
     Raises:
@@ -94,6 +111,9 @@ def from_arrays(
             f"x_test: expected {inputs['x_train'].shape[1]} features per sample like x_train, "
             f"got {inputs['x_test'].shape[1]}"
         )
+    shape = common_shape(x_train.shape[1:], x_test.shape[1:])
+    if shape is None:
+        raise ValueError(f"x_test: expected samples of shape {x_train.shape[1:]} like x_train, got {x_test.shape[1:]}")
     classes = torch.unique(labels["y_train"])
     tested = torch.unique(labels["y_test"])
     if not torch.equal(classes, tested):
@@ -110,7 +130,19 @@ def from_arrays(
         x_test=inputs["x_test"],
         y_test=torch.searchsorted(classes, labels["y_test"]),
         classes=tuple(classes.tolist()),
+        sample_shape=shape,
     )
+
+
+def common_shape(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape of samples of as many values that come in two shapes; None if they say different things.
+
+    Axes of extent 1 say nothing, and a row of values says nothing about how they are arranged: beside it all is a row.
+    """
+    shapes = [tuple(extent for extent in shape if extent != 1) for shape in (one, other)]
+    if shapes[0] == shapes[1]:
+        return tuple(one)
+    return (math.prod(one),) if min(map(len, shapes)) < 2 else None
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -122,7 +154,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         data_dir: where the IDX files are; by default the environment variable ENGRAM_DATA_DIR, else ``data``.
 
     Raises:
-        ValueError: unknown name, or a file that is not what it should be.
+        ValueError: unknown name, or a file that is not what it should be; the message names it.
         FileNotFoundError: a file is missing; the message says which names were looked for, and where.
         MissingExtraError: ``digits`` without scikit-learn.
     """
@@ -142,7 +174,7 @@ def load_digits() -> Dataset:
     drawn once with its own seed, independent of the seed of a run.
     """
     digits = require("sklearn.datasets", "scikit-learn", "dataset digits").load_digits()
-    x, y = digits.data.astype(np.uint8), digits.target.astype(np.int64)
+    x, y = digits.images.astype(np.uint8), digits.target.astype(np.int64)
     random = np.random.RandomState(_DIGITS_SPLIT_SEED)  # its stream is frozen across NumPy versions
     is_test = np.zeros(len(y), dtype=bool)
     for label in np.unique(y):
@@ -172,7 +204,10 @@ def load_idx(name: str, data_dir: str | os.PathLike[str]) -> Dataset:
                         f"{found[f'{part}-labels-idx1-ubyte']}: expected {len(x)} labels, as many as "
                         f"there are images in {found[f'{part}-images-idx3-ubyte'].name}, got {len(y)}"
                     )
-            return from_arrays(name, x_train, y_train, x_test, y_test)
+            try:
+                return from_arrays(name, x_train, y_train, x_test, y_test)
+            except ValueError as error:
+                raise ValueError(f"{error} (in {folder})") from None
         missing = min(missing, [file for file in _IDX_FILES if file not in found], key=len)
     raise FileNotFoundError(
         f"data_dir: {name} needs {', '.join(missing)} (each also with .gz); "
@@ -196,30 +231,41 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> npt.NDArray[np.ui
         dimensions: how many the file must have: 3 for images, 1 for labels.
 
     Raises:
-        ValueError: bad magic number, or fewer or more bytes than the header announces.
+        DamagedFileError: bad magic number, fewer or more bytes than the header announces, or more than any data set
+            of this kind has. No more is read than is needed to tell.
+        OSError: it can't be read.
     """
     path = Path(path)
+    magic, header = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
-            raw = stream.read()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: expected a complete gzip file, got a truncated or damaged one ({error})") from None
-    magic, header = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
-    if raw[:4] != magic:
-        raise ValueError(
+            start = stream.read(header)
+            shape = tuple(int.from_bytes(start[at : at + 4], "big") for at in range(4, header, 4))
+            size = math.prod(shape)  # Python integers: a damaged header may announce 2**96 bytes
+            raw = stream.read(size + 1) if start[:4] == magic and size <= _LARGEST_IDX_BYTES else b""
+    except PermissionError as error:
+        raise OSError(f"{path}: can't be read ({reason(error)})") from None
+    except Exception as error:  # gzip and zlib have several kinds for bytes that they can't make out
+        raise DamagedFileError(f"{path}: truncated or damaged ({reason(error)}); fetch it again") from None
+    if start[:4] != magic:
+        raise DamagedFileError(
             f"{path}: expected an IDX file of unsigned bytes in {dimensions} dimension(s), magic number "
-            f"0x{magic.hex()}, got {'0x' + raw[:4].hex() if raw else 'an empty file'}"
+            f"0x{magic.hex()}, got {'0x' + start[:4].hex() if start else 'an empty file'}; fetch it again"
         )
-    if len(raw) < header:
-        raise ValueError(f"{path}: expected an IDX header of {header} bytes, got a truncated file of {len(raw)}")
-    shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, header, 4)]
-    size = header + math.prod(shape)  # Python integers: a damaged header may announce 2**96 bytes
+    if len(start) < header:
+        raise DamagedFileError(
+            f"{path}: expected an IDX header of {header} bytes, got a truncated file of {len(start)}; fetch it again"
+        )
     if len(raw) != size:
-        state = "a truncated file" if len(raw) < size else "trailing bytes"
-        raise ValueError(
-            f"{path}: expected {size} bytes for the shape {tuple(shape)} in its header, got {len(raw)} ({state})"
+        got = f"{header + len(raw)} (a truncated file)"
+        if len(raw) > size:
+            got = f"at least {header + len(raw)} (trailing bytes)"
+        elif size > _LARGEST_IDX_BYTES:
+            got = f"a truncated file or a damaged header (at most {_LARGEST_IDX_BYTES} bytes are read)"
+        raise DamagedFileError(
+            f"{path}: expected {header + size} bytes for the shape {shape} in its header, got {got}; fetch it again"
         )
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def load_npz(path: str | os.PathLike[str]) -> Dataset:
@@ -227,33 +273,80 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a NumPy archive, damaged, an array is missing, or `from_arrays` refuses one.
+        DamagedFileError: not a NumPy archive, or damaged.
+        ValueError: an array is missing, does not fit memory, or `from_arrays` refuses one.
+        OSError: it can't be read.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"dataset: expected an .npz file, but {path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"dataset: expected {path} to be an .npz archive, got a truncated file or another format")
-    arrays: dict[str, npt.NDArray[np.generic]] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if missing := [name for name in _NPZ_ARRAYS if name not in archive.files]:
-                raise ValueError(
-                    f"dataset: expected the arrays {', '.join(_NPZ_ARRAYS)} in {path}, "
-                    f"got {', '.join(archive.files) or 'none'} (missing: {', '.join(missing)})"
-                )
-            for name in _NPZ_ARRAYS:
-                try:
-                    arrays[name] = archive[name]
-                except ValueError as error:
-                    if "pickle" in str(error):
-                        raise ValueError(f"{name}: expected an array of numbers, got Python objects") from None
-                    raise ValueError(f"{name}: damaged in {path} ({error})") from None
-    except (zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        raise ValueError(f"dataset: expected a complete .npz file, {path} is damaged ({error})") from None
-    return from_arrays(path.stem, *(arrays[name] for name in _NPZ_ARRAYS))
+        archive = zipfile.ZipFile(path)
+    except (PermissionError, IsADirectoryError) as error:
+        raise OSError(f"dataset: {path} can't be read ({reason(error)})") from None
+    except Exception as error:  # zipfile has many kinds for bytes that it can't make out
+        raise DamagedFileError(
+            f"dataset: expected {path} to be an .npz archive, got a truncated file or another format "
+            f"({reason(error)}); save it again"
+        ) from None
+    with archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if missing := [name for name in _NPZ_ARRAYS if name not in members]:
+            raise ValueError(
+                f"dataset: expected the arrays {', '.join(_NPZ_ARRAYS)} in {path}, "
+                f"got {', '.join(members) or 'none'} (missing: {', '.join(missing)})"
+            )
+        arrays = [_read_array(archive, members[name], name) for name in _NPZ_ARRAYS]
+    try:
+        return from_arrays(path.stem, *arrays)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {path})") from None
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> npt.NDArray[np.generic]:
+    """An array of an archive, once its header has shown that it is one of numbers and as large as its member."""
+    where = f"in {archive.filename}"
+    try:
+        with archive.open(member) as stream:
+            shape, dtype = _read_header(stream)
+            held = member.file_size - stream.tell()
+    except Exception as error:  # zipfile, zlib and NumPy have many kinds for what they can't make out
+        raise DamagedFileError(f"{name}: damaged {where} ({reason(error)}); save it again") from None
+    if dtype.hasobject:
+        raise ValueError(f"{name}: expected an array of numbers, got Python objects {where}")
+    announced = math.prod(shape) * dtype.itemsize
+    if announced != held:
+        raise DamagedFileError(
+            f"{name}: damaged {where} (its header announces {announced} bytes of shape {shape}, it holds {held}); "
+            "save it again"
+        )
+    if (free := available_bytes()) is not None and announced > free:
+        raise ValueError(
+            f"{name}: expected an array that fits the {free} bytes of free memory, got {announced} {where}"
+        )
+    try:
+        with archive.open(member) as stream:
+            array: npt.NDArray[np.generic] = np.lib.format.read_array(stream, allow_pickle=False)
+            stream.read()  # to the end, where the checksum is looked at
+    except MemoryError:
+        raise ValueError(f"{name}: expected an array that fits memory, got {announced} bytes {where}") from None
+    except Exception as error:
+        raise DamagedFileError(f"{name}: damaged {where} ({reason(error)}); save it again") from None
+    return array
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type in a .npy file's header, which may hold anything."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:  # there is another one, for the names of fields
+        raise ValueError(f"version {version} of the format, expected (1, 0) or (2, 0)")
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"shape {shape}")
+    return shape, dtype
 
 
 def hold_out(dataset: Dataset, samples: int) -> Dataset:

@@ -1,4 +1,4 @@
-"""Resident memory of this process, in bytes."""
+"""Resident memory of this process, and what the system has left, in bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_SYSTEM = Path("/proc/meminfo")
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
@@ -27,7 +28,7 @@ class MemoryMeter:
         self._earlier_peak: int | None = None
         self.can_reset = False
         self.restart()
-        self._start = _status_bytes("VmRSS")
+        self._start = _field_bytes(_STATUS, "VmRSS")
         if self._start is None:
             self._start = self._earlier_peak
 
@@ -51,8 +52,13 @@ class MemoryMeter:
         return max(peaks, default=None)
 
 
+def available_bytes() -> int | None:
+    """Memory that could be had now without swapping; None where the system does not tell."""
+    return _field_bytes(_SYSTEM, "MemAvailable")
+
+
 def _peak_bytes() -> int | None:
-    peak = _status_bytes("VmHWM")
+    peak = _field_bytes(_STATUS, "VmHWM")
     if peak is not None:
         return peak
     try:
@@ -63,9 +69,10 @@ def _peak_bytes() -> int | None:
     return usage if sys.platform == "darwin" else 1024 * usage
 
 
-def _status_bytes(field: str) -> int | None:
+def _field_bytes(path: Path, field: str) -> int | None:
     try:
-        lines = _STATUS.read_text().splitlines()
+        # the name of the process is in it, in any encoding, perhaps cut within a character
+        lines = path.read_text("utf-8", "replace").splitlines()
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

@@ -1,6 +1,6 @@
 """What a run leaves: ``metrics.json``, one picture ``report.png``, and a table for the terminal.
 
-Files are written beside their place and renamed into it, so that a reader never sees half of one.
+Files are written beside their place and renamed into it (see `files`), so that a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ import torch
 
 from .checkpoint import plain
 from .extras import require
+from .files import DamagedFileError, read_within, reason, write_atomically
 from .metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting, forward_transfer
 from .training import TrainingResult
 
@@ -30,6 +30,32 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.json"
 PICTURE_FILE = "report.png"
+
+_LARGEST_METRICS_BYTES = 2**28  # a matrix of 3000 tasks
+_NUMBER = (float, int, type(None))
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "accuracy_matrix": (list,),
+    "average_accuracy": _NUMBER,
+    "backward_transfer": _NUMBER,
+    "forgetting": _NUMBER,
+    "forward_transfer": _NUMBER,
+    "peak_memory_bytes": (int, type(None)),
+    "step_milliseconds": _NUMBER,
+    "config": (dict,),
+    "completed": (bool,),
+    "tasks_completed": (int,),
+    "steps": (int,),
+    "train_seconds": (float, int),
+    "total_memory_bytes": (int, type(None)),
+    "threads": (int,),
+    "isa": (str,),
+    "versions": (dict,),
+}
+_OF_MATRIX = {
+    "average_accuracy": average_accuracy,
+    "backward_transfer": backward_transfer,
+    "forgetting": forgetting,
+}
 
 # Up to so many tasks every cell of the heat map carries its number, and every line its label.
 _ANNOTATED_TASKS = 20
@@ -85,19 +111,45 @@ def read_metrics(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What :func:`write_metrics` wrote of :func:`metrics_of`; None without the file.
 
     Raises:
-        ValueError: the file holds something else.
+        DamagedFileError: the file holds something else, or numbers that do not follow from its matrix.
+        OSError: it can't be read.
     """
     path = Path(directory) / METRICS_FILE
     try:
-        metrics = json.loads(path.read_bytes())
-        result_of(metrics)
-        metrics["config"].keys()
+        metrics = json.loads(read_within(path, _LARGEST_METRICS_BYTES), parse_constant=_no_constant)
+        _check_metrics(metrics)
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"metrics: expected the {METRICS_FILE} of a run, got {path} ({reason})") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a file may hold anything, at any depth
+        raise DamagedFileError(
+            f"metrics: expected the {METRICS_FILE} of a run, got {path} ({type(error).__name__}: {reason(error)}); "
+            "without --resume training begins anew"
+        ) from None
     return dict(metrics)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_metrics(metrics: dict[str, Any]) -> None:
+    """Raises any exception unless this is what :func:`metrics_of` gives."""
+    for name, wanted in _FIELDS.items():
+        if type(metrics[name]) not in wanted:
+            raise TypeError(f"{name}: expected {' or '.join(kind.__name__ for kind in wanted)}, got {metrics[name]!r}")
+        if type(metrics[name]) is float and not math.isfinite(metrics[name]):
+            raise ValueError(f"{name}: expected a finite number")
+    matrix = metrics["accuracy_matrix"]
+    tasks = metrics["config"].get("tasks", len(matrix))
+    if not matrix or any(type(row) is not list or len(row) != len(matrix) for row in matrix) or tasks != len(matrix):
+        raise ValueError(f"accuracy_matrix: expected {tasks} rows of as many values")
+    if any(type(value) not in _NUMBER for row in matrix for value in row):
+        raise TypeError("accuracy_matrix: expected numbers")
+    for name, metric in _OF_MATRIX.items():
+        if metrics[name] != _json_number(metric(matrix)):
+            raise ValueError(f"{name}: expected {metric(matrix)}, which follows from the matrix, got {metrics[name]}")
 
 
 def result_of(metrics: dict[str, Any]) -> TrainingResult:
@@ -106,24 +158,6 @@ def result_of(metrics: dict[str, Any]) -> TrainingResult:
     if values["step_milliseconds"] is None:
         values["step_milliseconds"] = math.nan
     return TrainingResult(**values)
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Raises:
-        OSError: the directory is missing or not writable.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def table(matrix: AccuracyMatrix, tasks_completed: int | None = None) -> str:
@@ -408,9 +442,3 @@ def _percent(value: float | None, signed: bool = False) -> str:
 
 def _json_number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

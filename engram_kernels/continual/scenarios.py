@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Dataset, standardize
+from .data import Dataset, common_shape, standardize
 
 DEFAULT_CLASSES_PER_TASK = 2
 DEFAULT_PERMUTED_TASKS = 10
@@ -314,21 +314,22 @@ def rotated_scenario(
     from 0 to 180 degrees; evenly spread ones make every seed's stream equally hard.
 
     Args:
-        dataset: square images, whose background is 0.
+        dataset: square images, samples of shape (side, side) whose background is 0; axes of extent 1 aside.
         tasks: number of tasks.
         max_degrees: angle of the last task.
         samples_per_task: train each task on at most so many samples, drawn by ``seed`` and task.
         seed: used with ``samples_per_task`` only.
 
     Raises:
-        ValueError: the images are not square, ``tasks`` or ``samples_per_task`` < 1, ``max_degrees`` outside (0, 360).
+        ValueError: samples of another shape, ``tasks`` or ``samples_per_task`` < 1, ``max_degrees`` outside (0, 360).
     """
-    side = math.isqrt(dataset.features)
-    if side * side != dataset.features:
+    shape = [extent for extent in dataset.sample_shape if extent != 1] or [1, 1]
+    if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(
-            f"dataset: expected square images with scenario rotated, got {dataset.features} features per sample "
-            f"in {dataset.name}"
+            "dataset: expected square images with scenario rotated, x_train and x_test of shape (samples, side, side), "
+            f"got samples of shape {dataset.sample_shape} in {dataset.name}"
         )
+    side = shape[0]
     if tasks < 1:
         raise ValueError(f"tasks: expected an integer >= 1, got {tasks}")
     if not 0.0 < max_degrees < 360.0:
@@ -343,12 +344,13 @@ def domain_scenario(datasets: Sequence[Dataset], *, samples_per_task: int | None
     MNIST and then Fashion-MNIST, for one (Laborieux et al. 2021), or the same labels under other conditions.
 
     Args:
-        datasets: the tasks in order, alike in features and labels.
+        datasets: the tasks in order, alike in labels and in the shape of their samples (or in features, where one
+            holds plain rows).
         samples_per_task: train each task on at most so many samples, drawn by ``seed`` and task.
         seed: used with ``samples_per_task`` only.
 
     Raises:
-        ValueError: fewer than two data sets, one that differs from the first in features or labels (the message
+        ValueError: fewer than two data sets, one that differs from the first in shape or labels (the message
             says which, and how), ``samples_per_task`` < 1.
     """
     if len(datasets) < 2:
@@ -360,6 +362,11 @@ def domain_scenario(datasets: Sequence[Dataset], *, samples_per_task: int | None
             raise ValueError(
                 f"dataset: expected {first.features} features per sample as in {first.name}, the first data set, "
                 f"got {dataset.features} {where}"
+            )
+        if common_shape(first.sample_shape, dataset.sample_shape) is None:
+            raise ValueError(
+                f"dataset: expected samples of shape {first.sample_shape} as in {first.name}, the first data set, "
+                f"got {dataset.sample_shape} {where}"
             )
         lacking = sorted(set(first.classes) - set(dataset.classes))
         unknown = sorted(set(dataset.classes) - set(first.classes))

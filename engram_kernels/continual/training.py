@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .data import Dataset, joined_name
+from .files import reason
 from .memory import MemoryMeter
 from .methods import Method, TrainingError, build, method_config
+from .metrics import average_accuracy
 from .progress import NoProgress, Progress
 from .scenarios import Samples, Scenario, make_scenario, seeded_generator
 
@@ -117,6 +120,8 @@ def train(
         step_seconds = _restore(state, method, result, order, checkpoint)
         del state
         memory.restart()  # for a moment, what was loaded was there twice
+    # what was loaded shows at the first step whether it fits
+    doubted = checkpoint if result.tasks_completed else None
     earlier_seconds, earlier_peaks = result.train_seconds, (result.peak_memory_bytes, result.total_memory_bytes)
 
     def evaluate_row(last: bool) -> list[float | None]:
@@ -143,12 +148,16 @@ def train(
             if task < result.tasks_completed:
                 continue
             method.model.train()
-            experience = method.before_training_exp(new)
+            with _as_damage(doubted):
+                experience = method.before_training_exp(new)
+                next(experience.batches(config.batch_size))
             for epoch in range(config.epochs):
                 for x, y in experience.batches(config.batch_size, order):
                     begun = time.perf_counter()
-                    loss, accuracy = _step(method, x, y, where=f"task {task + 1}, epoch {epoch + 1}")
+                    with _as_damage(doubted):
+                        loss, accuracy = _step(method, x, y, where=f"task {task + 1}, epoch {epoch + 1}")
                     step_seconds.append(time.perf_counter() - begun)
+                    doubted = None
                     progress.step(task, loss, accuracy)
                 _check_weights(method, where=f"task {task + 1}, epoch {epoch + 1}")
             method.after_training_exp(experience)
@@ -242,22 +251,48 @@ def _restore(
     state: dict[str, Any], method: Method, result: TrainingResult, order: torch.Generator, checkpoint: Checkpoint
 ) -> list[float]:
     """Takes up what :func:`_state` gave; returns the times of the steps so far, in seconds."""
-    try:
+    with _as_damage(checkpoint):
         method.load_state_dict(state["method"])
-        result.tasks_completed = state["tasks_completed"]
-        result.accuracy_matrix[: result.tasks_completed] = state["accuracy_matrix"]
-        result.train_seconds = state["train_seconds"]
-        result.peak_memory_bytes = state["peak_memory_bytes"]
-        result.total_memory_bytes = state["total_memory_bytes"]
-        step_seconds: list[float] = state["step_seconds"].tolist()
+        tasks, rows, tasks_in_all = state["tasks_completed"], state["accuracy_matrix"], len(result.accuracy_matrix)
+        if tasks >= tasks_in_all or [len(row) for row in rows] != [tasks_in_all] * tasks:
+            raise ValueError(f"accuracy_matrix: expected {tasks} rows of {tasks_in_all} values")
+        if any(type(value) not in (float, type(None)) for row in rows for value in row):
+            raise TypeError("accuracy_matrix: expected numbers")
+        average_accuracy(rows)  # which refuses what are no accuracies
+        result.tasks_completed, result.accuracy_matrix[:tasks] = tasks, rows
+        result.train_seconds = _kind(state, "train_seconds", float)
+        result.peak_memory_bytes = _kind(state, "peak_memory_bytes", int, type(None))
+        result.total_memory_bytes = _kind(state, "total_memory_bytes", int, type(None))
+        step_seconds = _kind(state, "step_seconds", Tensor)
+        if step_seconds.dtype != torch.float64 or step_seconds.dim() != 1:
+            raise ValueError(f"step_seconds: expected float64 (steps,), got {step_seconds.dtype}")
         torch.set_rng_state(state["random"])
         order.set_state(state["sample_order"])
-    except (KeyError, RuntimeError, ValueError) as error:  # what load_state_dict raises for other shapes and names
-        raise ValueError(
-            f"checkpoint: {checkpoint.path} does not fit this version of the program ({str(error).splitlines()[0]}); "
-            "without --resume training begins anew"
-        ) from None
-    return step_seconds
+    times: list[float] = step_seconds.tolist()
+    return times
+
+
+def _kind(state: dict[str, Any], name: str, *kinds: type) -> Any:
+    if type(state[name]) not in kinds:
+        raise TypeError(f"{name}: expected {kinds[0].__name__}, got {type(state[name]).__name__}")
+    return state[name]
+
+
+@contextlib.contextmanager
+def _as_damage(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """What is raised within is the checkpoint's fault, if there is one: it holds other names, kinds or shapes.
+
+    Raises:
+        DamagedFileError: instead of any other error.
+    """
+    try:
+        yield
+    except (MemoryError, TrainingError):
+        raise
+    except Exception as error:
+        if checkpoint is None or "allocate memory" in str(error):
+            raise
+        raise checkpoint.damaged(reason(error)) from None
 
 
 def _larger(earlier: int | None, now: int | None) -> int | None:

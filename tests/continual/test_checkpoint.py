@@ -2,11 +2,15 @@
 
 import math
 import os
+import shutil
+import tracemalloc
+import zipfile
 
 import pytest
 import torch
 
 from engram_kernels.continual.checkpoint import Checkpoint, check_same_options, plain
+from engram_kernels.continual.files import DamagedFileError
 from engram_kernels.continual.memory import MemoryMeter
 
 OPTIONS = {"method": "engram", "hidden": [32], "lr": (0.1, 0.2), "ste_window": math.inf, "rate": None, "data_dir": "a"}
@@ -46,13 +50,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         Checkpoint(tmp_path / "missing", OPTIONS).save({"tasks_completed": 1})
 
 
-def test_what_a_killed_process_was_writing_is_overwritten_and_removed(tmp_path):
-    (tmp_path / ".checkpoint.pt.partial").write_bytes(b"half")
+def test_what_a_killed_process_was_writing_is_in_nobodys_way_and_removed(tmp_path):
+    left = tmp_path / ".checkpoint.pt.1-00.partial"
+    left.write_bytes(b"half")
     checkpoint = Checkpoint(tmp_path, OPTIONS, resume=True)
     assert checkpoint.tasks_completed() is None
     checkpoint.save({"tasks_completed": 1})
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
-    (tmp_path / ".checkpoint.pt.partial").write_bytes(b"half")
+    assert checkpoint.tasks_completed() == 1
+    assert left.read_bytes() == b"half", "another process may be writing it"
     checkpoint.remove()
     assert os.listdir(tmp_path) == []
 
@@ -87,6 +92,97 @@ def test_damage_is_found(tmp_path, damage):
     checkpoint.path.write_bytes({"cut": content[:-1], "changed": content, "no archive": b"text"}[damage])
     with pytest.raises(ValueError, match=r"checkpoint: .*checkpoint\.pt is damaged"):
         checkpoint.load()
+
+
+def test_a_bit_flipped_anywhere_gives_what_was_saved_or_a_line_that_names_the_file(tmp_path):
+    checkpoint = Checkpoint(tmp_path, OPTIONS, resume=True)
+    saved = {"tasks_completed": 3, "weight": torch.arange(5.0), "names": {"a": [1, None, True, 0.5]}}
+    checkpoint.save(saved)
+    content, refused = checkpoint.path.read_bytes(), 0
+    for place in range(0, 8 * len(content), 13):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        checkpoint.path.write_bytes(changed)
+        try:
+            loaded = checkpoint.load()
+        except DamagedFileError as error:
+            assert str(checkpoint.path) in str(error)
+            assert "without --resume training begins anew" in str(error)
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert torch.equal(loaded.pop("weight"), saved["weight"])
+            assert loaded == {"tasks_completed": 3, "names": saved["names"], "options": plain(OPTIONS)}
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {},
+        {"tasks_completed": 1},
+        {"options": None, "tasks_completed": 1},
+        {"options": [], "tasks_completed": 1},
+        {"options": {}, "tasks_completed": None},
+        {"options": {}, "tasks_completed": "1"},
+        {"options": {}, "tasks_completed": True},
+        {"options": {}, "tasks_completed": 0},
+        {"options": {}, "tasks_completed": torch.ones(2)},
+    ],
+    ids=str,
+)
+def test_another_file_of_torch_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(DamagedFileError, match=r"checkpoint: .*checkpoint\.pt is damaged or of another version"):
+        Checkpoint(tmp_path, {}).tasks_completed()
+
+
+def test_a_packed_member_is_not_unpacked(tmp_path):
+    """torch packs none; 64 MiB of zeros would be 64 KiB."""
+    with zipfile.ZipFile(tmp_path / "checkpoint.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("checkpoint/data.pkl", bytes(2**26))
+    tracemalloc.start()
+    with pytest.raises(DamagedFileError, match=r"damaged or of another version \(a compressed member\)"):
+        Checkpoint(tmp_path, OPTIONS).tasks_completed()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_a_directory_in_its_place_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").mkdir()
+    with pytest.raises(OSError, match=r"checkpoint: .*checkpoint\.pt can't be read \(Is a directory\)"):
+        Checkpoint(tmp_path, OPTIONS).tasks_completed()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX limits")
+def test_a_file_that_is_too_large_to_write_is_named(tmp_path):
+    """As on a full disk; what was there before stays, and nothing else."""
+    import resource
+
+    checkpoint = Checkpoint(tmp_path, OPTIONS)
+    checkpoint.save({"tasks_completed": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint: .*checkpoint\.pt can't be written \(.+\)$") as caught:
+            checkpoint.save({"tasks_completed": 2, "weight": torch.zeros(2**18)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert checkpoint.tasks_completed() == 1
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OSError, match=r"checkpoint\.pt can't be written \(No space left on device\)"):
+        Checkpoint(tmp_path, OPTIONS).save({"tasks_completed": 1})
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):

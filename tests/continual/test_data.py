@@ -1,10 +1,13 @@
 """Loading: what comes in comes out unchanged, and what is wrong is said in one line."""
 
 import gzip
+import math
 import os
 import pickle
 import re
 import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,7 @@ def test_idx_files_in_every_layout(tmp_path, name, folder, gzipped):
     write_mnist(tmp_path / folder, files, gzipped)
     dataset = data.load(name, tmp_path)
     assert (dataset.name, dataset.features, dataset.classes) == (name, 20, (0, 1))
+    assert dataset.sample_shape == (4, 5)
     assert dataset.x_train.dtype == torch.uint8
     assert dataset.y_train.dtype == torch.int64
     np.testing.assert_array_equal(dataset.x_train.numpy(), files["train-images-idx3-ubyte"].reshape(20, 20))
@@ -120,7 +124,7 @@ GOOD = idx(np.zeros((20, 4, 5)))
         ("train-images-idx3-ubyte", b"", "got an empty file"),
         ("train-images-idx3-ubyte", GOOD[:9], "header of 16 bytes, got a truncated file of 9"),
         ("train-images-idx3-ubyte", GOOD[:-1], r"expected 416 bytes .* got 415 \(a truncated file\)"),
-        ("train-images-idx3-ubyte", GOOD + b"\0", r"expected 416 bytes .* got 417 \(trailing bytes\)"),
+        ("train-images-idx3-ubyte", GOOD + b"\0", r"expected 416 bytes .* got at least 417 \(trailing bytes\)"),
         ("train-images-idx3-ubyte", idx(np.zeros(20)), "magic number 0x00000803, got 0x00000801"),
         (
             "train-images-idx3-ubyte",
@@ -158,6 +162,7 @@ def test_npz(tmp_path):
     np.savez(tmp_path / "own.npz", **valid)
     dataset = data.load(str(tmp_path / "own.npz"))
     assert (dataset.name, dataset.features, dataset.num_classes) == ("own", 12, 3)
+    assert dataset.sample_shape == (3, 4)
     np.testing.assert_array_equal(dataset.x_train.numpy(), valid["x_train"].reshape(12, 12))
     np.testing.assert_array_equal(dataset.y_test.numpy(), valid["y_test"])
 
@@ -281,6 +286,168 @@ def test_a_damaged_npz_is_refused(tmp_path, compressed):
         assert "\n" not in str(caught.value)
 
 
+def whole_or_one_line(load, path):
+    """What reading a damaged file ends in: data, or a line that names the file."""
+    try:
+        return load()
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        return None
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in data._NPZ_ARRAYS)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["stored", "compressed"])
+def test_a_bit_flipped_anywhere_in_an_npz_gives_its_data_or_a_line_that_names_it(tmp_path, compressed):
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "own.npz", **arrays())
+    path, content = tmp_path / "flipped.npz", (tmp_path / "own.npz").read_bytes()
+    right, refused = data.load(str(tmp_path / "own.npz")), 0
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        dataset = whole_or_one_line(lambda: data.load(str(path)), path)
+        assert dataset is None or same(dataset, right)
+        refused += dataset is None
+    assert refused > len(content) / 2
+
+
+def test_a_bit_flipped_anywhere_in_gzipped_idx_gives_its_data_or_a_line_that_names_it(tmp_path):
+    path, images = tmp_path / "train-images-idx3-ubyte.gz", small_mnist(images=6)["train-images-idx3-ubyte"]
+    content, refused = gzip.compress(idx(images), mtime=0), 0
+    for place in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        read = whole_or_one_line(lambda: data.read_idx(path, dimensions=3), path)
+        assert read is None or np.array_equal(read, images)
+        refused += read is None
+    assert refused > 4 * len(content)
+
+
+def npz_of(path, **members):
+    """An archive whose members hold the bytes given; a valid one beside."""
+    np.savez(path, **arrays())
+    with zipfile.ZipFile(path) as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in (content | {f"{name}.npy": value for name, value in members.items()}).items():
+            archive.writestr(name, value)
+
+
+def npy(header, body=b""):
+    """A file of NumPy's format whose header is any text."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"", "damaged"),
+        (b"text", "damaged"),
+        (npy("{'descr': '|u1', 'fortran_order': False, 'shape': (2, 38)}"), "announces 76 bytes .* holds 0"),
+        (npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({2**76},)}}"), f"announces {2**76} bytes"),
+        (npy(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({2**38}, {2**38})}}"), "announces"),
+        (npy("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, -12)}", b"x" * 12), r"shape \(-1, -12\)"),
+        (npy("{'descr': '|u1', 'fortran_order': False, 'shape': ('a',)}"), "damaged"),
+        (npy("{'descr': [], 'fortran_order': False, 'shape': (12,)}"), "array of real numbers"),
+        (npy(f"{{'descr': [], 'fortran_order': False, 'shape': ({2**76},)}}"), "damaged"),
+        (npy("[" * 3000), "damaged"),
+        (npy("{'descr': '|V1', 'fortran_order': False, 'shape': (12, 1)}", b"x" * 12), "array of real numbers"),
+        (npy("{'descr': '|u1', 'fortran_order': False, 'shape': ()}", b"x"), r"expected a non-empty array .* \(\)"),
+        (b"\x93NUMPY\x09\x00" + b"x" * 100, "damaged"),
+    ],
+)
+def test_members_of_an_npz_that_are_no_arrays(tmp_path, content, wanted):
+    path = tmp_path / "own.npz"
+    npz_of(path, x_train=content)
+    with pytest.raises(ValueError, match=f"^x_train: .*{wanted}") as caught:
+        data.load(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("flags", 1), ("method", 99)], ids=["encrypted", "compression"])
+def test_members_of_an_npz_that_python_cannot_unpack(tmp_path, field, value):
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays())
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        place = content.index(signature) + offset + 2 * (field == "method")
+        content[place : place + 2] = struct.pack("<H", value)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x_train: damaged in .*own\.npz"):
+        data.load(str(path))
+
+
+def test_an_array_larger_than_memory_is_not_begun(tmp_path, monkeypatch):
+    path = tmp_path / "own.npz"
+    np.savez_compressed(path, **arrays(x_train=np.zeros((12, 10**6), np.uint8)))
+    monkeypatch.setattr(data, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(ValueError, match=r"x_train: expected an array that fits .* 12000000 in .*own\.npz"):
+        data.load(str(path))
+
+
+@pytest.mark.parametrize("announced", [(3, 28, 28), (8, 2**15, 2**15), (2**32 - 1, 2**32 - 1, 2**32 - 1)])
+def test_no_more_of_a_gzip_file_is_unpacked_than_its_header_announces(tmp_path, announced):
+    """64 MiB of zeros in 64 KiB; what a header announces beyond any data set of the kind is not begun."""
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    header = bytes([0, 0, 8, 3]) + b"".join(struct.pack(">I", extent) for extent in announced)
+    path.write_bytes(gzip.compress(header + bytes(2**26), compresslevel=1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        data.read_idx(path, dimensions=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    write_mnist(tmp_path, small_mnist())
+    np.savez(tmp_path / "own.npz", **arrays())
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    for name, file in (("mnist", "train-images-idx3-ubyte"), (str(tmp_path / "own.npz"), "own.npz")):
+        with pytest.raises(OSError, match=rf"{file}.* can't be read \(Permission denied\)"):
+            data.load(name, tmp_path)
+
+
+@given(
+    st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=4),
+    st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=4),
+)
+@settings(deadline=None)
+def test_a_data_set_keeps_the_shape_of_its_samples(train, test):
+    x_train, x_test = np.zeros((12, *train), np.uint8), np.ones((6, *test), np.uint8)
+    axes = [[extent for extent in shape if extent > 1] for shape in (train, test)]
+    if math.prod(train) != math.prod(test):
+        with pytest.raises(ValueError, match=f"x_test: expected {math.prod(train)} features"):
+            data.from_arrays("own", **arrays(x_train=x_train, x_test=x_test))
+    elif axes[0] != axes[1] and min(map(len, axes)) > 1:
+        with pytest.raises(ValueError, match=re.escape(f"expected samples of shape {tuple(train)} like x_train")):
+            data.from_arrays("own", **arrays(x_train=x_train, x_test=x_test))
+    else:
+        dataset = data.from_arrays("own", **arrays(x_train=x_train, x_test=x_test))
+        assert dataset.sample_shape == (tuple(train) if axes[0] == axes[1] else (math.prod(train),))
+        assert data.hold_out(dataset, 6).sample_shape == dataset.sample_shape
+
+
+def test_the_shape_of_a_sample_must_fit_its_values():
+    x, y = torch.zeros(4, 6), torch.arange(4) % 2
+    assert data.Dataset("own", x, y, x, y, (0, 1)).sample_shape == (6,)
+    with pytest.raises(ValueError, match=r"sample_shape: expected a shape of 6 values, got \(2, 4\)"):
+        data.Dataset("own", x, y, x, y, (0, 1), sample_shape=(2, 4))
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"dataset: expected digits, mnist, .*, got 'cifar'"):
         data.load("cifar")
@@ -292,7 +459,7 @@ def test_digits_has_a_fixed_stratified_split():
     np.random.seed(5)
     second = data.load("digits")
     assert torch.random.initial_seed() == torch_seed
-    assert (len(first.y_train), len(first.y_test), first.features) == (1438, 359, 64)
+    assert (len(first.y_train), len(first.y_test), first.sample_shape) == (1438, 359, (8, 8))
     assert first.x_train.dtype == torch.uint8
     for part in ("x_train", "y_train", "x_test", "y_test"):
         assert torch.equal(getattr(first, part), getattr(second, part))

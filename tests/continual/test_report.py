@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import stat
 from itertools import pairwise
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram_kernels.continual import report
+from engram_kernels.continual.files import DamagedFileError
 from engram_kernels.continual.training import TrainingResult
 
 CONFIG = {"dataset": "own.npz", "scenario": "class", "method": "engram", "hidden": [32], "seed": 7}
@@ -58,26 +58,83 @@ def test_metrics_are_complete_and_valid_json(tmp_path, tasks, learned):
     assert known == (None if learned < 2 else -0.25)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.json"
-    report.write_atomically(path, b"old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        report.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["metrics.json"]
+def test_what_is_written_is_read(tmp_path):
+    assert report.read_metrics(tmp_path) is None
+    for tasks, learned in ((5, 5), (5, 2), (1, 1), (3, 0)):
+        metrics = report.metrics_of(result_of(tasks, learned), CONFIG, chance=0.1)
+        report.write_metrics(tmp_path, metrics)
+        assert report.read_metrics(tmp_path) == metrics
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
-def test_files_are_as_readable_as_any_other(tmp_path):
-    report.write_atomically(tmp_path / "ours", b"")
-    (tmp_path / "plain").write_bytes(b"")
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "plain")}
-    assert len(modes) == 1
+def test_a_bit_flipped_anywhere_gives_numbers_that_fit_or_a_line_that_names_the_file(tmp_path):
+    metrics = report.metrics_of(result_of(3), {**CONFIG, "tasks": 3}, chance=0.1)
+    path = report.write_metrics(tmp_path, metrics)
+    content, refused = path.read_bytes(), 0
+    for place in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        try:
+            read = report.read_metrics(tmp_path)
+        except DamagedFileError as error:
+            assert str(path) in str(error)
+            assert "without --resume training begins anew" in str(error)
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            for name in ("average_accuracy", "backward_transfer", "forgetting"):
+                assert read[name] == metrics[name]
+            report.summary(report.result_of(read))
+    assert refused > 4 * len(content)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accuracy_matrix": "none"},
+        {"accuracy_matrix": []},
+        {"accuracy_matrix": [[0.5, 0.5], [0.5]]},
+        {"accuracy_matrix": [["0.5"]]},
+        {"accuracy_matrix": [[1.5]]},
+        {"accuracy_matrix": [[True]]},
+        {"config": []},
+        {"config": {"tasks": 3}},
+        {"completed": 1},
+        {"steps": None},
+        {"steps": 1.5},
+        {"versions": "2.13"},
+        {"average_accuracy": 0.123},
+        {"train_seconds": "1"},
+    ],
+    ids=str,
+)
+def test_metrics_of_other_kinds_are_refused(tmp_path, changes):
+    report.write_metrics(tmp_path, {**report.metrics_of(result_of(2), CONFIG), **changes})
+    name = "accuracy.matrix" if "tasks" in str(changes) else next(iter(changes)).replace("_", ".")
+    with pytest.raises(DamagedFileError, match=rf"metrics: expected .* got .*metrics\.json \(.*{name}"):
+        report.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b"[" * 10**5, b"\xff\xfe", b'{"completed": true}'])
+def test_what_is_no_metrics_is_refused(tmp_path, content):
+    (tmp_path / "metrics.json").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"metrics: expected the metrics\.json of a run, got .*metrics\.json"):
+        report.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "9" * 5000])
+def test_numbers_that_json_lacks_are_refused(tmp_path, number):
+    path = report.write_metrics(tmp_path, report.metrics_of(result_of(2), CONFIG))
+    path.write_text(path.read_text().replace('"train_seconds": 0.0', f'"train_seconds": {number}'))
+    with pytest.raises(DamagedFileError, match=r"metrics\.json"):
+        report.read_metrics(tmp_path)
+
+
+def test_a_file_larger_than_any_metrics_is_not_read(tmp_path, monkeypatch):
+    report.write_metrics(tmp_path, report.metrics_of(result_of(2), CONFIG))
+    monkeypatch.setattr(report, "_LARGEST_METRICS_BYTES", 100)
+    with pytest.raises(DamagedFileError, match=r"metrics\.json has more than 100 bytes"):
+        report.read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize(("tasks", "learned"), [(5, 5), (10, 10), (2, 1), (1, 1), (3, 0), (30, 30)])

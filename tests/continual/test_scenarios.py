@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_kernels.continual.data import Dataset, standardize
+from engram_kernels.continual.data import Dataset, from_arrays, standardize
 from engram_kernels.continual.scenarios import (
     SCENARIOS,
     Experience,
@@ -38,7 +39,9 @@ def small_dataset(classes=5, features=9, train=47, test=23, name="small", seed=0
         x[:, 0] = torch.arange(samples)
         return x, torch.arange(samples) % classes
 
-    return Dataset(name, *part(train), *part(test), classes=tuple(range(classes)))
+    side = math.isqrt(features)
+    shape = (side, side) if side * side == features else ()
+    return Dataset(name, *part(train), *part(test), classes=tuple(range(classes)), sample_shape=shape)
 
 
 def make(name, dataset=None, **options):
@@ -173,6 +176,53 @@ def test_rotated_scenario_spreads_the_angles_evenly():
             assert torch.equal(got_x, standardize(Rotation(30.0 * task, 3)(x)))
             assert torch.equal(got_y, y)
             assert experience.x is x, "no copy of the data per task"
+
+
+def shaped(*shape, name="own"):
+    """A data set whose samples have a shape."""
+    random = np.random.RandomState(0)
+    parts = {"x_train": random.rand(12, *shape), "x_test": random.rand(6, *shape)}
+    return from_arrays(name, **parts, y_train=np.arange(12) % 3, y_test=np.arange(6) % 3)
+
+
+@pytest.mark.parametrize("shape", [(64,), (4, 16), (4, 4, 4), (64, 1), (2, 2, 16), (3, 8, 8), (8, 8, 3), (4, 2, 8)])
+def test_what_is_no_square_image_is_not_turned(shape):
+    """Whatever the number of its values: 64 features of a table are no image of 8 x 8."""
+    with pytest.raises(
+        ValueError, match=rf"shape \(samples, side, side\), got samples of shape {re.escape(str(shape))}"
+    ):
+        rotated_scenario(shaped(*shape))
+    assert len(permuted_scenario(shaped(*shape), tasks=2)) == 2
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (8, 8, 1), (8, 1, 8), (1, 1), (1,)])
+def test_axes_of_extent_one_do_not_change_an_image(shape):
+    dataset = shaped(*shape)
+    side = math.isqrt(dataset.features)
+    experience = rotated_scenario(dataset, tasks=3).test_stream[1]
+    turned = np.rot90(dataset.x_test.reshape(-1, side, side).numpy(), 1, (1, 2)).reshape(-1, side * side)
+    np.testing.assert_array_equal(experience.transform(dataset.x_test).numpy(), turned)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fits"),
+    [
+        (((4, 16), (4, 16)), True),
+        (((4, 16), (1, 4, 16)), True),
+        (((64,), (8, 8)), True),
+        (((8, 8), (64,)), True),
+        (((4, 16), (8, 8)), False),
+        (((4, 16), (16, 4)), False),
+    ],
+)
+def test_data_sets_of_other_shapes_make_no_stream(shapes, fits):
+    datasets = [shaped(*shape, name=name) for shape, name in zip(shapes, ("one", "other"), strict=True)]
+    if fits:
+        assert len(domain_scenario(datasets)) == 2
+        return
+    first, second = (re.escape(str(shape)) for shape in shapes)
+    with pytest.raises(ValueError, match=rf"shape {first} as in one, .* got {second} in other \(data set 2\)"):
+        domain_scenario(datasets)
 
 
 def test_domain_scenario_is_one_data_set_after_the_other():
@@ -397,7 +447,7 @@ def test_bad_options(name, options, wanted):
         (
             "rotated",
             [small_dataset(features=10, name="wide")],
-            "dataset: expected square images with scenario rotated, got 10 features per sample in wide",
+            r"dataset: expected square images .* \(samples, side, side\), got samples of shape \(10,\) in wide",
         ),
         (
             "domain",

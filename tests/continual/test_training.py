@@ -24,7 +24,8 @@ def clusters(classes=4, features=25, train=160, test=60, spread=0.3):
         y = torch.arange(samples) % classes
         return centres[y] + spread * torch.randn(samples, features, generator=generator), y
 
-    return Dataset("clusters", *part(train), *part(test), classes=tuple(range(classes)))
+    side = math.isqrt(features)
+    return Dataset("clusters", *part(train), *part(test), classes=tuple(range(classes)), sample_shape=(side, side))
 
 
 def linear_method(dataset, lr=0.05, epochs=2, **config):

@@ -41,11 +41,11 @@ seeds = st.integers(0, 2**31)
 widths = st.lists(st.integers(1, 9), min_size=0, max_size=3)
 
 
-def random_dataset(samples=60, classes=6, features=7):
+def random_dataset(samples=60, classes=6, shape=(7,)):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, features, generator=generator)
+    x = torch.randn(samples, math.prod(shape), generator=generator)
     y = torch.arange(samples) % classes
-    return Dataset("random", x, y, x, y, classes=tuple(range(classes)))
+    return Dataset("random", x, y, x, y, classes=tuple(range(classes)), sample_shape=shape)
 
 
 def double(method, lr=1.0):
@@ -352,7 +352,7 @@ def test_joint_training_sees_all_samples_so_far(scenario):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_joint_training_remembers_the_experiences_of_every_scenario(scenario):
     """Through a file that is read without running what is in it."""
-    data, options = random_dataset(features=9), {} if scenario == "domain" else {"tasks": 3}
+    data, options = random_dataset(shape=(3, 3)), {} if scenario == "domain" else {"tasks": 3}
     stream = make_scenario(scenario, [data] * (3 if scenario == "domain" else 1), **options).train_stream
     method, other = (JointTraining.build(FullPrecisionConfig(lr=0.1), 9, [8], 6) for _ in range(2))
     for experience in stream[:2]:
