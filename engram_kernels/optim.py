@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +19,38 @@ from .hidden_weight import HiddenWeight
 from .reference import SCALE_BLOCK
 
 _SECOND_MOMENT = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.uint8}
+_HASHED_WEIGHTS = 1 << 14  # of a weight, to tell it from others
 
 
-def _place(name: str, parameter: Tensor) -> torch.device:
-    """Where an entry of the state lies: seeds and counts on the CPU."""
-    return torch.device("cpu") if name in ("seed", "step") else parameter.device
+def _count(value: Any = 0) -> Tensor:
+    """A number of steps, whatever it was saved as (older versions kept floats), as the state keeps it: int64 ()."""
+    value = value.item() if isinstance(value, Tensor) else value
+    if not (0 <= value < 2**63 and value == int(value)):
+        raise ValueError(f"state_dict: expected a whole number of at least 0 as step, got {value!r}")
+    return torch.tensor(int(value), dtype=torch.int64, device="cpu")
+
+
+def _seed_of(weight: Tensor, position: int) -> Tensor:
+    """A seed as :func:`ops.draw_seed` gives, derived from a weight's first values and its position.
+
+    Data-parallel processes hold the same weights and must round them alike, whatever their generators have drawn.
+    """
+    rows = weight.detach()[: max(1, _HASHED_WEIGHTS // max(1, weight.shape[1]))]
+    values = rows.contiguous().cpu().view(torch.uint8).numpy()
+    digest = hashlib.blake2b(values.tobytes(), digest_size=8, salt=position.to_bytes(8, "little")).digest()
+    return torch.tensor([int.from_bytes(digest, "little") >> 1, 0], dtype=torch.int64, device="cpu")
+
+
+def _shard_kind(parameter: Tensor) -> str | None:
+    """What a parameter is instead of one that its layer made, if sharding has made something else of it."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # imported, since that is slow, by whoever makes DTensors
+    if tensor is not None and isinstance(parameter, tensor.DTensor):
+        return "a DTensor, as fully_shard (FSDP2) and tensor parallelism make it"
+    if getattr(parameter, "_is_flat_param", False):
+        return "a flat parameter, as FullyShardedDataParallel (FSDP1) makes it"
+    if isinstance(parameter, HiddenWeight) and parameter.dim() != 2:
+        return "a hidden weight that is no matrix, as FullyShardedDataParallel (FSDP1) makes it"
+    return None
 
 
 def _apply_gradient(grad: Tensor, weight: Tensor, *state: Tensor, **settings: Any) -> None:
@@ -60,16 +90,31 @@ class MetaplasticAdam(Optimizer):
             The numbers are the same as without, for float32 weights of binary layers to the last bit. Excludes whatever
             needs gradients as a whole or twice: clipping by norm, loss scaling, accumulation, a penalty on the weights,
             a weight shared by two layers, hooks on weights, averaging over processes and whole-graph torch.compile;
-            each raises an error. Learning rates must be set before ``backward()``. Gradients asked for by
+            each raises an error. That of torch.amp.GradScaler comes from ``scaler.step`` or ``unscale_``, after the
+            first ``backward()`` has applied a scaled gradient: a scaled loss looks like any other before. Go back to
+            weights and state from before it. Learning rates must be set before ``backward()``. Gradients asked for by
             ``torch.autograd.grad`` are returned as ever and update nothing. A weight belongs to this optimizer until
             another MetaplasticAdam takes it or this one is deleted. After a ``backward()`` that failed half-way,
             :meth:`abandon_step`.
 
-    Hidden weights are float32 or, rounded stochastically, bfloat16. Random bits come from torch's default CPU
-    generator, one number per compact parameter when the optimizer is made.
+    Hidden weights are float32 or, rounded stochastically, bfloat16. Random bits are counter-based; their key comes from
+    a weight's values at its first step and its position in ``params``, and none from torch's generators, so that
+    processes that hold the same weights round them alike. A weight that is not contiguous is copied, updated and copied
+    back in every step.
+
+    A step whose gradient would make a weight NaN raises and writes no NaN: such weights keep their values and their
+    moments, all others of that hidden weight take the step, which is not counted. Hidden weights come first: those
+    before it in ``params`` have been updated, those after it and all other parameters have not. With
+    ``fuse_backward=True``, ``backward()`` raises; :meth:`abandon_step` then. On CUDA a later call raises, as ever.
+
+    Checkpoints: ``state_dict`` and torch.distributed.checkpoint. Data-parallel training: DistributedDataParallel, with
+    ZeroRedundancyOptimizer if wanted. A step with ``lr`` 0 changes moments only, not even to keep to ``weight_bound``.
 
     Raises: ValueError for a setting out of range and for a ``state_dict`` of another ``state_dtype``; RuntimeError for
-    a hidden weight in another dtype, for sparse gradients, and if a weight becomes NaN.
+    a hidden weight in another dtype, for sparse gradients, and if a weight would become NaN; NotImplementedError for
+    sharded parameters (fully_shard, FullyShardedDataParallel, DTensor).
+    Warns: UserWarning if no parameter is a hidden weight, which makes this torch's Adam, and if in a distributed
+    process a step finds no gradient at all, as where FSDP has replaced the parameters.
     """
 
     def __init__(
@@ -96,6 +141,12 @@ class MetaplasticAdam(Optimizer):
             weight_bound=weight_bound,
         )
         super().__init__(params, defaults)
+        if not any(isinstance(parameter, HiddenWeight) for parameter in self._parameters()):
+            warnings.warn(
+                "params: expected the hidden weights of binary layers among them, got none, so that metaplasticity, "
+                "weight_bound, state_dtype and fuse_backward do nothing: every parameter gets torch's Adam",
+                stacklevel=2,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, its settings checked."""
@@ -108,9 +159,13 @@ class MetaplasticAdam(Optimizer):
         if len(settings["betas"]) != 2 or not all(0 <= beta < 1 for beta in settings["betas"]):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {settings['betas']!r}")
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if isinstance(parameter, HiddenWeight):
-                self._take(parameter)
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                self._check_updatable(parameter)
+        except RuntimeError:
+            self.param_groups.pop()
+            raise
+        self._take(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -119,24 +174,25 @@ class MetaplasticAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            others = []
-            for parameter in group["params"]:
-                if self._ends_consuming(parameter) and parameter.grad is not None:
-                    raise RuntimeError(
-                        "grad: a hidden weight got a gradient besides the one that its layer consumed, from a penalty "
-                        "on it perhaps, which needs fuse_backward=False"
-                    )
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
-                    raise RuntimeError("grad: expected a dense gradient, got a sparse one")
+        consumed = {id(parameter) for parameter in self._parameters() if self._ends_consuming(parameter)}
+        to_update = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for parameter in (parameter for _, parameters in to_update for parameter in parameters):
+            if id(parameter) in consumed:
+                raise RuntimeError(
+                    "grad: a hidden weight got a gradient besides the one that its layer consumed, from a penalty "
+                    f"on it perhaps, which needs fuse_backward=False ({self._place_of(parameter)})"
+                )
+            if parameter.grad.is_sparse:
+                raise RuntimeError(f"grad: expected a dense gradient, got a sparse one ({self._place_of(parameter)})")
+            self._check_updatable(parameter)
+        if not consumed and not any(parameters for _, parameters in to_update):
+            self._warn_of_replaced_parameters()
+        for group, parameters in to_update:
+            for parameter in parameters:
                 if isinstance(parameter, HiddenWeight):
                     self._update_hidden(parameter, group, functools.partial(_apply_gradient, parameter.grad))
-                else:
-                    self._state_of(parameter)["step"] += 1
-                    others.append(parameter)
-            self._update_others(others, group)
+        for group, parameters in to_update:  # last, since the hidden weights may find that gradients are NaN
+            self._update_others([p for p in parameters if not isinstance(p, HiddenWeight)], group)
         return loss
 
     def consume(self, weight: HiddenWeight, update: Callable[..., None]) -> None:
@@ -147,14 +203,60 @@ class MetaplasticAdam(Optimizer):
         group = next((group for group in self.param_groups if any(weight is p for p in group["params"])), None)
         if group is None:
             raise RuntimeError("fuse_backward: expected a hidden weight that is still in param_groups")
+        self._check_updatable(weight)
         weight.begin_consuming()
         self._update_hidden(weight, group, update)
 
     def abandon_step(self) -> None:
         """Begins anew after a ``backward()`` that failed with ``fuse_backward=True``; updates already made stay."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._ends_consuming(parameter)
+        for parameter in self._parameters():
+            self._ends_consuming(parameter)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch.amp.GradScaler asks before it unscales the gradients and calls :meth:`step`."""
+        if self.fuse_backward:
+            raise RuntimeError(
+                "fuse_backward: expected False with torch.amp.GradScaler, got True: backward() has applied the scaled "
+                "gradients to the hidden weights; go back to weights and state from before it"
+            )
+        return False
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
+    def _place_of(self, parameter: Tensor) -> str:
+        """Which parameter it is, for messages."""
+        for index, group in enumerate(self.param_groups):
+            for own_index, own in enumerate(group["params"]):
+                if own is parameter:
+                    name = group["param_names"][own_index] if "param_names" in group else f"params[{own_index}]"
+                    return f"{name} of shape {tuple(parameter.shape)} in group {index}"
+        raise AssertionError("a parameter of this optimizer")
+
+    def _check_updatable(self, parameter: Tensor) -> None:
+        """Raises: NotImplementedError for a shard; RuntimeError for a hidden weight whose dtype has no kernel."""
+        kind = _shard_kind(parameter)
+        if kind is not None:
+            raise NotImplementedError(
+                f"params: expected parameters as their layers made them, got {kind} ({self._place_of(parameter)}); "
+                "MetaplasticAdam does not support sharded hidden weights yet: use DistributedDataParallel"
+            )
+        if isinstance(parameter, HiddenWeight) and parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise RuntimeError(
+                f"weight: expected float32 or bfloat16 with MetaplasticAdam, got {parameter.dtype} "
+                f"({self._place_of(parameter)}); any other optimizer takes layers of another dtype"
+            )
+
+    def _warn_of_replaced_parameters(self) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and any(parameter.requires_grad for parameter in self._parameters()):
+            warnings.warn(
+                "step: expected the gradient of at least one parameter, got none; if fully_shard or "
+                "FullyShardedDataParallel has replaced the parameters since, nothing is learned (MetaplasticAdam does "
+                "not support them yet: use DistributedDataParallel)",
+                stacklevel=5,
+            )
 
     def _ends_consuming(self, parameter: Tensor) -> bool:
         if not isinstance(parameter, HiddenWeight):
@@ -162,12 +264,11 @@ class MetaplasticAdam(Optimizer):
         consumer = parameter.gradient_consumer()
         return consumer is not None and getattr(consumer, "__self__", None) is self and parameter.end_consuming()
 
-    def _take(self, weight: HiddenWeight) -> None:
-        """Readies a hidden weight. Its random bits are drawn here, since gradients may come in any order."""
-        weight.send_gradient_to(self.consume if self.fuse_backward else None)
-        rounds = self.state_dtype != torch.float32 or weight.dtype != torch.float32
-        if rounds and "seed" not in self.state[weight]:
-            self.state[weight]["seed"] = ops.draw_seed()
+    def _take(self, group: dict[str, Any]) -> None:
+        """Has the gradients of a group's hidden weights come where ``fuse_backward`` wants them."""
+        for parameter in group["params"]:
+            if isinstance(parameter, HiddenWeight):
+                parameter.send_gradient_to(self.consume if self.fuse_backward else None)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take; torch's own knows of nothing beyond its three attributes."""
@@ -180,9 +281,13 @@ class MetaplasticAdam(Optimizer):
         for group in self.param_groups:
             group.setdefault("metaplasticity", self.defaults["metaplasticity"])
             group.setdefault("weight_bound", self.defaults["weight_bound"])
-            for parameter in group["params"]:
-                if isinstance(parameter, HiddenWeight):
-                    self._take(parameter)
+            self._take(group)
+        for parameter in self._parameters():
+            own = self.state.get(parameter, {})
+            if "step" in own:
+                own["step"] = _count(own["step"])
+            else:  # older versions kept a seed from the start, at which torch.distributed.checkpoint makes no state
+                self.state.pop(parameter, None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every state keeps its dtype, which torch would make the parameter's."""
@@ -196,20 +301,18 @@ class MetaplasticAdam(Optimizer):
                     raise ValueError(f"state_dict: expected moments in {self.state_dtype} as state_dtype, got {dtype}")
         super().load_state_dict(state_dict)
         for parameter, state in zip(parameters, states, strict=True):
-            if isinstance(parameter, HiddenWeight):
-                self.state[parameter].update(
-                    {
-                        name: value.to(_place(name, parameter), copy=True)
-                        for name, value in state.items()
-                        if isinstance(value, Tensor)
-                    }
-                )
+            if isinstance(parameter, HiddenWeight) and "step" in state:
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and name != "step":
+                        device = torch.device("cpu") if name == "seed" else parameter.device
+                        own = value.to(device, copy=True, memory_format=torch.contiguous_format)
+                        self.state[parameter][name] = own
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if "step" in state:
             return state
-        state["step"] = torch.zeros(())
+        state["step"] = _count()
         if not isinstance(parameter, HiddenWeight):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -219,49 +322,63 @@ class MetaplasticAdam(Optimizer):
         state["exp_avg_sq"] = torch.zeros(n, k, dtype=_SECOND_MOMENT[self.state_dtype], device=parameter.device)
         if self.state_dtype == torch.int8:
             blocks = -(-k // SCALE_BLOCK)
-            state["exp_avg_scale"] = torch.zeros(n, blocks, device=parameter.device)
-            state["exp_avg_sq_scale"] = torch.zeros(n, blocks, device=parameter.device)
+            for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+                state[name] = torch.zeros(n, blocks, dtype=torch.float32, device=parameter.device)
         return state
 
     def _update_hidden(self, weight: HiddenWeight, group: dict[str, Any], update: Callable[..., None]) -> None:
         state, (beta1, beta2) = self._state_of(weight), group["betas"]
+        step, lr = int(state["step"]) + 1, float(group["lr"])
+        if "seed" not in state and (self.state_dtype != torch.float32 or weight.dtype != torch.float32):
+            position = next(i for i, parameter in enumerate(self._parameters()) if parameter is weight)
+            state["seed"] = _seed_of(weight, position)
+        if "seed" in state:
+            state["seed"][1] = step % 2**32
+
+        def apply(sign_bits: Tensor) -> None:
+            values = weight if weight.is_contiguous() else weight.detach().contiguous()
+            try:
+                update(
+                    values,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    sign_bits,
+                    lr=lr,
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    metaplasticity=group["metaplasticity"],
+                    # torch.distributed.checkpoint makes fresh state by a step with lr 0, which may not move weights
+                    weight_bound=group["weight_bound"] if lr > 0 else float("inf"),
+                    step=step,
+                    exp_avg_scale=state.get("exp_avg_scale"),
+                    exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
+                    seed=state.get("seed"),
+                )
+            finally:
+                if values is not weight:
+                    weight.copy_(values)
+
+        try:
+            weight.updated_in_place(apply)
+        except RuntimeError as error:
+            if weight.is_cuda or type(error) is not RuntimeError:  # CUDA may report another weight's NaN
+                raise
+            raise RuntimeError(f"{error} ({self._place_of(weight)})") from error
         state["step"] += 1
-        step, seed = int(state["step"]), state.get("seed")
-        if seed is None and weight.dtype != torch.float32:  # converted since it was taken
-            seed = state["seed"] = ops.draw_seed()
-        if seed is not None:
-            seed[1] = step % 2**32
-        weight.updated_in_place(
-            lambda sign_bits: update(
-                weight,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                sign_bits,
-                lr=float(group["lr"]),
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                metaplasticity=group["metaplasticity"],
-                weight_bound=group["weight_bound"],
-                step=step,
-                exp_avg_scale=state.get("exp_avg_scale"),
-                exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
-                seed=seed,
-            )
-        )
 
     def _update_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not parameters:
             return
-        states = [self.state[parameter] for parameter in parameters]
+        states = [self._state_of(parameter) for parameter in parameters]
         adam(
             parameters,
             [parameter.grad for parameter in parameters],  # type: ignore[misc]
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"] - 1 for state in states],  # torch counts the step itself
+            [state["step"].double() for state in states],  # torch adds the step to floats only
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -270,3 +387,5 @@ class MetaplasticAdam(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        for state in states:
+            state["step"] += 1
