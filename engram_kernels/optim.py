@@ -30,15 +30,22 @@ def _count(value: Any = 0) -> Tensor:
     return torch.tensor(int(value), dtype=torch.int64, device="cpu")
 
 
-def _seed_of(weight: Tensor, position: int) -> Tensor:
-    """A seed as :func:`ops.draw_seed` gives, derived from a weight's first values and its position.
+def _read_entries(state: dict[str, Tensor]) -> None:
+    """Brings the entries that older versions kept otherwise to today's form."""
+    state["step"] = _count(state["step"])
+    if "seed" in state:  # key and step
+        state["key"] = state.pop("seed")[0].clone()
+
+
+def _key_of(weight: Tensor, position: int) -> Tensor:
+    """Key of a weight's random numbers, int64 (), derived from its first values and its position.
 
     Data-parallel processes hold the same weights and must round them alike, whatever their generators have drawn.
     """
     rows = weight.detach()[: max(1, _HASHED_WEIGHTS // max(1, weight.shape[1]))]
     values = rows.contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.blake2b(values.tobytes(), digest_size=8, salt=position.to_bytes(8, "little")).digest()
-    return torch.tensor([int.from_bytes(digest, "little") >> 1, 0], dtype=torch.int64, device="cpu")
+    return torch.tensor(int.from_bytes(digest, "little") >> 1, dtype=torch.int64, device="cpu")
 
 
 def _shard_kind(parameter: Tensor) -> str | None:
@@ -103,7 +110,7 @@ class MetaplasticAdam(Optimizer):
     back in every step.
 
     A step whose gradient would make a weight NaN raises and writes no NaN: such weights keep their values and their
-    moments, all others of that hidden weight take the step, which is not counted. Hidden weights come first: those
+    moments (those in 8 bits are coded anew), all others of that hidden weight take the step, which is not counted. Hidden weights come first: those
     before it in ``params`` have been updated, those after it and all other parameters have not. With
     ``fuse_backward=True``, ``backward()`` raises; :meth:`abandon_step` then. On CUDA a later call raises, as ever.
 
@@ -190,6 +197,7 @@ class MetaplasticAdam(Optimizer):
         for group, parameters in to_update:
             for parameter in parameters:
                 if isinstance(parameter, HiddenWeight):
+                    assert parameter.grad is not None
                     self._update_hidden(parameter, group, functools.partial(_apply_gradient, parameter.grad))
         for group, parameters in to_update:  # last, since the hidden weights may find that gradients are NaN
             self._update_others([p for p in parameters if not isinstance(p, HiddenWeight)], group)
@@ -285,7 +293,7 @@ class MetaplasticAdam(Optimizer):
         for parameter in self._parameters():
             own = self.state.get(parameter, {})
             if "step" in own:
-                own["step"] = _count(own["step"])
+                _read_entries(own)
             else:  # older versions kept a seed from the start, at which torch.distributed.checkpoint makes no state
                 self.state.pop(parameter, None)
 
@@ -302,11 +310,12 @@ class MetaplasticAdam(Optimizer):
         super().load_state_dict(state_dict)
         for parameter, state in zip(parameters, states, strict=True):
             if isinstance(parameter, HiddenWeight) and "step" in state:
+                own = self.state[parameter]
                 for name, value in state.items():
                     if isinstance(value, Tensor) and name != "step":
-                        device = torch.device("cpu") if name == "seed" else parameter.device
-                        own = value.to(device, copy=True, memory_format=torch.contiguous_format)
-                        self.state[parameter][name] = own
+                        device = torch.device("cpu") if name in ("key", "seed") else parameter.device
+                        own[name] = value.to(device, copy=True, memory_format=torch.contiguous_format)
+                _read_entries(own)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -329,11 +338,12 @@ class MetaplasticAdam(Optimizer):
     def _update_hidden(self, weight: HiddenWeight, group: dict[str, Any], update: Callable[..., None]) -> None:
         state, (beta1, beta2) = self._state_of(weight), group["betas"]
         step, lr = int(state["step"]) + 1, float(group["lr"])
-        if "seed" not in state and (self.state_dtype != torch.float32 or weight.dtype != torch.float32):
+        if "key" not in state and (self.state_dtype != torch.float32 or weight.dtype != torch.float32):
             position = next(i for i, parameter in enumerate(self._parameters()) if parameter is weight)
-            state["seed"] = _seed_of(weight, position)
-        if "seed" in state:
-            state["seed"][1] = step % 2**32
+            state["key"] = _key_of(weight, position)
+        seed = None
+        if "key" in state:
+            seed = torch.tensor([int(state["key"]), step % 2**32], dtype=torch.int64, device="cpu")
 
         def apply(sign_bits: Tensor) -> None:
             values = weight if weight.is_contiguous() else weight.detach().contiguous()
@@ -354,7 +364,7 @@ class MetaplasticAdam(Optimizer):
                     step=step,
                     exp_avg_scale=state.get("exp_avg_scale"),
                     exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
-                    seed=state.get("seed"),
+                    seed=seed,
                 )
             finally:
                 if values is not weight:

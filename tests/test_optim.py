@@ -143,7 +143,8 @@ def test_other_parameters_get_plain_adam():
     mine, theirs = nn.Linear(10, 4), nn.Linear(10, 4)
     theirs.load_state_dict(mine.state_dict())
     settings = dict(lr=5e-3, betas=(0.8, 0.99), eps=1e-7, weight_decay=1e-3)
-    a = ek.MetaplasticAdam(mine.parameters(), **settings, weight_bound=0.01)
+    with pytest.warns(UserWarning, match="hidden weights of binary layers among them, got none"):
+        a = ek.MetaplasticAdam(mine.parameters(), **settings, weight_bound=0.01)
     b = torch.optim.Adam(theirs.parameters(), **settings)
     for _ in range(10):
         x = torch.randn(6, 10)
@@ -337,17 +338,148 @@ def test_bad_settings_are_named(settings, message):
         ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3).parameters(), **settings)
 
 
-def test_bad_gradients_are_named():
-    for weight_bound in (math.inf, 0.1):
-        layer = ek.BinaryEngramLinear(3, 3)
-        optimizer = ek.MetaplasticAdam(layer.parameters(), weight_bound=weight_bound)
-        layer.weight.grad = torch.full((3, 3), math.nan)
-        with pytest.raises(RuntimeError, match="grad: expected finite steps"):
-            optimizer.step()
-    layer = ek.BinaryEngramLinear(3, 3, dtype=torch.float16)
-    layer.weight.grad = torch.ones_like(layer.weight)
-    with pytest.raises(RuntimeError, match="weight: expected float32 or bfloat16"):
-        ek.MetaplasticAdam(layer.parameters()).step()
+def test_only_an_optimizer_without_hidden_weights_warns(recwarn):
+    optimizer = ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3).parameters())
+    optimizer.add_param_group({"params": nn.Linear(3, 3).parameters()})
+    assert not recwarn.list
+    optimizer = ek.MetaplasticAdam(nn.Linear(3, 3).parameters())
+    assert [warning.category for warning in recwarn.list] == [UserWarning]
+    copy.deepcopy(optimizer).step()
+    optimizer.add_param_group({"params": nn.LayerNorm(3).parameters()})
+    assert len(recwarn.list) == 1
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_hidden_weights_without_a_kernel_are_refused_when_the_optimizer_is_made(dtype, fuse_backward):
+    layer = ek.BinaryEngramLinear(3, 3)
+    refused = (
+        f"weight: expected float32 or bfloat16 with MetaplasticAdam, got {dtype} .*weight of shape .3, 3. in group"
+    )
+    with pytest.raises(RuntimeError, match=refused):
+        ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3, dtype=dtype).named_parameters(), fuse_backward=fuse_backward)
+    optimizer = ek.MetaplasticAdam(layer.named_parameters(), fuse_backward=fuse_backward)
+    with pytest.raises(RuntimeError, match=refused):
+        optimizer.add_param_group({"params": ek.BinaryEngramLinear(3, 3, dtype=dtype).named_parameters()})
+    assert len(optimizer.param_groups) == 1
+    layer.to(dtype)
+    with pytest.raises(RuntimeError, match=refused):
+        if fuse_backward and dtype == torch.float16:  # layers take no float64
+            layer(torch.randn(2, 3, dtype=dtype)).sum().backward()
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    layer.float()
+    layer.zero_grad()
+    layer(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.1])
+def test_a_nan_gradient_stops_the_step_at_the_weight_it_names(weight_bound, named):
+    model = nn.Sequential(ek.BinaryEngramLinear(9, 3, bias=True), ek.BinaryEngramLinear(70, 4), nn.LayerNorm(4))
+    parameters = list(model.named_parameters() if named else model.parameters())
+    optimizer = ek.MetaplasticAdam(parameters, weight_bound=weight_bound)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[1].weight.grad[2, 67] = math.nan
+    place = "1.weight" if named else r"params\[2\]"
+    with pytest.raises(RuntimeError, match=rf"^grad: expected finite steps.*\({place} of shape \(4, 70\) in group 0"):
+        optimizer.step()
+    changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert changed == [True, False, True, False, False]
+    assert [int(optimizer.state[layer.weight]["step"]) for layer in model[:2]] == [1, 0]
+    assert not any(p in optimizer.state for p in (model[0].bias, *model[2].parameters()))
+    model[1].weight.grad[2, 67] = 1.0
+    optimizer.step()
+    assert int(optimizer.state[model[1].weight]["step"]) == 1 and all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])  # moments in 8 bits are coded anew
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_failed_for_nan_can_be_repeated(dtype, state_dtype, fuse_backward):
+    models = []
+    for failures in (0, 1):
+        model, optimizer = network(fuse_backward, state_dtype, dtype)
+        train(model, optimizer, 2)
+        before = [p.detach().clone() for p in model.parameters()]
+        moments = copy.deepcopy(optimizer.state_dict()["state"])
+        for _ in range(failures):
+            with pytest.raises(RuntimeError, match="grad: expected finite steps"):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(torch.randn(16, 40).to(dtype)), torch.zeros(16).long())
+                (loss * math.nan).backward()
+                for p in model.parameters() if not fuse_backward else ():
+                    p.grad.fill_(math.nan)  # also where no sample had recruited the unit
+                optimizer.step()
+            optimizer.abandon_step()
+            assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+            for own, kept in zip(optimizer.state_dict()["state"].values(), moments.values(), strict=True):
+                assert own.keys() == kept.keys() and all(torch.equal(own[name], kept[name]) for name in own)
+        train(model, optimizer, 2)
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_sparse_gradients_are_refused():
+    embedding, layer = nn.Embedding(4, 3, sparse=True), ek.BinaryEngramLinear(3, 3)
+    optimizer = ek.MetaplasticAdam([*embedding.parameters(), *layer.parameters()])
+    layer(embedding(torch.tensor([1]))).sum().backward()
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"grad: expected a dense gradient, got a sparse one \(params\[0\] of shape"):
+        optimizer.step()
+    assert torch.equal(before, layer.weight)
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_contiguous_learns_as_its_copy_does(dtype, state_dtype, fuse_backward):
+    kernel = torch.randn(70, 9, dtype=dtype)  # (inputs, outputs), as others keep it
+    wide = torch.randn(9, 140, dtype=dtype)
+    for view in (lambda: kernel.clone().T, lambda: wide.clone()[:, ::2], lambda: wide.clone()[:, :70]):
+        weights = []
+        for values in (view(), view().contiguous()):
+            layer = ek.BinaryEngramLinear(70, 9)
+            layer.weight = nn.Parameter(values)
+            optimizer = ek.MetaplasticAdam(
+                layer.parameters(), weight_decay=1e-2, state_dtype=state_dtype, fuse_backward=fuse_backward
+            )
+            for step in range(3):
+                optimizer.zero_grad()
+                layer(
+                    torch.randn(8, 70, generator=torch.Generator().manual_seed(step)).to(dtype)
+                ).square().sum().backward()
+                optimizer.step()
+                signs = ek.reference.pack_signs(layer.weight.detach().clone(memory_format=torch.contiguous_format))
+                assert torch.equal(layer.weight.sign_bits(), signs)
+            assert layer.weight.stride() == values.stride()
+            assert torch.equal(layer.weight, values)  # the view itself has learned
+            weights.append(layer.weight.detach())
+        assert torch.equal(*weights) and not torch.equal(weights[0], view())
+
+
+def test_moments_of_torchs_adam_load_whatever_their_strides():
+    layer = ek.BinaryEngramLinear(70, 9)
+    layer.weight = nn.Parameter(torch.randn(70, 9).T)
+    adam, optimizer = torch.optim.Adam(layer.parameters()), ek.MetaplasticAdam(layer.parameters())
+    layer.weight.grad = torch.randn(9, 70)
+    adam.step()
+    optimizer.load_state_dict(adam.state_dict())
+    assert torch.equal(optimizer.state[layer.weight]["exp_avg"], adam.state[layer.weight]["exp_avg"])
+    optimizer.step()
+    assert int(optimizer.state[layer.weight]["step"]) == 2
+
+
+@pytest.mark.parametrize("weight_bound", [math.inf, 0.01])
+def test_a_step_of_size_0_moves_no_weight(weight_bound):
+    model, optimizer = network(False, lr=0.0, weight_bound=weight_bound)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_a_penalty_on_a_consumed_weight_is_refused():
@@ -401,6 +533,167 @@ def test_copies_of_model_and_optimizer_go_on_alike(steps, state_dtype, fuse_back
         train(other, its_optimizer, 3)
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
         assert (other[0].weight.grad is None) == fuse_backward
+
+
+@pytest.fixture
+def default_dtype():
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_default_dtype_and_device_change_nothing(default_dtype, state_dtype):
+    def weights_and_state(dtype, device, steps=300):
+        torch.manual_seed(5)
+        default_dtype(torch.float32)
+        layer = ek.BinaryEngramLinear(70, 4, bias=True)
+        grads = torch.randn(4, 70), torch.randn(4)
+        default_dtype(dtype)
+        with torch.device(device):
+            optimizer = ek.MetaplasticAdam(layer.parameters(), state_dtype=state_dtype)
+            for _ in range(steps):
+                layer.weight.grad, layer.bias.grad = (grad.clone() for grad in grads)
+                optimizer.step()
+        state = [(name, value) for p in layer.parameters() for name, value in optimizer.state[p].items()]
+        assert all(int(value) == steps for name, value in state if name == "step")
+        return [("", p.detach()) for p in layer.parameters()] + state
+
+    plain = weights_and_state(torch.float32, "cpu")
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float16, "cpu"), (torch.float64, "meta")):
+        for (name, value), (its_name, its_value) in zip(plain, weights_and_state(dtype, device), strict=True):
+            assert name == its_name and value.dtype == its_value.dtype and torch.equal(value, its_value)
+
+
+@pytest.mark.parametrize("steps", [2**11, 2**24, 2**31, 2**32 - 1, 2**53, 2**62])
+def test_steps_are_counted_exactly(steps):
+    layer = ek.BinaryEngramLinear(70, 4, bias=True)
+    optimizer = ek.MetaplasticAdam(layer.parameters(), state_dtype=torch.int8)
+    for i in range(4):
+        for p in layer.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if i == 0:
+            for p in layer.parameters():
+                optimizer.state[p]["step"].fill_(steps)
+    assert all(int(optimizer.state[p]["step"]) == steps + 3 for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "step", [torch.tensor(256.0, dtype=d) for d in (torch.bfloat16, torch.float16, torch.float32)] + [256]
+)
+@pytest.mark.parametrize("as_pickle", [False, True])
+def test_counts_and_seeds_of_older_versions_are_read(step, as_pickle):
+    """They kept steps in the default dtype, and key and step as a seed."""
+    model, optimizer = network(False, torch.int8)
+    train(model, optimizer, 2)
+    other, its_optimizer = copy.deepcopy((model, optimizer))
+    keys = []
+    for parameter, state in optimizer.state.items():
+        state["step"] = copy.deepcopy(step)
+        if isinstance(parameter, ek.HiddenWeight):
+            keys.append(state.pop("key"))
+            state["seed"] = torch.stack([keys[-1], torch.tensor(256)])
+    buffer = io.BytesIO()
+    torch.save(optimizer if as_pickle else optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=not as_pickle)
+    revived = [(model, optimizer)]
+    if as_pickle:
+        model, optimizer = saved.__class__, saved
+    else:
+        optimizer.load_state_dict(saved)
+    for state in optimizer.state.values():
+        assert state["step"].dtype == torch.int64 and int(state["step"]) == 256 and "seed" not in state
+    assert [state["key"] for state in optimizer.state.values() if "key" in state] == keys
+    del revived, other, its_optimizer
+
+
+@pytest.mark.parametrize("step", [-1.0, 2.5, math.nan, math.inf, 2.0**63])
+def test_a_count_that_is_none_is_refused(step):
+    model, optimizer = network(False)
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = torch.tensor(step)
+    with pytest.raises(
+        ValueError, match=f"state_dict: expected a whole number of at least 0 as step, got {step}".replace("+", ".")
+    ):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_state_of_older_versions_from_before_the_first_step_is_none():
+    model, optimizer = network(False, torch.int8)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"seed": torch.tensor([5, 0])}}
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state
+    train(model, optimizer, 1)
+
+
+# ---- random bits
+
+
+@pytest.mark.parametrize("dtype, state_dtype", [(torch.float32, torch.int8), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("fuse_backward", [False, True])
+def test_rounding_follows_from_the_weights_alone(dtype, state_dtype, fuse_backward):
+    """So that data-parallel processes, whose generators differ, keep the same weights."""
+    model, optimizer = network(fuse_backward, state_dtype, dtype)
+    other = copy.deepcopy(model)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    its_optimizer = ek.MetaplasticAdam(other.parameters(), state_dtype=state_dtype, fuse_backward=fuse_backward)
+    assert torch.equal(before, torch.get_rng_state())
+    train(model, optimizer, 4)
+    train(other, its_optimizer, 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_equal_weights_round_by_draws_of_their_own():
+    values = torch.randn(8, 70)
+    weights = [ek.HiddenWeight(values.clone()) for _ in range(3)]
+    weights.append(ek.HiddenWeight(values + 1e-3))
+    groups = [{"params": weights[:2]}, {"params": weights[2:]}]
+    optimizer = ek.MetaplasticAdam(groups, state_dtype=torch.bfloat16)
+    for weight in weights:
+        weight.grad = torch.full((8, 70), 0.3)
+    optimizer.step()
+    assert len({int(optimizer.state[weight]["key"]) for weight in weights}) == 4
+    moments = [optimizer.state[weight]["exp_avg"] for weight in weights[:3]]
+    assert not torch.equal(moments[0], moments[1]) and not torch.equal(moments[1], moments[2])
+
+
+# ---- beside other parts of torch
+
+
+def test_a_scaled_loss_is_refused_by_name_in_the_first_step():
+    model, optimizer = network(True)
+    for refused in (lambda scaler: scaler.step(optimizer), lambda scaler: scaler.unscale_(optimizer)):
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(loss_of(model)).backward()
+        with pytest.raises(RuntimeError, match="fuse_backward.*scal"):
+            refused(scaler)
+        optimizer.abandon_step()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler.scale(loss_of(model)).backward()
+    scaler.step(optimizer)
+
+
+def test_a_scaled_loss_serves_whole_gradients():
+    (plain, optimizer), (scaled, its_optimizer) = network(False), network(False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    x = torch.randn(8, 40)
+    for model, step in ((plain, optimizer.step), (scaled, lambda: scaler.step(its_optimizer))):
+        torch.manual_seed(1)
+        loss = model(x).square().sum()
+        (loss if model is plain else scaler.scale(loss)).backward()
+        step()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), scaled.parameters(), strict=True))
+    before = [p.detach().clone() for p in scaled.parameters()]
+    its_optimizer.zero_grad()
+    scaled.get_parameter("0.weight").grad = torch.full((300, 40), math.inf)
+    scaler.update()
+    scaler.step(its_optimizer)  # skipped
+    assert all(torch.equal(p, q) for p, q in zip(scaled.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("fuse_backward", [False, True])
