@@ -30,22 +30,15 @@ def _count(value: Any = 0) -> Tensor:
     return torch.tensor(int(value), dtype=torch.int64, device="cpu")
 
 
-def _read_entries(state: dict[str, Tensor]) -> None:
-    """Brings the entries that older versions kept otherwise to today's form."""
-    state["step"] = _count(state["step"])
-    if "seed" in state:  # key and step
-        state["key"] = state.pop("seed")[0].clone()
-
-
-def _key_of(weight: Tensor, position: int) -> Tensor:
-    """Key of a weight's random numbers, int64 (), derived from its first values and its position.
+def _seed_of(weight: Tensor, position: int) -> Tensor:
+    """A seed as :func:`ops.draw_seed` gives, derived from a weight's first values and its position.
 
     Data-parallel processes hold the same weights and must round them alike, whatever their generators have drawn.
     """
     rows = weight.detach()[: max(1, _HASHED_WEIGHTS // max(1, weight.shape[1]))]
     values = rows.contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.blake2b(values.tobytes(), digest_size=8, salt=position.to_bytes(8, "little")).digest()
-    return torch.tensor(int.from_bytes(digest, "little") >> 1, dtype=torch.int64, device="cpu")
+    return torch.tensor([int.from_bytes(digest, "little") >> 1, 0], dtype=torch.int64, device="cpu")
 
 
 def _shard_kind(parameter: Tensor) -> str | None:
@@ -110,9 +103,10 @@ class MetaplasticAdam(Optimizer):
     back in every step.
 
     A step whose gradient would make a weight NaN raises and writes no NaN: such weights keep their values and their
-    moments (those in 8 bits are coded anew), all others of that hidden weight take the step, which is not counted. Hidden weights come first: those
-    before it in ``params`` have been updated, those after it and all other parameters have not. With
-    ``fuse_backward=True``, ``backward()`` raises; :meth:`abandon_step` then. On CUDA a later call raises, as ever.
+    moments (those in 8 bits are coded anew), all others of that hidden weight take the step, which is not counted.
+    Hidden weights come first: those before it in ``params`` have been updated, those after it and all other parameters
+    have not. With ``fuse_backward=True``, ``backward()`` raises; :meth:`abandon_step` then. On CUDA a later call
+    raises, as ever.
 
     Checkpoints: ``state_dict`` and torch.distributed.checkpoint. Data-parallel training: DistributedDataParallel, with
     ZeroRedundancyOptimizer if wanted. A step with ``lr`` 0 changes moments only, not even to keep to ``weight_bound``.
@@ -293,7 +287,7 @@ class MetaplasticAdam(Optimizer):
         for parameter in self._parameters():
             own = self.state.get(parameter, {})
             if "step" in own:
-                _read_entries(own)
+                own["step"] = _count(own["step"])
             else:  # older versions kept a seed from the start, at which torch.distributed.checkpoint makes no state
                 self.state.pop(parameter, None)
 
@@ -310,12 +304,11 @@ class MetaplasticAdam(Optimizer):
         super().load_state_dict(state_dict)
         for parameter, state in zip(parameters, states, strict=True):
             if isinstance(parameter, HiddenWeight) and "step" in state:
-                own = self.state[parameter]
                 for name, value in state.items():
                     if isinstance(value, Tensor) and name != "step":
-                        device = torch.device("cpu") if name in ("key", "seed") else parameter.device
-                        own[name] = value.to(device, copy=True, memory_format=torch.contiguous_format)
-                _read_entries(own)
+                        device = torch.device("cpu") if name == "seed" else parameter.device
+                        own = value.to(device, copy=True, memory_format=torch.contiguous_format)
+                        self.state[parameter][name] = own
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -338,12 +331,12 @@ class MetaplasticAdam(Optimizer):
     def _update_hidden(self, weight: HiddenWeight, group: dict[str, Any], update: Callable[..., None]) -> None:
         state, (beta1, beta2) = self._state_of(weight), group["betas"]
         step, lr = int(state["step"]) + 1, float(group["lr"])
-        if "key" not in state and (self.state_dtype != torch.float32 or weight.dtype != torch.float32):
+        if "seed" not in state and (self.state_dtype != torch.float32 or weight.dtype != torch.float32):
             position = next(i for i, parameter in enumerate(self._parameters()) if parameter is weight)
-            state["key"] = _key_of(weight, position)
-        seed = None
-        if "key" in state:
-            seed = torch.tensor([int(state["key"]), step % 2**32], dtype=torch.int64, device="cpu")
+            state["seed"] = _seed_of(weight, position)
+        seed = state["seed"].clone() if "seed" in state else None
+        if seed is not None:
+            seed[1] = step % 2**32
 
         def apply(sign_bits: Tensor) -> None:
             values = weight if weight.is_contiguous() else weight.detach().contiguous()
@@ -377,6 +370,8 @@ class MetaplasticAdam(Optimizer):
                 raise
             raise RuntimeError(f"{error} ({self._place_of(weight)})") from error
         state["step"] += 1
+        if seed is not None:
+            state["seed"] = seed
 
     def _update_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not parameters:
