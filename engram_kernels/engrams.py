@@ -9,12 +9,14 @@ draws what a single process would have drawn.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_flag, check_number, check_size
 
 
 class Recruitment(NamedTuple):
@@ -26,7 +28,7 @@ class Recruitment(NamedTuple):
 
 def check_rate(rate: float) -> float:
     """The rate itself. Raises ValueError if it is outside (0, 1]."""
-    if not (isinstance(rate, (int, float)) and 0.0 < rate <= 1.0):
+    if isinstance(rate, bool) or not (isinstance(rate, (int, float)) and 0.0 < rate <= 1.0):
         raise ValueError(f"rate: expected a number in (0, 1], got {rate!r}")
     return float(rate)
 
@@ -58,7 +60,7 @@ class BernoulliEngram(Engram):
 
     def __init__(self, rate: float, *, sample_at_eval: bool = False) -> None:
         super().__init__(rate)
-        self.sample_at_eval = sample_at_eval
+        self.sample_at_eval = check_flag("sample_at_eval", sample_at_eval)
 
     def forward(self, x: Tensor) -> Recruitment:
         """Floats (M, K), of which only the shape counts."""
@@ -83,8 +85,8 @@ class StochasticEngram(Engram):
 
     def __init__(self, rate: float, temperature: float = 1.0, *, score: str = "preactivation") -> None:
         super().__init__(rate)
-        if not (temperature == 0 or temperature >= 1e-6):
-            raise ValueError(f"temperature: expected 0 or at least 1e-6, got {temperature!r}")
+        if temperature != 0:
+            check_number("temperature", temperature, "0 or at least 1e-6", above=math.nextafter(1e-6, 0), infinite=True)
         if score not in ("preactivation", "magnitude"):
             raise ValueError(f"score: expected 'preactivation' or 'magnitude', got {score!r}")
         self.temperature = float(temperature)
@@ -117,9 +119,7 @@ class ContextEngram(Engram):
 
     def __init__(self, num_contexts: int, rate: float) -> None:
         super().__init__(rate)
-        if num_contexts < 1:
-            raise ValueError(f"num_contexts: expected at least 1, got {num_contexts!r}")
-        self.num_contexts = num_contexts
+        self.num_contexts = check_size("num_contexts", num_contexts)
         self.register_buffer("seed", ops.draw_seed())
         self._context: int | Tensor | None = None
         self._gates: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -143,7 +143,7 @@ class ContextEngram(Engram):
         seed = self.seed.cpu()
         cached = self._gates.get((k, device))
         if cached is None or not torch.equal(cached[0], seed):
-            score = torch.zeros(self.num_contexts, k, device=device)
+            score = torch.zeros(self.num_contexts, k, dtype=torch.float32, device=device)
             cached = seed, ops.sample_engram(score, seed, self.rate, temperature=float("inf"))
             self._gates[k, device] = cached
         return cached[1]

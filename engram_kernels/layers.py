@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .checks import check_flag, check_hidden_dtype, check_number, check_size
 from .engrams import Engram, Recruitment
 from .hidden_weight import HiddenWeight, as_hidden_weight
 
@@ -128,7 +129,7 @@ class CodeProduct(torch.autograd.Function):
         ctx.weight_dtype, ctx.weight = weight.dtype, weight if consumed else None
         # a recruited unit counts +1: its gate's bit is its sign too
         recruited = ops.binary_matmul(gate_bits, w_bits, ctx.k, gate_bits)
-        ones = ops.pack_signs(torch.ones(1, ctx.k, device=w_bits.device))
+        ones = ops.pack_signs(torch.ones(1, ctx.k, dtype=torch.float32, device=w_bits.device))
         every = ops.binary_matmul(ones, w_bits, ctx.k)
         return recruited.to(x.dtype) - rate * every.to(x.dtype)
 
@@ -178,9 +179,9 @@ class BinaryEngramLinear(nn.Module):
         device: of the parameters.
         dtype: of the parameters: float32, bfloat16 or float16.
 
-    Raises: ValueError for sizes below 1, a window of 0 or less, an engram on a real-valued input, or a
-    ``backward_dtype`` that is not supported; RuntimeError if
-    the input's last dimension is not ``in_features``, its dtype is not one of the three, or it contains NaN.
+    Raises: TypeError for an argument of another type; ValueError for sizes below 1, a window of 0 or less, an engram on
+    a real-valued input, or a dtype that is not supported; RuntimeError if the input's last dimension is not
+    ``in_features``, its dtype is not one of the three, or it contains NaN.
     """
 
     weight: HiddenWeight
@@ -199,10 +200,14 @@ class BinaryEngramLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"in_features, out_features: expected at least 1, got {in_features}, {out_features}")
-        if not ste_window > 0:
-            raise ValueError(f"ste_window: expected above 0, got {ste_window!r}")
+        self.in_features = check_size("in_features", in_features)
+        self.out_features = check_size("out_features", out_features)
+        self.binary_input = check_flag("binary_input", binary_input)
+        self.ste_window = check_number("ste_window", ste_window, "above 0", above=0.0, infinite=True)
+        check_flag("bias", bias)
+        if engram is not None and not isinstance(engram, Engram):
+            raise TypeError(f"engram: expected an engram such as StochasticEngram(0.1), or None, got {engram!r}")
+        dtype = check_hidden_dtype(dtype)
         if engram is not None and not binary_input:
             raise ValueError("engram: expected None with binary_input=False, since a gate recruits binary units")
         if backward_dtype not in (None, torch.bfloat16) or (backward_dtype is not None and binary_input):
@@ -210,8 +215,6 @@ class BinaryEngramLinear(nn.Module):
                 f"backward_dtype: expected None, or torch.bfloat16 with binary_input=False, got {backward_dtype}"
             )
         self.backward_dtype = backward_dtype
-        self.in_features, self.out_features = in_features, out_features
-        self.binary_input, self.ste_window = binary_input, float(ste_window)
         self.engram = engram
         self.weight = HiddenWeight(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -284,7 +287,8 @@ class EngramMLP(nn.Module):
             (M, sizes[-1]), such as :class:`~engram_kernels.DendriticReadout`; ``logit_scale`` is not applied to it.
 
     Shapes: floats (M, sizes[0]) -> logits (M, sizes[-1]).
-    Raises: ValueError for fewer than two sizes, a size below 1 or a scale of 0 or less.
+    Raises: TypeError for an argument of another type; ValueError for fewer than two sizes, a size below 1 or a scale of
+    0 or less.
     """
 
     def __init__(
@@ -300,11 +304,18 @@ class EngramMLP(nn.Module):
         readout: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if not logit_scale > 0:
-            raise ValueError(f"logit_scale: expected above 0, got {logit_scale!r}")
+        check_flag("train_hidden", train_hidden)
+        check_flag("balanced", balanced)
+        if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+            raise TypeError(f"sizes: expected a sequence of integers, got {sizes!r}")
         if len(sizes) < 2:
             raise ValueError(f"sizes: expected at least an input and an output size, got {tuple(sizes)}")
-        self.engram, self.logit_scale = engram, float(logit_scale)
+        for size in sizes:
+            check_size("sizes", size)
+        if readout is not None and not isinstance(readout, nn.Module):
+            raise TypeError(f"readout: expected a module such as DendriticReadout, or None, got {readout!r}")
+        self.engram = engram
+        self.logit_scale = check_number("logit_scale", logit_scale, "a finite number above 0", above=0.0)
         self.layers = nn.ModuleList(
             BinaryEngramLinear(
                 k,
@@ -349,5 +360,5 @@ def balance_(weight: Tensor) -> None:
     """
     k = weight.shape[1]
     for rows in weight.split(256):  # the order of a draw takes 8 bytes a synapse
-        negative = torch.rand(rows.shape, device=rows.device).argsort(dim=1) < k // 2
+        negative = torch.rand(rows.shape, dtype=torch.float32, device=rows.device).argsort(dim=1) < k // 2
         rows.copy_(torch.where(negative, -rows.abs(), rows.abs()))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_hidden_dtype, check_number, check_size
 from .engrams import StochasticEngram
 from .hidden_weight import HiddenWeight
 from .layers import INIT_RANGE, CodeProduct
@@ -27,11 +28,11 @@ class _Readout(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, engram: StochasticEngram) -> None:
         super().__init__()
-        if in_features < 1 or num_classes < 1:
-            raise ValueError(f"in_features, num_classes: expected at least 1, got {in_features}, {num_classes}")
+        self.in_features = check_size("in_features", in_features)
+        self.num_classes = check_size("num_classes", num_classes)
         if not isinstance(engram, StochasticEngram):  # others recruit without regard to the input
             raise ValueError(f"engram: expected a StochasticEngram, got {type(engram).__name__}")
-        self.in_features, self.num_classes, self.engram = in_features, num_classes, engram
+        self.engram = engram
 
     @property
     def rate(self) -> float:
@@ -106,18 +107,16 @@ class DendriticReadout(_Readout):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, engram)
-        if segments < 1:
-            raise ValueError(f"segments: expected at least 1, got {segments}")
-        if not 1 <= top_segments <= segments:
-            raise ValueError(f"top_segments: expected 1 to segments = {segments}, got {top_segments}")
-        if not 0.0 <= conscience < math.inf:
-            raise ValueError(f"conscience: expected a finite number of at least 0, got {conscience!r}")
-        if not ste_window > 0:
-            raise ValueError(f"ste_window: expected above 0, got {ste_window!r}")
-        self.segments, self.top_segments = segments, top_segments
-        self.conscience, self.ste_window = float(conscience), float(ste_window)
+        self.segments = check_size("segments", segments)
+        if isinstance(top_segments, bool) or not isinstance(top_segments, int) or not 1 <= top_segments <= segments:
+            raise ValueError(f"top_segments: expected 1 to segments = {segments}, got {top_segments!r}")
+        self.top_segments = top_segments
+        finite = "a finite number of at least 0"
+        self.conscience = 0.0 if conscience == 0 else check_number("conscience", conscience, finite, above=0.0)
+        self.ste_window = check_number("ste_window", ste_window, "above 0", above=0.0, infinite=True)
+        dtype = check_hidden_dtype(dtype)
         self.weight = HiddenWeight(torch.empty(num_classes * segments, in_features, device=device, dtype=dtype))
-        self.register_buffer("wins", torch.ones(num_classes, segments, device=device))
+        self.register_buffer("wins", torch.ones(num_classes, segments, dtype=torch.float32, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -237,9 +236,7 @@ class RidgeReadout(_Readout):
 
     def __init__(self, in_features: int, num_classes: int, *, engram: StochasticEngram, penalty: float = 0.1) -> None:
         super().__init__(in_features, num_classes, engram)
-        if not 0.0 < penalty < math.inf:
-            raise ValueError(f"penalty: expected a finite number above 0, got {penalty!r}")
-        self.penalty = float(penalty)
+        self.penalty = check_number("penalty", penalty, "a finite number above 0", above=0.0)
         self.register_buffer("gram", torch.zeros(in_features, in_features, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(num_classes, in_features, dtype=torch.int64))
         self.register_buffer("samples", torch.zeros(num_classes, dtype=torch.int64))

@@ -282,7 +282,7 @@ class ReplayBuffer:
 
     def __init__(self, size: int, features: int) -> None:
         self.size = size
-        self.x = torch.empty(0, features)
+        self.x = torch.empty(0, features, dtype=torch.float32)
         self.y = torch.empty(0, dtype=torch.int64)
         self.keys = torch.empty(0, dtype=torch.float64)
 
@@ -391,10 +391,13 @@ class FloatTwin(nn.Module):
         *widths, classes = sizes
         self.rate, self.top_segments = rate, top_segments
         self.hidden_weights = nn.ParameterList(
-            nn.Parameter(torch.randn(n, k) / k**0.5, requires_grad=False) for k, n in pairwise(widths)
+            nn.Parameter(torch.randn(n, k, dtype=torch.float32) / k**0.5, requires_grad=False)
+            for k, n in pairwise(widths)
         )
-        self.weight = nn.Parameter(torch.empty(classes * segments, widths[-1]).uniform_(-0.05, 0.05))
-        self.register_buffer("wins", torch.ones(classes, segments))
+        self.weight = nn.Parameter(
+            torch.empty(classes * segments, widths[-1], dtype=torch.float32).uniform_(-0.05, 0.05)
+        )
+        self.register_buffer("wins", torch.ones(classes, segments, dtype=torch.float32))
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
