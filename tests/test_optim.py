@@ -357,10 +357,10 @@ def test_hidden_weights_without_a_kernel_are_refused_when_the_optimizer_is_made(
         f"weight: expected float32 or bfloat16 with MetaplasticAdam, got {dtype} .*weight of shape .3, 3. in group"
     )
     with pytest.raises(RuntimeError, match=refused):
-        ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3, dtype=dtype).named_parameters(), fuse_backward=fuse_backward)
+        ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3).to(dtype).named_parameters(), fuse_backward=fuse_backward)
     optimizer = ek.MetaplasticAdam(layer.named_parameters(), fuse_backward=fuse_backward)
     with pytest.raises(RuntimeError, match=refused):
-        optimizer.add_param_group({"params": ek.BinaryEngramLinear(3, 3, dtype=dtype).named_parameters()})
+        optimizer.add_param_group({"params": ek.BinaryEngramLinear(3, 3).to(dtype).named_parameters()})
     assert len(optimizer.param_groups) == 1
     layer.to(dtype)
     with pytest.raises(RuntimeError, match=refused):

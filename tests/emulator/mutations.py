@@ -276,6 +276,7 @@ _TILES = ["run_binary_matmul"], ["binary_dot.cuh", "binary_matmul.cuh"]
 PARTS = {
     "pack.cuh": (["run_pack_signs", "run_pack_window"], ["pack.cuh"]),
     "unpack.cuh": (["run_unpack_signs"], ["unpack.cuh"]),
+    "valid_gate.cuh": (["run_valid_gate"], ["valid_gate.cuh"]),
     "sample_engram.cuh": (["run_sample_engram"], ["sample_engram.cuh"]),
     "binary_matmul.cuh": _TILES,
     "binary_dot.cuh": _TILES,
