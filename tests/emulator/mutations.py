@@ -78,6 +78,12 @@ MUTATIONS = [
         ("pieces left out", "(blockIdx.x) * (kBlock / kWarp)", "(blockIdx.x) * kWarp"),
     ),
     *_of(
+        "valid_gate.cuh",
+        ("gate left out", " & (p.gate == nullptr ? ~uint64_t{0} : p.gate[i])", ""),
+        ("padding kept", "valid_bits(i % p.words, p.K)", "~uint64_t{0}"),
+        ("words of the first row", "i % p.words", "i"),
+    ),
+    *_of(
         "unpack.cuh",
         ("shift within half a word", ">> unit % 32", ">> unit % 16"),
         ("signs swapped", "? plus : minus", "? minus : plus"),
