@@ -431,6 +431,16 @@ def make_scenario(
     return make(datasets[0], seed=seed, **given)
 
 
+def task_samples(name: str, dataset: Dataset | Sequence[Dataset], classes_per_task: int | None = None) -> int:
+    """Training samples of a task of a scenario, on average, whatever the seed and before any cap of them."""
+    datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
+    samples = min(len(dataset.y_train) for dataset in datasets)
+    if name != "class":
+        return samples
+    classes = datasets[0].num_classes
+    return round(samples * min(1.0, (classes_per_task or DEFAULT_CLASSES_PER_TASK) / classes))
+
+
 def _with_classes(x: Tensor, y: Tensor, classes: tuple[int, ...]) -> Experience:
     return Experience(x, y, classes, torch.isin(y, torch.tensor(classes)).nonzero().flatten())
 

@@ -17,10 +17,10 @@ from .checkpoint import Checkpoint
 from .data import Dataset, joined_name
 from .files import reason
 from .memory import MemoryMeter
-from .methods import Method, TrainingError, build, method_config
+from .methods import Method, TrainingError, build, method_config, steps_of
 from .metrics import average_accuracy
 from .progress import NoProgress, Progress
-from .scenarios import Samples, Scenario, make_scenario, seeded_generator
+from .scenarios import Samples, Scenario, make_scenario, seeded_generator, task_samples
 
 EVALUATION_BATCH = 128  # so that evaluation takes no more memory than training
 EVALUATIONS = ("all", "seen", "new")
@@ -138,8 +138,7 @@ def train(
         result.peak_memory_bytes = _larger(earlier_peaks[0], memory.peak_above_start())
         result.total_memory_bytes = _larger(earlier_peaks[1], memory.peak_total())
 
-    passes = [-(-samples // config.batch_size) for samples in method.samples_of(scenario.train_stream)]
-    total = config.epochs * sum(passes)
+    total = config.epochs * sum(steps_of(config, samples) for samples in method.samples_of(scenario.train_stream))
     progress.begin(tasks, total)
     if result.tasks_completed:
         progress.resumed(result.tasks_completed, len(step_seconds))
@@ -205,7 +204,8 @@ def run(
 
     Deterministic under ``seed``. Seeds torch's global generator. Several runs in one process should share
     ``memory``: a later run reuses what an earlier one gave back, and would seem to need less. ``checkpoint``
-    is that of `train`. ``overrides`` are fields of `methods.MethodConfig`; None keeps the default.
+    is that of `train`. ``overrides`` are fields of `methods.MethodConfig`; None keeps the default, which for ``epochs``
+    rises where a task is small (`methods.method_config`).
 
     Raises:
         ValueError: an option out of range, or a checkpoint that can't be gone on from (before any training).
@@ -213,7 +213,6 @@ def run(
         OSError: the checkpoint can't be written.
     """
     datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
-    config = method_config(method, scenario, joined_name(datasets), **overrides)
     streams = make_scenario(
         scenario,
         datasets,
@@ -224,6 +223,8 @@ def run(
         samples_per_task=samples_per_task,
         seed=seed,
     )
+    samples = task_samples(scenario, datasets, classes_per_task)
+    config = method_config(method, scenario, joined_name(datasets), task_samples=samples, **overrides)
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
     learner = build(method, config, streams.features, hidden, streams.num_classes)
