@@ -5,6 +5,7 @@ Files are written beside their place and renamed into it (see `files`), so that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -268,16 +270,17 @@ def require_matplotlib() -> ModuleType:
     Raises:
         MissingExtraError: it is missing.
     """
+    loaded = "matplotlib" in sys.modules
+    backend = None if loaded else os.environ.pop("MPLBACKEND", None)
     try:
-        return require("matplotlib", "matplotlib", f"the picture {PICTURE_FILE}")
-    except ValueError:  # how matplotlib refuses a backend; the picture needs none
-        backend = os.environ.pop("MPLBACKEND", None)
-        if backend is None:
-            raise
-        try:
-            return require("matplotlib", "matplotlib", f"the picture {PICTURE_FILE}")
-        finally:
+        matplotlib = require("matplotlib", "matplotlib", f"the picture {PICTURE_FILE}")
+    finally:
+        if backend is not None:
             os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):  # there is none of that name here, and the picture needs none
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
 
 
 def _picture(metrics: dict[str, Any], chance: float | None) -> bytes:

@@ -148,8 +148,8 @@ def method_config(
         method: its name.
         scenario: its name.
         dataset: its name; several have one of their own (`data.joined_name`).
-        task_samples: how many a task has. Where the default of ``epochs`` makes fewer than ENOUGH_STEPS steps of them, it
-            is raised until there are as many.
+        task_samples: how many a task has. Where the default of ``epochs`` makes fewer than ENOUGH_STEPS steps of them,
+            it is raised until there are as many.
         overrides: fields of the method's configuration.
 
     Raises:
