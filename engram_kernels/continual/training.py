@@ -202,7 +202,7 @@ def run(
 ) -> tuple[Method, TrainingResult]:
     """Everything from a data set (scenario domain: a list of them) to a result, as ``engram-kernels train`` does it.
 
-    Deterministic under ``seed``. Seeds torch's global generator. Several runs in one process should share
+    Deterministic under ``seed``, whatever the process's default dtype and device. Seeds torch's global generator. Several runs in one process should share
     ``memory``: a later run reuses what an earlier one gave back, and would seem to need less. ``checkpoint``
     is that of `train`. ``overrides`` are fields of `methods.MethodConfig`; None keeps the default, which for ``epochs``
     rises where a task is small (`methods.method_config`).
@@ -227,10 +227,11 @@ def run(
     config = method_config(method, scenario, joined_name(datasets), task_samples=samples, **overrides)
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
-    learner = build(method, config, streams.features, hidden, streams.num_classes)
-    return learner, train(
-        streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory, checkpoint=checkpoint
-    )
+    with torch.device("cpu"):  # where the data lie, whatever device the process makes its tensors on by default
+        learner = build(method, config, streams.features, hidden, streams.num_classes)
+        return learner, train(
+            streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory, checkpoint=checkpoint
+        )
 
 
 def _state(method: Method, result: TrainingResult, order: torch.Generator, step_seconds: list[float]) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def _state(method: Method, result: TrainingResult, order: torch.Generator, step_
         "method": method.state_dict(),
         "tasks_completed": result.tasks_completed,
         "accuracy_matrix": result.accuracy_matrix[: result.tasks_completed],
-        "step_seconds": torch.tensor(step_seconds, dtype=torch.float64),
+        "step_seconds": torch.tensor(step_seconds, dtype=torch.float64, device="cpu"),
         "train_seconds": result.train_seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
         "total_memory_bytes": result.total_memory_bytes,

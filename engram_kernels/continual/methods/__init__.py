@@ -196,18 +196,23 @@ def check_build(method: str, config: MethodConfig, hidden: Sequence[int]) -> Non
     """
     _check_hidden(hidden)
     state = torch.get_rng_state()
-    METHODS[method].build(config, 1, [1] * len(hidden), 1)
+    build(method, config, 1, [1] * len(hidden), 1)
     torch.set_rng_state(state)
 
 
 def build(method: str, config: MethodConfig, features: int, hidden: Sequence[int], num_classes: int) -> Method:
-    """Model and optimizer of a method, initialised from torch's global generator.
+    """Model and optimizer of a method in float32, initialised from torch's global generator.
 
     Raises:
         ValueError: a layer width < 1, or per-layer values that do not match the trainable weight matrices.
     """
     _check_hidden(hidden)
-    return METHODS[method].build(config, features, hidden, num_classes)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return METHODS[method].build(config, features, hidden, num_classes)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _check_hidden(hidden: Sequence[int]) -> None:
