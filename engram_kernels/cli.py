@@ -1,7 +1,7 @@
 """The command ``engram-kernels``: train a network on task after task; describe the installation.
 
-Exit codes: 0 done; 1 some runs of a comparison failed; 2 the user's input can't be used (one line on stderr
-says what was got and what is needed); 130 interrupted (what was learned so far is written).
+Exit codes: 0 done; 1 some runs of a comparison or some of several seeds failed; 2 the user's input can't be used (one
+line on stderr says what was got and what is needed); 130 interrupted (what was learned so far is written).
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ import platform
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from .continual.data import Dataset
+    from .continual.memory import MemoryMeter
+    from .continual.methods import Method, MethodConfig
     from .continual.scenarios import Scenario
+    from .continual.training import TrainingResult
 
 PROGRAM = "engram-kernels"
 MODEL_FILE = "model.pt"
 EXIT_FAILURES = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+_WAIT_SECONDS = 30.0  # for a run of a comparison that was killed to leave its folder to the one that goes on with it
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,9 +44,11 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All options of the command line."""
+    from . import __version__
     from .continual import methods
 
     parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -235,28 +241,69 @@ def _add_training_options(train: argparse.ArgumentParser) -> list[argparse.Actio
     return train._actions[before:]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (argparse itself exits with 0 or 2)."""
-    from .continual.extras import MissingExtraError
-    from .continual.methods import TrainingError
+def main(arguments: Sequence[str] | None = None, *, for_comparison: bool = False) -> int:
+    """Run the command line; returns the exit code (argparse itself exits with 0 or 2).
+
+    ``for_comparison`` is True in a process that `compare` began, see :func:`train_for_comparison`.
+    """
+    from .continual.streams import standard_streams
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with standard_streams() as (stdout, _):
+        code = _run(arguments, for_comparison)
+        stdout.flush()
+        if stdout.failure is not None:
+            print(f"{PROGRAM}: error: standard output can't be written ({stdout.failure})", file=sys.stderr)
+            code = code or EXIT_USER_ERROR
+        return code
+
+
+def train_for_comparison(arguments: Sequence[str]) -> int:
+    """``train`` in a process that `compare` began: it ends with that, and speaks to it in UTF-8.
+
+    What it may resume and can't read it begins anew, since nobody is there to ask.
+    """
+    from .continual.compare import end_with_parent
+
+    end_with_parent()
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+    return main(["train", *arguments], for_comparison=True)
+
+
+def _run(arguments: list[str], for_comparison: bool) -> int:
+    from .continual.streams import readable
+
     options = build_parser().parse_args(arguments)
-    options.command_line = shlex.join([PROGRAM, *arguments])
+    options.command_line = readable(shlex.join([PROGRAM, *arguments]))
+    options.for_comparison = for_comparison
     try:
         code: int = options.run(options)
         return code
-    except (ValueError, OSError, TrainingError, MissingExtraError, MemoryError) as error:
-        message = _one_line(error)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
-            raise
-        message = "not enough memory: " + _one_line(error)
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    except Exception as error:
+        if (message := _message(error)) is None:
+            raise
+        print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell of an error that the user can do something about; None for a fault of this program."""
+    from .continual.extras import MissingExtraError
+    from .continual.methods import TrainingError
+
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error):
+        return "not enough memory: " + _one_line(error)
+    if isinstance(error, (ValueError, OSError, TrainingError, MissingExtraError)):
+        return _one_line(error)
+    return None
+
+
+def _warn(message: str) -> None:
+    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
 
 
 class _Plan(NamedTuple):
@@ -269,10 +316,18 @@ class _Plan(NamedTuple):
     seeds: list[int]
     config: dict[str, Any]  # for metrics.json; the seed is each run's own
     output: Path
+    method_config: MethodConfig
+    epochs_chosen: bool  # for the number of steps, against the method's default
 
-    def folder(self, seed: int) -> Path:
-        """Where a seed's results go."""
-        return self.output / f"seed{seed}" if len(self.seeds) > 1 else self.output
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        return 1 / self.scenario.num_classes
+
+    def folder(self, seed: int, output: Path | None = None) -> Path:
+        """Where a seed's results go, below ``output`` if not below the one planned."""
+        output = self.output if output is None else output
+        return output / f"seed{seed}" if len(self.seeds) > 1 else output
 
     def config_of(self, seed: int) -> dict[str, Any]:
         """Every option that a seed's numbers follow from."""
@@ -286,7 +341,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
         ValueError: names the option, what it got and what it needs.
     """
     from .continual import data, scenarios
-    from .continual.methods import METHODS, method_config
+    from .continual.methods import METHODS, check_build, method_config
 
     given = vars(options)
     seeds: list[int] = given.get("seeds") or [options.seed]
@@ -311,8 +366,11 @@ def _plan(options: argparse.Namespace) -> _Plan:
     if (validation := given.get("validation")) is not None:
         datasets = [data.hold_out(dataset, validation) for dataset in datasets]
     data_name = data.joined_name(datasets)
-    config = method_config(options.method, options.scenario, data_name, **overrides)
+    default = method_config(options.method, options.scenario, data_name, **overrides)
+    check_build(options.method, default, options.hidden)
     scenario = scenarios.make_scenario(options.scenario, datasets, seed=seeds[0], **tasks)
+    samples = scenarios.task_samples(options.scenario, datasets, tasks["classes_per_task"])
+    config = method_config(options.method, options.scenario, data_name, task_samples=samples, **overrides)
     several = "s" if len(seeds) > 1 else ""
     name = f"{data_name}-{options.scenario}-{options.method}-seed{several}{'-'.join(map(str, seeds))}"
     return _Plan(
@@ -346,115 +404,232 @@ def _plan(options: argparse.Namespace) -> _Plan:
             **dataclasses.asdict(config),
         },
         output=Path(given.get("output", Path("runs") / name)),
+        method_config=config,
+        epochs_chosen=config.epochs != default.epochs,
     )
 
 
 def _train(options: argparse.Namespace) -> int:
     import torch
 
-    from .continual import report
-    from .continual.checkpoint import Checkpoint
+    from .continual import folders, report
     from .continual.memory import MemoryMeter
-    from .continual.progress import NoProgress, default_progress
-    from .continual.training import run
 
     plan = _plan(options)
     if "threads" in options:
         torch.set_num_threads(options.threads)
-    for seed in plan.seeds:
-        _prepare_directory(plan.folder(seed))
-    complete = {seed: metrics for seed in plan.seeds if options.resume and (metrics := _complete(plan, seed, options))}
-    picture = _can_draw()
-    scenario, datasets, several = plan.scenario, plan.datasets, len(plan.seeds) > 1
-    chance = 1 / scenario.num_classes
+    output, claim = folders.claim(
+        plan.output,
+        own="output" in options,
+        of=lambda output: {plan.folder(seed, output): plan.config_of(seed) for seed in plan.seeds},
+        wait_seconds=_WAIT_SECONDS if options.for_comparison else 0.0,
+    )
+    with claim:
+        if output != plan.output:
+            print(f"{plan.output} holds a run with other options, or one in progress: this one goes to {output}")
+            plan = plan._replace(output=output)
+        run = _TrainRun(plan, options, _can_draw(), MemoryMeter())
+        complete = run.complete()
+        _print_what_runs(plan)
+        results: dict[int, TrainingResult] = {}
+        failed = False
+        for seed in plan.seeds:
+            if len(plan.seeds) > 1:
+                print(f"\nseed {seed}", flush=True)
+            try:
+                results[seed] = run.show(seed, complete[seed]) if seed in complete else run.train(seed)
+            except Exception as error:  # the other seeds are not to blame
+                if len(plan.seeds) == 1 or (message := _message(error)) is None:
+                    raise
+                print(f"{PROGRAM}: error: {message} (seed {seed})", file=sys.stderr, flush=True)
+                failed = True
+                continue
+            if not results[seed].completed:
+                print(
+                    f"{PROGRAM}: interrupted; the files hold what was learned so far, and --resume goes on from it",
+                    file=sys.stderr,
+                )
+                break
+        finished = {seed: result for seed, result in results.items() if result.completed}
+        if len(plan.seeds) > 1 and finished:
+            content = report.summarize_seeds(list(finished), list(finished.values()))
+            print(f"\n{report.seeds_table(content)}\n", flush=True)
+            print(f"wrote {report.write_metrics(plan.output, content, 'summary.json')}")
+    if len(finished) < len(results):
+        return EXIT_INTERRUPTED
+    return EXIT_FAILURES if failed else 0
 
+
+def _print_what_runs(plan: _Plan) -> None:
+    """What is trained on what, and in how many steps, before the progress on stderr, wherever both go."""
+    from .continual.methods import ENOUGH_STEPS, steps_of
+
+    config, scenario, datasets = plan.method_config, plan.scenario, plan.datasets
     cap = "" if (samples := plan.config["samples_per_task"]) is None else f" (at most {samples} per task)"
     kind = "test" if plan.config["validation"] is None else "validation"
     print(
         f"{plan.data_name}: {sum(len(dataset.y_train) for dataset in datasets)} training{cap} and "
         f"{sum(len(dataset.y_test) for dataset in datasets)} {kind} samples "
-        f"of {scenario.features} features, {scenario.num_classes} classes; {options.scenario} scenario of "
-        f"{len(scenario)} tasks; method {options.method}; "
-        f"network {'-'.join(map(str, [scenario.features, *options.hidden, scenario.num_classes]))}",
-        flush=True,  # before the progress on stderr, wherever both go
+        f"of {scenario.features} features, {scenario.num_classes} classes; {plan.config['scenario']} scenario of "
+        f"{len(scenario)} tasks; method {plan.config['method']}; "
+        f"network {'-'.join(map(str, [scenario.features, *plan.config['hidden'], scenario.num_classes]))}"
     )
-    memory = MemoryMeter()
-    results = []
-    for seed in plan.seeds:
-        if several:
-            print(f"\nseed {seed}", flush=True)
-        folder, written = plan.folder(seed), []
-        checkpoint = Checkpoint(folder, plan.config_of(seed), resume=options.resume)
-        if seed in complete:
-            print(f"{folder} is complete: nothing is left to train", flush=True)
-            metrics = complete[seed]
-            result = report.result_of(metrics)
-            if picture and not (folder / report.PICTURE_FILE).exists():
-                written.append(report.write_picture(folder, metrics, chance=chance))
-        else:
-            if options.resume:
-                tasks = checkpoint.tasks_completed()
-                print(
-                    f"nothing to resume in {folder}: starting from the beginning"
-                    if tasks is None
-                    else f"resuming {folder} after task {tasks} of {len(scenario)}",
-                    flush=True,
-                )
-            else:
-                checkpoint.remove()
-            method, result = run(
-                datasets,
-                seed=seed,
-                progress=NoProgress() if options.quiet else default_progress(),
-                memory=memory,
-                checkpoint=checkpoint,
-                **plan.arguments,
+    if config.takes_steps:
+        steps = [config.epochs * steps_of(config, len(experience)) for experience in scenario.train_stream]
+        span = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
+        epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+        chosen = f" (chosen for {ENOUGH_STEPS} steps or more; --epochs sets it)" if plan.epochs_chosen else ""
+        print(f"training: {epochs}{chosen}, {span} steps a task of up to {config.batch_size} samples each")
+        if min(steps) < ENOUGH_STEPS // 2:
+            print(
+                f"few steps: learning a task takes about {ENOUGH_STEPS}; more samples, more --epochs or a smaller "
+                "--batch-size give more"
             )
-            metrics = report.metrics_of(result, plan.config_of(seed), chance=chance)
-            if options.save_model:  # first: metrics.json says that a run is complete
-                buffer = io.BytesIO()
-                torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
-                written.append(folder / MODEL_FILE)
-                report.write_atomically(written[-1], buffer.getvalue())
-            written.append(report.write_metrics(folder, metrics))
-            if picture:
-                written.append(report.write_picture(folder, metrics, chance=chance))
+    sys.stdout.flush()
+
+
+class _TrainRun(NamedTuple):
+    """What every seed of a ``train`` shares."""
+
+    plan: _Plan
+    options: argparse.Namespace
+    picture: bool  # whether one can be drawn
+    memory: MemoryMeter
+
+    def complete(self) -> dict[int, dict[str, Any]]:
+        """The metrics of the seeds that an earlier process has finished, where this one may go on from it.
+
+        Raises:
+            DamagedFileError: what lies there is damaged (but for a comparison, which begins it anew).
+            ValueError: it lacks the model asked for.
+        """
+        from .continual.files import DamagedFileError
+
+        found = {}
+        for seed in self.plan.seeds if self.options.resume else ():
+            try:
+                metrics = _complete(self.plan, seed, self.options)
+            except DamagedFileError:
+                if not self.options.for_comparison:
+                    raise
+                continue
+            if metrics is not None:
+                found[seed] = metrics
+        return found
+
+    def show(self, seed: int, metrics: dict[str, Any]) -> TrainingResult:
+        """What an earlier process has learned, with its picture if that is missing."""
+        from .continual import report
+
+        folder = self.plan.folder(seed)
+        print(f"{folder} is complete: nothing is left to train", flush=True)
+        result = report.result_of(metrics)
+        self._print(result)
+        if not (folder / report.PICTURE_FILE).exists():
+            self._draw(folder, metrics)
+        return result
+
+    def train(self, seed: int) -> TrainingResult:
+        """Trains, from where an earlier process ended if it may, prints and writes what was learned."""
+        from .continual.files import DamagedFileError
+
+        try:
+            return self._train(seed, self.options.resume)
+        except DamagedFileError as error:
+            if not self.options.for_comparison:
+                raise
+            _warn(f"{error}; it begins anew")
+            return self._train(seed, resume=False)
+
+    def _train(self, seed: int, resume: bool) -> TrainingResult:
+        from .continual import report
+        from .continual.checkpoint import Checkpoint
+        from .continual.files import sweep
+        from .continual.progress import NoProgress, default_progress
+        from .continual.training import run
+
+        plan, folder, config = self.plan, self.plan.folder(seed), self.plan.config_of(seed)
+        checkpoint = Checkpoint(folder, config, resume=resume)
+        if resume:
+            sweep(folder)
+            tasks = checkpoint.tasks_completed()
+            print(
+                f"nothing to resume in {folder}: starting from the beginning"
+                if tasks is None
+                else f"resuming {folder} after task {tasks} of {len(plan.scenario)}",
+                flush=True,
+            )
+        else:
+            checkpoint.remove()
+        method, result = run(
+            plan.datasets,
+            seed=seed,
+            progress=NoProgress() if self.options.quiet else default_progress(),
+            memory=self.memory,
+            checkpoint=checkpoint,
+            **plan.arguments,
+        )
+        metrics = report.metrics_of(result, config, chance=plan.chance)
+        self._print(result)
+        unsaved = self._save(method, folder / MODEL_FILE, metrics) if self.options.save_model else None
+        print(f"wrote {report.write_metrics(folder, metrics)}")
+        self._draw(folder, metrics)
+        if unsaved is not None:  # the checkpoint stays, so that --resume comes back to it
+            raise unsaved
         if result.completed:
             checkpoint.remove()
-        print("\n".join(("", report.table(result.accuracy_matrix, result.tasks_completed), "", report.summary(result))))
-        if written:
-            print("\n" + "\n".join(f"wrote {path}" for path in written))
-        results.append(result)
-        if not result.completed:
-            print(
-                f"{PROGRAM}: interrupted; the files hold what was learned so far, and --resume goes on from it",
-                file=sys.stderr,
-            )
-            break
-    finished = [(seed, result) for seed, result in zip(plan.seeds, results, strict=False) if result.completed]
-    if several and finished:
-        content = report.summarize_seeds([seed for seed, _ in finished], [result for _, result in finished])
-        path = report.write_metrics(plan.output, content, "summary.json")
-        print(f"\n{report.seeds_table(content)}\n\nwrote {path}")
-    return 0 if results[-1].completed else EXIT_INTERRUPTED
+        return result
+
+    def _save(self, method: Method, path: Path, metrics: dict[str, Any]) -> OSError | None:
+        """Writes the weights; an error is for later, since what was learned is worth more."""
+        import torch
+
+        from .continual.files import write_atomically
+
+        buffer = io.BytesIO()
+        torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
+        try:
+            write_atomically(path, buffer.getvalue())
+        except OSError as error:
+            return error
+        print(f"wrote {path}")
+        return None
+
+    def _print(self, result: TrainingResult) -> None:
+        from .continual import report
+        from .continual.streams import terminal_width
+
+        width = terminal_width(sys.stdout)
+        table = report.table(result.accuracy_matrix, result.tasks_completed, width)
+        print(f"\n{table}\n\n{report.summary(result, width)}\n", flush=True)
+
+    def _draw(self, folder: Path, metrics: dict[str, Any]) -> None:
+        """Draws the picture, if it can be drawn; the numbers are worth having without it."""
+        from .continual import report
+
+        if not self.picture:
+            return
+        try:
+            print(f"wrote {report.write_picture(folder, metrics, chance=self.plan.chance)}")
+        except Exception as error:  # matplotlib has as many kinds as there are surroundings
+            _warn(f"{folder / report.PICTURE_FILE} can't be drawn ({_one_line(error)}); its numbers are written")
 
 
 def _complete(plan: _Plan, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:
     """The metrics of a finished run of a seed; None if there is something to train.
 
     Raises:
-        ValueError: what lies there is damaged or of a run with other options, or lacks the model asked for.
+        ValueError: what lies there is damaged, or lacks the model asked for.
     """
     from .continual import report
-    from .continual.checkpoint import Checkpoint, check_same_options, plain
+    from .continual.checkpoint import Checkpoint
 
-    folder, config = plan.folder(seed), plan.config_of(seed)
-    if Checkpoint(folder, config).tasks_completed() is not None:
+    folder = plan.folder(seed)
+    if Checkpoint(folder, plan.config_of(seed)).tasks_completed() is not None:
         return None
     metrics = report.read_metrics(folder)
     if metrics is None or not metrics["completed"]:
         return None
-    check_same_options(metrics["config"], plain(config), folder / report.METRICS_FILE)
     if options.save_model and not (folder / MODEL_FILE).exists():
         raise ValueError(
             f"save_model: {folder} is complete and its model was not saved; without --resume training begins anew"
@@ -463,32 +638,43 @@ def _complete(plan: _Plan, seed: int, options: argparse.Namespace) -> dict[str, 
 
 
 def _compare(options: argparse.Namespace) -> int:
-    import datetime
-
-    from .continual import compare
+    from .continual import folders
 
     if options.jobs < 1:
         raise ValueError(f"jobs: expected an integer >= 1, got {options.jobs}")
     plans = _plans(options)
     first = next(iter(plans.values()))
-    default = Path("runs") / f"compare-{first.dataset}-{options.scenario}"
-    output = Path(vars(options).get("output", default))
-    _prepare_directory(output)
+    planned = Path(vars(options).get("output", Path("runs") / f"compare-{first.dataset}-{options.scenario}"))
+    output, claim = folders.claim(planned, own="output" in options, of=lambda output: {output: None})
+    with claim:
+        if output != planned:
+            print(f"{planned} is in use by another comparison: this one goes to {output}")
+        return _compare_in(output, plans, options)
+
+
+def _compare_in(output: Path, plans: dict[str, _MethodPlan], options: argparse.Namespace) -> int:
+    import datetime
+
+    from .continual import compare
+    from .continual.streams import readable, terminal_width
+
+    first = next(iter(plans.values()))
+    configs = {label: {seed: {**plan.config, "seed": seed} for seed in options.seeds} for label, plan in plans.items()}
     runs = [
         compare.Run(
             label=label,
             seed=seed,
-            folder=output / folder / f"seed{seed}",
+            folder=folder / f"seed{seed}",
             arguments=plan.arguments,
-            config={**plan.config, "seed": seed},
+            config=configs[label][seed],
             threads=plan.threads,
         )
-        for (label, plan), folder in zip(plans.items(), compare.folder_names(list(plans)), strict=True)
+        for (label, plan), folder in zip(plans.items(), compare.folders(output, configs), strict=True)
         for seed in options.seeds
     ]
     sizes = " or ".join(dict.fromkeys("-".join(map(str, plan.config["hidden"])) for plan in plans.values()))
     about = {
-        "dataset": first.dataset,
+        "dataset": readable(first.dataset),
         "chance": first.chance,
         "seeds": options.seeds,
         "jobs": options.jobs,
@@ -506,10 +692,16 @@ def _compare(options: argparse.Namespace) -> int:
         now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
         return compare.write(output, compare.content_of(runs, {**about, "created": now}))
 
+    def rewrite() -> None:
+        try:
+            write()
+        except OSError as error:  # a page that can't be written stops no run
+            _warn(_one_line(error))
+
     write()  # early, so that what can't be written is known, and there is a page to look at
-    done = compare.run_all(runs, options.jobs, compare.default_display(options.quiet), write)
+    done = compare.run_all(runs, options.jobs, compare.default_display(options.quiet), rewrite)
+    print(compare.table(compare.content_of(runs, about), terminal_width(sys.stdout)), flush=True)
     written = write()
-    print(compare.table(compare.content_of(runs, about)))
     print("\n" + "\n".join(f"wrote {path}" for path in written))
     if not done:
         print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
@@ -579,24 +771,14 @@ def _as_arguments(action: argparse.Action, value: Any) -> list[str]:
     return [f"{option}={value}"]
 
 
-def _prepare_directory(path: Path) -> None:
-    """Make the directory, and a file in it for a moment: better refused now than after training."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(f"output: expected a directory that can be written, got {path} ({error.strerror})") from None
-
-
 def _can_draw() -> bool:
-    """Numbers are worth having without a picture, so a missing matplotlib is said and not fatal."""
-    from .continual.extras import MissingExtraError, require
+    """Numbers are worth having without a picture, so a matplotlib that is missing or broken is said and not fatal."""
+    from .continual.report import require_matplotlib
 
     try:
-        require("matplotlib", "matplotlib", "the picture report.png")
-    except MissingExtraError as error:
-        print(f"{PROGRAM}: warning: {error}; going on without it", file=sys.stderr)
+        require_matplotlib()
+    except Exception as error:  # of whatever a broken installation raises
+        _warn(f"{_one_line(error)}; going on without the picture")
         return False
     return True
 
@@ -611,7 +793,7 @@ def _info(options: argparse.Namespace) -> int:
     extra = ("scikit-learn", "matplotlib", "tqdm")
     environment = {name: value for name, value in os.environ.items() if name.startswith("ENGRAM_")}
     rows: list[tuple[str, str]] = [
-        ("engram-kernels", _version("engram-kernels") or str(getattr(ek, "__version__", "not installed"))),
+        ("engram-kernels", ek.__version__),
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("torch", str(torch.__version__)),
         *((name, _version(name) or "not installed") for name in ("numpy", "triton")),
@@ -646,7 +828,7 @@ def _version(distribution: str) -> str | None:
 def _cpu_info() -> dict[str, str]:
     """The first processor's fields in /proc/cpuinfo; empty elsewhere than on Linux."""
     try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        first = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n")[0]
     except OSError:
         return {}
     fields = (line.partition(":") for line in first.splitlines())
@@ -680,7 +862,8 @@ def _cuda_state() -> str:
 
 def _driver() -> str:
     try:
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].partition(":")[2].strip()
+        first = Path("/proc/driver/nvidia/version").read_text("utf-8", "replace").splitlines()[0]
+        return first.partition(":")[2].strip()
     except (OSError, IndexError):
         return "not found"
 

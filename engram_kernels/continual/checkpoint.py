@@ -21,6 +21,10 @@ CHECKPOINT_FILE = "checkpoint.pt"
 _FREE_OPTIONS = ("data_dir",)
 
 
+class OtherOptionsError(ValueError):
+    """What lies there is of a run with other options; the message names the first of them."""
+
+
 class Checkpoint:
     """The file ``checkpoint.pt`` of one run: written after every task but the last, removed when the run is done.
 
@@ -43,7 +47,7 @@ class Checkpoint:
 
         Raises:
             DamagedFileError: the file is no checkpoint, or a damaged one.
-            ValueError: it is of a run with other options; the message names the first of them.
+            OtherOptionsError: it is of a run with other options.
             OSError: it can't be read.
         """
         state = self._read(mmap=True)
@@ -143,11 +147,11 @@ def check_same_options(earlier: dict[str, Any], now: dict[str, Any], path: Path)
     """Whether a run may go on from what one with ``earlier`` options left at ``path``, or write over it.
 
     Raises:
-        ValueError: names the first option that differs, what it was and what it is.
+        OtherOptionsError: names the first option that differs, what it was and what it is.
     """
     for name in (*earlier, *(name for name in now if name not in earlier)):
         if name not in _FREE_OPTIONS and earlier.get(name) != now.get(name):
-            raise ValueError(
+            raise OtherOptionsError(
                 f"{name}: expected {earlier.get(name)} as in {path}, got {now.get(name)}; give the same options or "
                 "another --output"
             )

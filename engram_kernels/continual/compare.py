@@ -7,8 +7,10 @@ run's own folder. What lies there complete is not run again; what was interrupte
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import math
+import os
 import platform
 import queue
 import re
@@ -26,14 +28,33 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from . import html, report
-from .checkpoint import Checkpoint, check_same_options, plain
+from .checkpoint import Checkpoint, OtherOptionsError, check_same_options, plain
+from .files import write_atomically
+from .folders import check_free, numbered
 from .progress import Told, told
+from .streams import cells, fitted, padded, readable, terminal_width
 
 COMPARISON_FILE = "compare.json"
 PAGE_FILE = "report.html"
 
-_TRAIN = (sys.executable, "-m", "engram_kernels.cli", "train")
+# A run is of this package, wherever it lies, and of no module that happens to lie in the current folder, which
+# ``python -m`` and ``python -c`` would look in first.
+_LAUNCHER = """
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+from importlib.util import module_from_spec, spec_from_file_location
+folder = sys.argv.pop(1)
+spec = spec_from_file_location("engram_kernels", folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules["engram_kernels"] = package = module_from_spec(spec)
+spec.loader.exec_module(package)
+from engram_kernels.cli import train_for_comparison
+sys.exit(train_for_comparison(sys.argv[1:]))
+"""
+_TRAIN = (sys.executable, "-c", _LAUNCHER, str(Path(__file__).parents[1]))
 _EXIT_INTERRUPTED = 130
+_EXIT_ORPHANED = 137
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _KEPT_LINES = 20  # of what a failed process said last
 
 
@@ -95,7 +116,7 @@ class Run:
 
     def keep(self) -> None:
         """Takes over the numbers that an earlier comparison with the same options left complete."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
             metrics = self._read()
             if metrics is not None and metrics["completed"] and self.threads in (None, metrics["threads"]):
                 self.metrics, self.status, self.kept = metrics, "complete", True
@@ -112,16 +133,16 @@ class Run:
         ``tell`` gets its lines and at last None, from another thread.
         """
         resume = False
-        with contextlib.suppress(ValueError):  # damaged or of other options: it begins anew
+        with contextlib.suppress(ValueError, OSError):  # damaged or of other options: it begins anew
             resume = Checkpoint(self.folder, self.config).tasks_completed() is not None
         command = [*_TRAIN, *self.command()]
         self.started, self.status = time.monotonic(), "running"
         process = self.process = subprocess.Popen(
             [*command, "--resume"] if resume else command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # open as long as this process lives, see `end_with_parent`
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             # Ctrl-C reaches this process alone, which hands it on: twice would mean to skip the evaluation.
             start_new_session=True,
@@ -143,8 +164,9 @@ class Run:
 
     def end(self, interrupted: bool) -> None:
         """Takes up what its process left, once that has said its last."""
-        assert self.process is not None
+        assert self.process is not None and self.process.stdin is not None
         code = self.process.wait()
+        self.process.stdin.close()
         self.status = {0: "complete", _EXIT_INTERRUPTED: "interrupted"}.get(code, "failed")
         if interrupted and code < 0:
             self.status = "interrupted"
@@ -305,7 +327,8 @@ class LiveDisplay(Display):
 
     def redraw(self, running: Sequence[Run]) -> None:
         """Draws the bars."""
-        width = shutil.get_terminal_size().columns - 1  # a full last column would make some terminals break the line
+        # a full last column would make some terminals break the line
+        width = (terminal_width(self._stream) or shutil.get_terminal_size().columns) - 1
         over = sum(run.status not in ("waiting", "running") for run in self._runs)
         failed = sum(run.status == "failed" for run in self._runs)
         share = sum(_share(run) for run in running)
@@ -313,12 +336,12 @@ class LiveDisplay(Display):
             f"{_bar((over + share) / max(1, len(self._runs)))} {over} of {len(self._runs)} runs"
             + (f", {failed} failed" if failed else "")
         ]
-        name = max((len(run.name) for run in running), default=0)
+        name = max((cells(run.name) for run in running), default=0)
         for run in running:
             where = "starting" if run.told is None else _where(run.told)
-            lines.append(f"{_bar(_share(run))} {run.name:<{name}}  {where}; {_time(run)}")
+            lines.append(f"{_bar(_share(run))} {padded(run.name, name)}  {where}; {_time(run)}")
         self._clear()
-        self._stream.write("".join(f"{line[:width]}\n" for line in lines))
+        self._stream.write("".join(f"{fitted(line, width)}\n" for line in lines))
         self._stream.flush()
         self._drawn = len(lines)
 
@@ -370,7 +393,7 @@ def content_of(runs: Sequence[Run], about: dict[str, Any]) -> dict[str, Any]:
                         "status": run.status,
                         "error": run.error,
                         "output": "".join(run.output) if run.status == "failed" else "",
-                        "command": shlex.join(["engram-kernels", "train", *run.command()]),
+                        "command": readable(shlex.join(["engram-kernels", "train", *run.command()])),
                         "metrics": run.metrics,
                     }
                     for run in members
@@ -401,7 +424,7 @@ def _environment(runs: Sequence[Run], processor: str) -> dict[str, str]:
 def write(directory: Path, content: dict[str, Any]) -> list[Path]:
     """Writes both files into a directory that exists; returns their paths."""
     page = directory / PAGE_FILE
-    report.write_atomically(page, html.page(content).encode())
+    write_atomically(page, html.page(content).encode("utf-8", "backslashreplace"))
     return [page, report.write_metrics(directory, content, COMPARISON_FILE)]
 
 
@@ -410,29 +433,79 @@ def folder_names(labels: Sequence[str]) -> list[str]:
     names: list[str] = []
     for label in labels:
         base = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")[:60] or "method"
-        candidates = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
-        names.append(next(name for name in candidates if name not in names))
+        names.append(next(path.name for path in numbered(Path(base)) if path.name not in names))
     return names
 
 
-def table(content: dict[str, Any]) -> str:
-    """The summary for the terminal, best accuracy first."""
-    width = max(len("method"), *(len(method["label"]) for method in content["methods"]))
-    lines = [f"{'method':<{width}}  accuracy in %  backward  forgetting  ms/step  peak MiB"]
+def folders(output: Path, configs: dict[str, dict[int, dict[str, Any]]]) -> list[Path]:
+    """The folder of each label's runs below ``output``, which has one of them for each seed.
+
+    One that holds a run with other options is left as it is: the label gets the next free number.
+
+    Args:
+        output: of the comparison.
+        configs: by label and seed, every option that the numbers of a run follow from.
+    """
+    chosen: list[Path] = []
+    for config_of, name in zip(configs.values(), folder_names(list(configs)), strict=True):
+        for path in numbered(output / name):
+            if path in chosen:
+                continue
+            try:
+                for seed, config in config_of.items():
+                    check_free(path / f"seed{seed}", config)
+            except OtherOptionsError:
+                continue
+            chosen.append(path)
+            break
+    return chosen
+
+
+def end_with_parent() -> None:
+    """Has this process, which :meth:`Run.start` began, end when the one that began it does, however that ends.
+
+    Its standard input is a pipe that nobody writes to: it comes to its end with the parent. On Linux the system sends
+    a signal besides, at once and whatever this process is doing.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1):
+                pass
+        os._exit(_EXIT_ORPHANED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def table(content: dict[str, Any], width: int | None = None) -> str:
+    """The summary for the terminal, best accuracy first; as many of its columns as fit ``width`` of the terminal's."""
+    names = ("accuracy in %", "backward", "forgetting", "ms/step", "peak MiB")
+    rows = []
     for method in html.ranked(content["methods"]):
         means = [method["summary"][name]["mean"] for name in html.SUMMARIZED]
         deviation = method["summary"]["average_accuracy"]["deviation"]
         scales, forms = (100, 100, 100, 1, 2**-20), (".1f", "+.1f", ".1f", ".2f", ".1f")
-        accuracy, backward, forgetting, step, memory = (
+        values = [
             "-" if mean is None else format(scale * mean, form)
             for mean, scale, form in zip(means, scales, forms, strict=True)
-        )
+        ]
         if deviation is not None:
-            accuracy += f" ± {100 * deviation:.1f}"
-        lines.append(
-            f"{method['label']:<{width}}  {accuracy:>13}  {backward:>8}  {forgetting:>10}  {step:>7}  {memory:>8}"
-        )
-    return "\n".join(lines)
+            values[0] += f" ± {100 * deviation:.1f}"
+        rows.append((method["label"], values))
+    label_width = max(len("method"), *(cells(label) for label, _ in rows))
+    columns = len(names)
+    if width is not None:
+        while columns > 1 and label_width + sum(len(name) + 2 for name in names[:columns]) > width:
+            columns -= 1
+        label_width = min(label_width, max(len("method"), width - len(names[0]) - 2))
+    return "\n".join(
+        padded(fitted(label, label_width), label_width)
+        + "".join(f"  {value:>{len(name)}}" for value, name in zip(values[:columns], names, strict=False))
+        for label, values in [("method", names), *rows]
+    )
 
 
 def _where(news: Told) -> str:

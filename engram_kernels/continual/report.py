@@ -5,6 +5,7 @@ Files are written beside their place and renamed into it (see `files`), so that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -12,8 +13,12 @@ import math
 import os
 import platform
 import statistics
+import sys
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,27 +165,29 @@ def result_of(metrics: dict[str, Any]) -> TrainingResult:
     return TrainingResult(**values)
 
 
-def table(matrix: AccuracyMatrix, tasks_completed: int | None = None) -> str:
+def table(matrix: AccuracyMatrix, tasks_completed: int | None = None, width: int | None = None) -> str:
     """The accuracy matrix in percent, a row after each task, a column for each task and their average so far.
 
-    With more tasks than fit a terminal, only the task just learned and the average. A row beyond
-    ``tasks_completed`` is that of a task learned in part.
+    With more tasks than fit ``width`` columns (None: not a terminal), only the task just learned and the average. A row
+    beyond ``tasks_completed`` is that of a task learned in part.
     """
     tasks = len(matrix)
-    names = [f"task {j + 1}" for j in range(tasks)] if tasks <= _TABLE_TASKS else ["this task"]
-    lines = ["accuracy in %   " + "".join(f"{name:>9}" for name in names) + "  average so far"]
+    every = tasks <= _TABLE_TASKS and (width is None or 32 + 9 * tasks <= width)
+    names = [f"task {j + 1}" for j in range(tasks)] if every else ["this task"]
+    last = "average so far" if every or width is None or width >= 41 else "so far"
+    lines = ["accuracy in %   " + "".join(f"{name:>9}" for name in names) + f"  {last}"]
     for i, row in enumerate(matrix):
         if all(value is None or math.isnan(value) for value in row):
             break
         average = average_accuracy(matrix[: i + 1])
-        cells = "".join(f"{_percent(value):>9}" for value in (row if tasks <= _TABLE_TASKS else row[i : i + 1]))
+        cells = "".join(f"{_percent(value):>9}" for value in (row if every else row[i : i + 1]))
         when = "after" if tasks_completed is None or i < tasks_completed else "in"
-        lines.append(f"{f'{when} task {i + 1}':<16}{cells}  {_percent(average):>14}")
+        lines.append(f"{f'{when} task {i + 1}':<16}{cells}  {_percent(average):>{len(last)}}")
     return "\n".join(lines)
 
 
-def summary(result: TrainingResult) -> str:
-    """The numbers below the table, one a line."""
+def summary(result: TrainingResult, width: int | None = None) -> str:
+    """The numbers below the table, one a line, folded where a terminal has fewer than that many columns."""
     matrix = result.accuracy_matrix
     rows = [
         ("average accuracy", f"{_percent(average_accuracy(matrix))} %"),
@@ -189,7 +196,10 @@ def summary(result: TrainingResult) -> str:
         ("time per step", f"{result.step_milliseconds:.2f} ms (median of {result.steps} steps)"),
         ("peak memory", _memory(result)),
     ]
-    return "\n".join(f"{name:<18}{value}" for name, value in rows)
+    lines = [f"{name:<18}{value}" for name, value in rows]
+    if width is not None:
+        lines = [part for line in lines for part in textwrap.wrap(line, max(width, 30), subsequent_indent=18 * " ")]
+    return "\n".join(lines)
 
 
 def summarize_seeds(seeds: Sequence[int], results: Sequence[TrainingResult]) -> dict[str, Any]:
@@ -215,7 +225,7 @@ def mean_and_deviation(numbers: Sequence[float]) -> dict[str, Any]:
 
 def seeds_table(content: dict[str, Any]) -> str:
     """`summarize_seeds` for the terminal."""
-    lines = [f"{'over seeds ' + ' '.join(map(str, content['seeds'])):<28}{'mean':>9}{'deviation':>12}"]
+    lines = [f"over seeds {' '.join(map(str, content['seeds']))}", f"{'':<18}{'mean':>8}{'deviation':>11}"]
     for name, unit, scale in (
         ("average_accuracy", "%", 100.0),
         ("backward_transfer", "points", 100.0),
@@ -225,7 +235,7 @@ def seeds_table(content: dict[str, Any]) -> str:
         numbers = [content[name][key] for key in ("mean", "deviation")]
         cells = ["-" if number is None else f"{scale * number:.2f}" for number in numbers]
         label = "time per step" if name == "step_milliseconds" else name.replace("_", " ")
-        lines.append(f"{label:<28}{cells[0]:>9}{cells[1]:>12} {unit}")
+        lines.append(f"{label:<18}{cells[0]:>8}{cells[1]:>11} {unit}")
     return "\n".join(lines)
 
 
@@ -237,10 +247,43 @@ def write_picture(directory: str | os.PathLike[str], metrics: dict[str, Any], ch
         metrics: as from `metrics_of`, or read from ``metrics.json``.
         chance: accuracy of guessing (0 to 1), drawn as a line.
 
+    Drawn in matplotlib's own style, whatever style the surroundings have set.
+
     Raises:
         MissingExtraError: without matplotlib.
+        OSError: the file can't be written.
+        Exception: any, of matplotlib, where it can't draw.
     """
-    require("matplotlib", "matplotlib", f"the picture {PICTURE_FILE}")
+    matplotlib = require_matplotlib()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name; the picture has a box there
+        content = _picture(metrics, chance)
+    path = Path(directory) / PICTURE_FILE
+    write_atomically(path, content)
+    return path
+
+
+def require_matplotlib() -> ModuleType:
+    """Matplotlib, also where the environment names a backend that there is only elsewhere (in a notebook).
+
+    Raises:
+        MissingExtraError: it is missing.
+    """
+    loaded = "matplotlib" in sys.modules
+    backend = None if loaded else os.environ.pop("MPLBACKEND", None)
+    try:
+        matplotlib = require("matplotlib", "matplotlib", f"the picture {PICTURE_FILE}")
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):  # there is none of that name here, and the picture needs none
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
+
+
+def _picture(metrics: dict[str, Any], chance: float | None) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -255,15 +298,14 @@ def write_picture(directory: str | os.PathLike[str], metrics: dict[str, Any], ch
     FigureCanvasAgg(figure)  # no window system is asked for, and pyplot's global state is left alone
     figure.set_layout_engine("constrained", rect=(0.01, 0.01, 0.98, 0.98 - 0.7 / height))  # 0.7 inch for the titles
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.2))
-    figure.text(0.02, 1 - 0.3 / height, _title(metrics), fontsize=14, fontweight="bold", va="center")
+    title = {"fontsize": 14, "fontweight": "bold", "va": "center", "parse_math": False}  # a name may hold dollars
+    figure.text(0.02, 1 - 0.3 / height, _title(metrics), title)
     figure.text(0.02, 1 - 0.56 / height, _subtitle(metrics), fontsize=9, color="0.35", va="center")
     _draw_matrix(left, matrix)
     _draw_curves(right, matrix, chance)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "engram-kernels"})
-    path = Path(directory) / PICTURE_FILE
-    write_atomically(path, buffer.getvalue())
-    return path
+    return buffer.getvalue()
 
 
 def _draw_matrix(axes: Axes, matrix: np.ndarray) -> None:

@@ -27,6 +27,8 @@ DEFAULT_ROTATED_TASKS = 10
 DEFAULT_MAX_DEGREES = 180.0
 MAX_SEED = 2**31 - 1
 
+_CPU = torch.device("cpu")  # where data sets lie, whatever device a process makes its tensors on by default
+
 Transform = Callable[[Tensor], Tensor]
 
 
@@ -43,7 +45,8 @@ class Permutation:
     def __post_init__(self) -> None:
         """Raises ValueError."""
         order = self.order
-        if order.dtype != torch.int64 or order.ndim != 1 or not order.sort().values.equal(torch.arange(len(order))):
+        counted = torch.arange(order.numel(), device=order.device)
+        if order.dtype != torch.int64 or order.ndim != 1 or not order.sort().values.equal(counted):
             raise ValueError(
                 f"order: expected an int64 permutation of 0 to n - 1, got {order.dtype} of shape {tuple(order.shape)}"
             )
@@ -85,7 +88,7 @@ class Rotation:
         if rest == 0.0:
             return torch.rot90(images, int(turns) % 4, (1, 2)).reshape(x.shape)
         cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
-        matrix = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]], device=x.device)
+        matrix = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]], dtype=torch.float32, device=x.device)
         # The samples are the channels of one image, so that one grid serves them all.
         grid = F.affine_grid(matrix, [1, 1, side, side], align_corners=False)
         return F.grid_sample(images[None].to(torch.float32), grid, align_corners=False).reshape(x.shape)
@@ -113,10 +116,10 @@ class Samples(ABC):
         With a ``generator`` in an order drawn from it, else in the order of the data set. The last batch
         holds the remainder.
         """
-        order = None if generator is None else torch.randperm(len(self), generator=generator)
+        order = None if generator is None else _permutation(len(self), generator)
         for start in range(0, len(self), batch_size):
             stop = min(start + batch_size, len(self))
-            yield self.samples(torch.arange(start, stop) if order is None else order[start:stop])
+            yield self.samples(torch.arange(start, stop, device=_CPU) if order is None else order[start:stop])
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class Joint(Samples):
             raise ValueError(f"experiences: expected the same number of features in each, got {features}")
         classes = sorted({label for experience in self.experiences for label in experience.classes})
         object.__setattr__(self, "classes", tuple(classes))  # the dataclass is frozen
-        object.__setattr__(self, "_ends", torch.tensor([*accumulate(map(len, self.experiences))]))
+        object.__setattr__(self, "_ends", torch.tensor([*accumulate(map(len, self.experiences))], device=_CPU))
 
     def __len__(self) -> int:
         """Samples in all experiences together."""
@@ -186,7 +189,8 @@ class Joint(Samples):
 
     def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Samples.samples`."""
-        x, y = torch.empty(len(rows), self.experiences[0].x.shape[1]), torch.empty(len(rows), dtype=torch.int64)
+        x = torch.empty(len(rows), self.experiences[0].x.shape[1], dtype=torch.float32, device=_CPU)
+        y = torch.empty(len(rows), dtype=torch.int64, device=_CPU)
         source = torch.bucketize(rows, self._ends, right=True)
         for index in source.unique().tolist():
             mine, experience = source == index, self.experiences[index]
@@ -222,7 +226,7 @@ def seeded_generator(seed: int, purpose: str) -> torch.Generator:
         raise ValueError(f"seed: expected an integer from 0 to {MAX_SEED}, got {seed}")
     # Hashed to 32 bits because torch's CPU generator ignores the bits above.
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.Generator(_CPU).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def class_scenario(
@@ -256,9 +260,9 @@ def class_scenario(
             f"tasks: expected an integer from 1 to {available} ({classes} classes, {classes_per_task} per "
             f"task), got {tasks}"
         )
-    order = torch.arange(classes)
+    order = torch.arange(classes, device=_CPU)
     if shuffle_classes:
-        order = torch.randperm(classes, generator=seeded_generator(seed, "class order"))
+        order = _permutation(classes, seeded_generator(seed, "class order"))
     groups = [
         tuple(sorted(order[start : start + classes_per_task].tolist()))
         for start in range(0, tasks * classes_per_task, classes_per_task)
@@ -293,7 +297,7 @@ def permuted_scenario(
     if tasks < 1:
         raise ValueError(f"tasks: expected an integer >= 1, got {tasks}")
     generator = seeded_generator(seed, "permutations")
-    orders = [torch.randperm(dataset.features, generator=generator) for _ in range(tasks - 1)]
+    orders = [_permutation(dataset.features, generator) for _ in range(tasks - 1)]
     return _domains(
         "permuted", [dataset] * tasks, [None, *(Permutation(order) for order in orders)], samples_per_task, seed
     )
@@ -431,8 +435,22 @@ def make_scenario(
     return make(datasets[0], seed=seed, **given)
 
 
+def task_samples(name: str, dataset: Dataset | Sequence[Dataset], classes_per_task: int | None = None) -> int:
+    """Training samples of a task of a scenario, on average, whatever the seed and before any cap of them."""
+    datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
+    samples = min(len(dataset.y_train) for dataset in datasets)
+    if name != "class":
+        return samples
+    classes = datasets[0].num_classes
+    return round(samples * min(1.0, (classes_per_task or DEFAULT_CLASSES_PER_TASK) / classes))
+
+
+def _permutation(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(n, generator=generator, device=generator.device)
+
+
 def _with_classes(x: Tensor, y: Tensor, classes: tuple[int, ...]) -> Experience:
-    return Experience(x, y, classes, torch.isin(y, torch.tensor(classes)).nonzero().flatten())
+    return Experience(x, y, classes, torch.isin(y, torch.tensor(classes, device=y.device)).nonzero().flatten())
 
 
 def _domains(
@@ -451,7 +469,7 @@ def _domains(
         indices, present = None, classes
         if samples_per_task is not None and samples_per_task < len(dataset.y_train):
             generator = seeded_generator(seed, f"samples of task {task}")
-            indices = torch.randperm(len(dataset.y_train), generator=generator)[:samples_per_task].sort().values
+            indices = _permutation(len(dataset.y_train), generator)[:samples_per_task].sort().values
             present = tuple(dataset.y_train[indices].unique().tolist())
         train_stream.append(Experience(dataset.x_train, dataset.y_train, present, indices, transform))
         test_stream.append(Experience(dataset.x_test, dataset.y_test, classes, None, transform))

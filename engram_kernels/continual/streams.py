@@ -130,11 +130,13 @@ def readable(text: str) -> str:
 
 
 def terminal_width(stream: object) -> int | None:
-    """Columns of the terminal that a stream is; None if it is none."""
+    """Columns of the terminal that a stream is, or that COLUMNS says it has; None if it is none."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns or None  # type: ignore[attr-defined]
+        columns = os.get_terminal_size(stream.fileno()).columns  # type: ignore[attr-defined]
     except (AttributeError, OSError, ValueError):
         return None
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and int(given) else columns or None
 
 
 def cells(text: str) -> int:
@@ -150,3 +152,8 @@ def fitted(text: str, width: int) -> str:
     while cells(text) > width:
         text = text[:-1]
     return text
+
+
+def padded(text: str, width: int) -> str:
+    """A text filled with blanks to at least so many columns."""
+    return text + " " * (width - cells(text))

@@ -17,10 +17,10 @@ from .checkpoint import Checkpoint
 from .data import Dataset, joined_name
 from .files import reason
 from .memory import MemoryMeter
-from .methods import Method, TrainingError, build, method_config
+from .methods import Method, TrainingError, build, method_config, steps_of
 from .metrics import average_accuracy
 from .progress import NoProgress, Progress
-from .scenarios import Samples, Scenario, make_scenario, seeded_generator
+from .scenarios import Samples, Scenario, make_scenario, seeded_generator, task_samples
 
 EVALUATION_BATCH = 128  # so that evaluation takes no more memory than training
 EVALUATIONS = ("all", "seen", "new")
@@ -138,8 +138,7 @@ def train(
         result.peak_memory_bytes = _larger(earlier_peaks[0], memory.peak_above_start())
         result.total_memory_bytes = _larger(earlier_peaks[1], memory.peak_total())
 
-    passes = [-(-samples // config.batch_size) for samples in method.samples_of(scenario.train_stream)]
-    total = config.epochs * sum(passes)
+    total = config.epochs * sum(steps_of(config, samples) for samples in method.samples_of(scenario.train_stream))
     progress.begin(tasks, total)
     if result.tasks_completed:
         progress.resumed(result.tasks_completed, len(step_seconds))
@@ -203,9 +202,10 @@ def run(
 ) -> tuple[Method, TrainingResult]:
     """Everything from a data set (scenario domain: a list of them) to a result, as ``engram-kernels train`` does it.
 
-    Deterministic under ``seed``. Seeds torch's global generator. Several runs in one process should share
-    ``memory``: a later run reuses what an earlier one gave back, and would seem to need less. ``checkpoint``
-    is that of `train`. ``overrides`` are fields of `methods.MethodConfig`; None keeps the default.
+    Deterministic under ``seed``, whatever the process's default dtype and device. Seeds torch's global generator.
+    Several runs in one process should share ``memory``: a later run reuses what an earlier one gave back, and would
+    seem to need less. ``checkpoint`` is that of `train`. ``overrides`` are fields of `methods.MethodConfig`;
+    None keeps the default, which for ``epochs`` rises where a task is small (`methods.method_config`).
 
     Raises:
         ValueError: an option out of range, or a checkpoint that can't be gone on from (before any training).
@@ -213,7 +213,6 @@ def run(
         OSError: the checkpoint can't be written.
     """
     datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
-    config = method_config(method, scenario, joined_name(datasets), **overrides)
     streams = make_scenario(
         scenario,
         datasets,
@@ -224,12 +223,15 @@ def run(
         samples_per_task=samples_per_task,
         seed=seed,
     )
+    samples = task_samples(scenario, datasets, classes_per_task)
+    config = method_config(method, scenario, joined_name(datasets), task_samples=samples, **overrides)
     memory = MemoryMeter() if memory is None else memory
     torch.manual_seed(seed)
-    learner = build(method, config, streams.features, hidden, streams.num_classes)
-    return learner, train(
-        streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory, checkpoint=checkpoint
-    )
+    with torch.device("cpu"):  # where the data lie, whatever device the process makes its tensors on by default
+        learner = build(method, config, streams.features, hidden, streams.num_classes)
+        return learner, train(
+            streams, learner, seed=seed, evaluation=evaluation, progress=progress, memory=memory, checkpoint=checkpoint
+        )
 
 
 def _state(method: Method, result: TrainingResult, order: torch.Generator, step_seconds: list[float]) -> dict[str, Any]:
@@ -238,7 +240,7 @@ def _state(method: Method, result: TrainingResult, order: torch.Generator, step_
         "method": method.state_dict(),
         "tasks_completed": result.tasks_completed,
         "accuracy_matrix": result.accuracy_matrix[: result.tasks_completed],
-        "step_seconds": torch.tensor(step_seconds, dtype=torch.float64),
+        "step_seconds": torch.tensor(step_seconds, dtype=torch.float64, device="cpu"),
         "train_seconds": result.train_seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
         "total_memory_bytes": result.total_memory_bytes,

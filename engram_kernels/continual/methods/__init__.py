@@ -21,6 +21,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from . import binary, full_precision
 from .base import Method, TrainingError
 from .config import (
@@ -40,6 +42,7 @@ from .config import (
 )
 
 __all__ = [
+    "ENOUGH_STEPS",
     "LOSS_NAMES",
     "METHODS",
     "READOUTS",
@@ -56,7 +59,9 @@ __all__ = [
     "ReplayConfig",
     "TrainingError",
     "build",
+    "check_build",
     "method_config",
+    "steps_of",
 ]
 
 
@@ -96,6 +101,9 @@ METHODS: dict[str, Preset] = {
     "joint": Preset(FullPrecisionConfig(lr=1e-3, batch_size=128), full_precision.JointTraining.build),
     "engram-fp": Preset(FloatTwinConfig(lr=5e-3, batch_size=64, loss="local"), full_precision.FloatTwinMethod.build),
 }
+# Fewer steps than this on a task, and what the hyper-parameters were chosen for is not reached: on 200 digits, and on
+# tables of 130 to 430 samples, accuracy rises until there are 20 to 40. MNIST has 43 in the smallest of its tasks.
+ENOUGH_STEPS = 40
 # where: any of method, scenario, dataset, or a hyper-parameter that the user has set; what
 ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
     (
@@ -131,8 +139,18 @@ ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
-def method_config(method: str, scenario: str, dataset: str, **overrides: Any) -> MethodConfig:
+def method_config(
+    method: str, scenario: str, dataset: str, *, task_samples: int | None = None, **overrides: Any
+) -> MethodConfig:
     """The hyper-parameters of a method in a scenario; ``overrides`` that are None keep the default.
+
+    Args:
+        method: its name.
+        scenario: its name.
+        dataset: its name; several have one of their own (`data.joined_name`).
+        task_samples: how many a task has. Where the default of ``epochs`` makes fewer than ENOUGH_STEPS steps of them,
+            it is raised until there are as many.
+        overrides: fields of the method's configuration.
 
     Raises:
         ValueError: unknown method, a value out of range, an option of another kind of method, gate options for a
@@ -158,15 +176,45 @@ def method_config(method: str, scenario: str, dataset: str, **overrides: Any) ->
         raise ValueError(
             f"metaplasticity: expected 0 with method bnn, got {given['metaplasticity']} (that is method mbnn)"
         )
-    return dataclasses.replace(config, **given)
+    config = dataclasses.replace(config, **given)
+    if task_samples is not None and "epochs" not in given and config.takes_steps:
+        passes = -(-ENOUGH_STEPS // steps_of(config, task_samples))
+        config = dataclasses.replace(config, epochs=max(config.epochs, passes))
+    return config
+
+
+def steps_of(config: MethodConfig, samples: int) -> int:
+    """Steps of one pass over so many samples."""
+    return max(1, -(-samples // config.batch_size))
+
+
+def check_build(method: str, config: MethodConfig, hidden: Sequence[int]) -> None:
+    """What `build` would refuse is refused, without a network of that size.
+
+    Raises:
+        ValueError: as from `build`.
+    """
+    _check_hidden(hidden)
+    state = torch.get_rng_state()
+    build(method, config, 1, [1] * len(hidden), 1)
+    torch.set_rng_state(state)
 
 
 def build(method: str, config: MethodConfig, features: int, hidden: Sequence[int], num_classes: int) -> Method:
-    """Model and optimizer of a method, initialised from torch's global generator.
+    """Model and optimizer of a method in float32, initialised from torch's global generator.
 
     Raises:
         ValueError: a layer width < 1, or per-layer values that do not match the trainable weight matrices.
     """
+    _check_hidden(hidden)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return METHODS[method].build(config, features, hidden, num_classes)
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _check_hidden(hidden: Sequence[int]) -> None:
     if not hidden or any(width < 1 for width in hidden):
         raise ValueError(f"hidden: expected at least one layer width, each >= 1, got {list(hidden)}")
-    return METHODS[method].build(config, features, hidden, num_classes)

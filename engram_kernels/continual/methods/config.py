@@ -8,6 +8,7 @@ from dataclasses import dataclass
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 WEIGHT_DTYPES = ("float32", "bfloat16")
 READOUTS = ("linear", "dendritic", "prototype", "ridge")
+COUNTED_READOUTS = ("prototype", "ridge")  # counted together rather than trained in steps
 LOSS_NAMES = ("all", "batch", "local")
 PerLayer = float | tuple[float, ...]
 
@@ -55,6 +56,11 @@ class MethodConfig:
             raise ValueError(f"loss: expected one of {', '.join(LOSS_NAMES)}, got {self.loss!r}")
         for name in ("batch_size", "epochs"):
             _check(name, getattr(self, name), "an integer >= 1", getattr(self, name) >= 1)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it is trained in steps, so that more passes teach it more."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,11 @@ class BinaryConfig(MethodConfig):
             raise ValueError(f"readout: expected linear with a method without engram gates, got {self.readout!r}")
         if self.loss == "local" and self.readout != "dendritic":
             raise ValueError(f"loss: expected local only with readout dendritic, got it with {self.readout}")
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it is trained in steps, so that more passes teach it more."""
+        return self.readout not in COUNTED_READOUTS
 
 
 @dataclass(frozen=True)

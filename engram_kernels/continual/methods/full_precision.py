@@ -150,7 +150,7 @@ class EWC(QuadraticPenalty):
         samples = min(len(experience), FISHER_SAMPLES)
         # the distribution that was trained: under the loss over a batch's classes, that over the experience's
         classes = experience.classes if self.config.loss == "batch" else None
-        for rows in torch.randperm(len(experience))[:samples].split(_CHUNK):
+        for rows in torch.randperm(len(experience), device="cpu")[:samples].split(_CHUNK):
             part = fisher_diagonal(self.model, experience.samples(rows)[0], classes)
             torch._foreach_add_(fisher, part, alpha=len(rows) / samples)
         if self.importance is not None:
@@ -282,9 +282,9 @@ class ReplayBuffer:
 
     def __init__(self, size: int, features: int) -> None:
         self.size = size
-        self.x = torch.empty(0, features, dtype=torch.float32)
-        self.y = torch.empty(0, dtype=torch.int64)
-        self.keys = torch.empty(0, dtype=torch.float64)
+        self.x = torch.empty(0, features, dtype=torch.float32, device="cpu")
+        self.y = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.keys = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def __len__(self) -> int:
         """Samples kept."""
@@ -292,7 +292,7 @@ class ReplayBuffer:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Shows samples, x float32 (B, features), y int64 (B,); draws their keys from torch's global generator."""
-        y, keys = torch.cat([self.y, y]), torch.cat([self.keys, torch.rand(len(y), dtype=torch.float64)])
+        y, keys = torch.cat([self.y, y]), torch.cat([self.keys, torch.rand_like(y, dtype=torch.float64)])
         by_key = keys.argsort()
         classes, number = y[by_key].unique(return_inverse=True)
         rank = F.one_hot(number, max(1, len(classes))).cumsum(dim=0).gather(1, number[:, None])[:, 0]  # in its class
@@ -301,7 +301,7 @@ class ReplayBuffer:
 
     def draw(self, samples: int) -> tuple[Tensor, Tensor]:
         """``(x, y)`` of so many samples, with replacement, by torch's global generator."""
-        rows = torch.randint(len(self), (samples,))
+        rows = torch.randint(len(self), (samples,), device=self.y.device)
         return self.x[rows], self.y[rows]
 
 
@@ -391,13 +391,10 @@ class FloatTwin(nn.Module):
         *widths, classes = sizes
         self.rate, self.top_segments = rate, top_segments
         self.hidden_weights = nn.ParameterList(
-            nn.Parameter(torch.randn(n, k, dtype=torch.float32) / k**0.5, requires_grad=False)
-            for k, n in pairwise(widths)
+            nn.Parameter(torch.randn(n, k) / k**0.5, requires_grad=False) for k, n in pairwise(widths)
         )
-        self.weight = nn.Parameter(
-            torch.empty(classes * segments, widths[-1], dtype=torch.float32).uniform_(-0.05, 0.05)
-        )
-        self.register_buffer("wins", torch.ones(classes, segments, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(classes * segments, widths[-1]).uniform_(-0.05, 0.05))
+        self.register_buffer("wins", torch.ones(classes, segments))
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
@@ -465,7 +462,7 @@ def fisher_diagonal(model: MLP, x: Tensor, classes: Sequence[int] | None = None)
     inputs = model.inputs(x)
     logits = model.layers[-1](inputs[-1])
     labels = range(logits.shape[1]) if classes is None else classes
-    possible = torch.zeros(logits.shape[1], dtype=torch.bool)
+    possible = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
     possible[list(labels)] = True
     p = logits.masked_fill(~possible, -torch.inf).softmax(dim=1)
     squares = [x.new_zeros(len(x), units) for units in model.sizes[1:]]

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from engram_kernels import BinaryEngramLinear
 from engram_kernels.continual.methods import METHODS, BinaryConfig, build, method_config
 from engram_kernels.continual.methods.binary import build_optimizer
 
@@ -70,7 +71,7 @@ def test_layers_can_have_their_own_values():
 
 @pytest.mark.parametrize("hidden, wanted", [([], [3]), ([8], [1, 3]), ([8, 8], [1, 2, 3]), ([8] * 3, [1, 2, 2, 3])])
 def test_three_values_serve_any_depth(hidden, wanted):
-    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in [*hidden, 8]))
+    model = torch.nn.Sequential(*(BinaryEngramLinear(8, 8) for _ in [*hidden, 8]))
     config = BinaryConfig(lr=(1.0, 2.0, 3.0))
     assert [group["lr"] for group in build_optimizer(config, model).param_groups] == wanted
 
