@@ -3,7 +3,8 @@
 from . import ops, reference
 from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, StochasticEngram
 from .hidden_weight import HiddenWeight
-from .layers import BinaryEngramLinear, EngramMLP
+from .layers import BinaryEngramLinear
+from .networks import EngramMLP
 from .optim import MetaplasticAdam
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .fused_backward import FusedBackward
+from .library import fragment, operators
 from .reference import words_for
 
 # Attributes and methods through which the values cannot change and no other tensor comes to share them.
@@ -25,6 +26,7 @@ _READ_ONLY_METHODS = (
 _READ_ONLY = {getattr(Tensor, name).__get__ for name in _READ_ONLY_ATTRIBUTES}
 _READ_ONLY |= {getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")}
 _READ_ONLY |= {getattr(Tensor, name) for name in _READ_ONLY_METHODS}
+_READ_ONLY |= {operators.kept_sign_bits, operators.kept_sign_bits.default}
 
 
 def _references(tensor: Tensor) -> tuple[int, int]:
@@ -34,22 +36,22 @@ def _references(tensor: Tensor) -> tuple[int, int]:
 
 
 _GET_GRAD = getattr(Tensor, "grad").__get__  # noqa: B009
-# Receives a hidden weight and what applies its gradient: a function of ops.metaplastic_adam_'s arguments less grad.
-GradientConsumer = Callable[["HiddenWeight", Callable[..., None]], None]
+_DETACH = Tensor.detach
+_PARAMETER_CODE = nn.Parameter.__new__.__code__
 
 # What they count where only one tensor and the handle made for asking refer to it.
 _SOLE_OWNER = _references(torch.empty(1))
 
 
-def _hand_out(value: Any) -> None:
+def _note_exposure(value: Any) -> None:
     """Notes for every hidden weight in the arguments of a function that the function may pass its memory on."""
     if isinstance(value, HiddenWeight):
-        value._handed_out = True
+        value._exposed = True
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _hand_out(item)
+            _note_exposure(item)
     elif isinstance(value, dict):
-        _hand_out(tuple(value.values()))
+        _note_exposure(tuple(value.values()))
 
 
 class HiddenWeight(nn.Parameter):
@@ -65,9 +67,8 @@ class HiddenWeight(nn.Parameter):
 
     _bits: Tensor | None = None
     _bits_version = -1
-    _handed_out = False
-    _consumer: Callable[[], GradientConsumer | None] | None = None
-    _consumed = False  # the gradient of the backward pass in progress went to the consumer
+    _exposed = False
+    fused_backward: FusedBackward | None = None
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> HiddenWeight:
         """Makes a hidden weight of ``data`` (N, K), a plain tensor or a parameter, without a copy."""
@@ -79,16 +80,15 @@ class HiddenWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Runs ``func`` as on a plain tensor; notes whether it may have given the values away."""
-        if func == _GET_GRAD and args[0]._consumed:
-            raise RuntimeError(
-                "grad: the gradient of this hidden weight was consumed in backward(), as fuse_backward=True asks, and "
-                "is not kept; clipping or scaling gradients, accumulating them and zero_grad() before step() need "
-                "fuse_backward=False; after a backward() that failed, MetaplasticAdam.abandon_step() begins anew"
-            )
+        if func == _GET_GRAD and args[0].fused_backward is not None:
+            args[0].fused_backward.refuse_access_to_gradient()
         if func not in _READ_ONLY:
-            _hand_out((args, kwargs))
+            _note_exposure((args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if func is _DETACH and sys._getframe(1).f_code is _PARAMETER_CODE:
+                return result.as_subclass(cls)  # nn.Parameter(weight), as weight_norm does, wants the type it gave
+            return result
 
     def _within_reach_of_others(self) -> bool:
         """Whether another tensor, handle, process or library can write to the weights."""
@@ -98,20 +98,24 @@ class HiddenWeight(nn.Parameter):
         shared = storage.is_shared() and not self.is_cuda  # of memory on CUDA, torch always says so
         return shared or not storage.resizable()
 
+    def _writes(self) -> int:
+        """Torch's count of writes; tensors made in inference mode have none, where every write passes by here."""
+        return 0 if self.is_inference() else self._version
+
     def _is_fresh(self) -> bool:
-        unchanged = self._bits is not None and not self._handed_out and self._bits_version == self._version
+        unchanged = self._bits is not None and not self._exposed and self._bits_version == self._writes()
         return unchanged and not self._within_reach_of_others()
 
     def sign_bits(self) -> Tensor:
         """Packed signs of the current values, int64 (N, words). Not to be written to."""
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.compiler.is_compiling() or self.device.type == "meta" or self.is_inference():
+            if self.device.type == "meta":
                 return ops.pack_signs(self.detach())
             if not self._is_fresh():
-                self._handed_out, version = False, self._version  # before packing: another thread may write meanwhile
+                self._exposed, version = False, self._writes()  # before packing: another thread may write meanwhile
                 with torch.inference_mode(False), torch.no_grad():
                     self._bits = ops.pack_signs(self)
-                self._vouch(version)
+                self._mark_fresh(version)
             assert self._bits is not None
             return self._bits
 
@@ -123,61 +127,14 @@ class HiddenWeight(nn.Parameter):
                 with torch.inference_mode(False):
                     self._bits = self.new_empty(shape, dtype=torch.int64)
             self._bits_version = -1  # until the update has come to its end
-            self._handed_out = False
+            self._exposed = False
             update(self._bits)
-            self._vouch(self._version)
+            self._mark_fresh(self._writes())
 
-    def send_gradient_to(self, consumer: GradientConsumer | None) -> None:
-        """Has the backward pass of a layer give its gradient to ``consumer``, a bound method, in place of ``grad``.
-
-        A gradient comes as a function that applies it: :meth:`MetaplasticAdam.consume` says how. The consumer's object
-        is referred to weakly. None: gradients go to ``grad``.
-        """
-        self._consumer = None if consumer is None else weakref.WeakMethod(consumer)
-        self._consumed = False
-
-    def gradient_consumer(self) -> GradientConsumer | None:
-        """Where gradients go in place of ``grad``, if anywhere."""
-        if self._consumer is None:
-            return None
-        if torch.compiler.is_compiling():
-            raise RuntimeError("fuse_backward: expected False under torch.compile, got True")
-        return self._consumer()
-
-    def refuse_second_gradient(self) -> None:
-        """Raises: RuntimeError if a gradient has been consumed since the last step."""
-        if self._consumed:
-            raise RuntimeError(
-                "backward: a second gradient of a hidden weight before step(): fuse_backward=True consumes each at "
-                "once and cannot accumulate them, nor serve a weight that two layers share; use fuse_backward=False "
-                "(after a backward() that failed: MetaplasticAdam.abandon_step())"
-            )
-
-    def begin_consuming(self) -> None:
-        """Notes that a gradient goes to the consumer now.
-
-        Raises: RuntimeError if that cannot do what the same gradient in ``grad`` would.
-        """
-        self.refuse_second_gradient()
-        if self.grad is not None:
-            raise RuntimeError("grad: expected None with fuse_backward=True, got a gradient from before: zero_grad()")
-        if self._backward_hooks or getattr(self, "_post_accumulate_grad_hooks", None):
-            raise RuntimeError("hooks: a hidden weight's hooks would see no gradient with fuse_backward=True")
-        if torch.is_grad_enabled():
-            raise RuntimeError("backward: expected create_graph=False with fuse_backward=True")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise RuntimeError("fuse_backward: expected False where processes average their gradients, got True")
-        self._consumed = True
-
-    def end_consuming(self) -> bool:
-        """Notes that the step is over. True if a gradient was consumed in it."""
-        consumed, self._consumed = self._consumed, False
-        return consumed
-
-    def _vouch(self, version: int) -> None:
+    def _mark_fresh(self, version: int) -> None:
         self._bits_version = version
         # an alias may write and be gone before the next look
-        self._handed_out |= self._within_reach_of_others()
+        self._exposed |= self._within_reach_of_others()
 
     def __reduce_ex__(self, proto):
         """Pickles values only; the signs are packed again when needed."""
@@ -207,3 +164,22 @@ def as_hidden_weight(parameter: nn.Parameter) -> HiddenWeight:
         parameter.__class__ = HiddenWeight
         return parameter  # type: ignore[return-value]
     return HiddenWeight(parameter.detach(), parameter.requires_grad)
+
+
+def sign_bits_of(weight: Tensor) -> Tensor:
+    """Packed signs (N, words) of a layer's weight (N, K), in whose place torch.func puts plain tensors."""
+    if torch.compiler.is_compiling():
+        return operators.kept_sign_bits(weight)
+    return weight.sign_bits() if isinstance(weight, HiddenWeight) else ops.pack_signs(weight.detach())
+
+
+def _kept_sign_bits(weight: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        if not isinstance(weight, nn.Parameter):
+            return ops.pack_signs(weight)
+        return as_hidden_weight(weight).sign_bits().clone()  # compiled graphs may write to what their operators return
+
+
+# Under torch.compile and torch.export, which see no attributes, the weight itself is asked when the graph runs.
+for _key in ("CPU", "CUDA"):
+    fragment.impl("kept_sign_bits", _kept_sign_bits, _key)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.adam import adam
 
 from . import ops
+from .fused_backward import FusedBackward, gradient_consumer
 from .hidden_weight import HiddenWeight
 from .reference import SCALE_BLOCK
 
@@ -206,7 +207,8 @@ class MetaplasticAdam(Optimizer):
         if group is None:
             raise RuntimeError("fuse_backward: expected a hidden weight that is still in param_groups")
         self._check_updatable(weight)
-        weight.begin_consuming()
+        assert weight.fused_backward is not None
+        weight.fused_backward.begin(weight)
         self._update_hidden(weight, group, update)
 
     def abandon_step(self) -> None:
@@ -263,14 +265,16 @@ class MetaplasticAdam(Optimizer):
     def _ends_consuming(self, parameter: Tensor) -> bool:
         if not isinstance(parameter, HiddenWeight):
             return False
-        consumer = parameter.gradient_consumer()
-        return consumer is not None and getattr(consumer, "__self__", None) is self and parameter.end_consuming()
+        consumer = gradient_consumer(parameter)
+        if parameter.fused_backward is None or getattr(consumer, "__self__", None) is not self:
+            return False
+        return parameter.fused_backward.end()
 
     def _take(self, group: dict[str, Any]) -> None:
         """Has the gradients of a group's hidden weights come where ``fuse_backward`` wants them."""
         for parameter in group["params"]:
             if isinstance(parameter, HiddenWeight):
-                parameter.send_gradient_to(self.consume if self.fuse_backward else None)
+                parameter.fused_backward = FusedBackward(self.consume) if self.fuse_backward else None
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take; torch's own knows of nothing beyond its three attributes."""

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .autograd import CodeProduct
 from .checks import check_hidden_dtype, check_number, check_size
 from .engrams import StochasticEngram
-from .hidden_weight import HiddenWeight
-from .layers import INIT_RANGE, CodeProduct
+from .fused_backward import gradient_consumer
+from .hidden_weight import HiddenWeight, sign_bits_of
+from .layers import INIT_RANGE
 
 
 class _Readout(nn.Module):
@@ -133,8 +135,8 @@ class DendriticReadout(_Readout):
             weakest = x.detach().masked_fill(~recruited, math.inf).amin(dim=1, keepdim=True)
             mask_bits = ops.pack_window(x.detach() - weakest, self.ste_window, gate_bits)
         weight = self.weight
-        consumed = weight.gradient_consumer() is not None
-        y = CodeProduct.apply(x, weight, weight.sign_bits(), gate_bits, mask_bits, self.rate, consumed)
+        consumed = gradient_consumer(weight) is not None
+        y = CodeProduct.apply(x, weight, sign_bits_of(weight), gate_bits, mask_bits, self.rate, consumed)
         y = y / math.sqrt(self.engram.recruited(self.in_features))
         return y.reshape(-1, self.num_classes, self.segments)
 

@@ -21,6 +21,10 @@ def actual_signs(weight):
     return ek.reference.pack_signs(weight.detach().clone())
 
 
+def sign(x):
+    return torch.where(x >= 0, 1.0, -1.0)
+
+
 def numpy_write(w):
     w.detach().numpy()[...] *= -1
 
@@ -207,6 +211,73 @@ def test_signs_made_in_inference_mode_serve_training():
         layer(torch.randn(2, 70))
     layer(torch.randn(2, 70, requires_grad=True)).sum().backward()
     assert layer.weight.grad is not None
+
+
+def weights_packed(call):
+    """How many times the call packs a matrix of 7 rows, which only weights have here."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        call()
+    return sum(e.name == "engram_kernels::pack_signs" and e.input_shapes[0][0] == 7 for e in profile.events())
+
+
+def exported(layer, x):
+    return torch.export.export(layer, (x,)).module()
+
+
+RUNNERS = {
+    "eager": lambda layer, x: layer,
+    "inference mode": lambda layer, x: torch.inference_mode()(layer.forward),
+    "aot_eager": lambda layer, x: torch.compile(layer, fullgraph=True, backend="aot_eager"),
+    "inductor": lambda layer, x: torch.compile(layer, fullgraph=True),
+    "inductor without gradients": lambda layer, x: torch.no_grad()(torch.compile(layer, fullgraph=True)),
+    "exported": exported,
+}
+
+
+@pytest.mark.parametrize("binary_input", [True, False])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_weights_are_packed_once_however_the_layer_runs(runner, binary_input):
+    torch._dynamo.reset()
+    layer, x = ek.BinaryEngramLinear(70, 7, binary_input=binary_input), torch.randn(3, 70)
+    run = RUNNERS[runner](layer, x)
+    for _ in range(2):  # the first call compiles
+        run(x)
+    assert weights_packed(lambda: run(x)) == 0
+    assert weights_packed(lambda: (layer(x), layer(x), run(x))) <= 1
+    assert weights_packed(lambda: (layer(x), run(x))) == 0
+    own = layer.weight if runner != "exported" else run.weight
+    for write in (lambda: own.data.neg_(), lambda: torch.no_grad()(own.neg_)(), lambda: optimizer_step(own)):
+        before = run(x)
+        write()
+        assert not torch.equal(run(x), before)
+        expected = (sign(x) if binary_input else x) @ sign(own.detach()).T
+        torch.testing.assert_close(run(x), expected)
+
+
+def test_weights_made_in_inference_mode_are_packed_once():
+    x = torch.randn(3, 70)
+    with torch.inference_mode():
+        layer = ek.BinaryEngramLinear(70, 7)
+        layer(x)
+        assert weights_packed(lambda: layer(x)) == 0
+        for write in (
+            lambda: layer.weight.neg_(),
+            lambda: layer.weight.view(-1).neg_(),
+            lambda: layer.weight.detach().neg_(),
+            lambda: layer.weight.data.neg_(),
+        ):
+            before = layer(x)
+            write()
+            assert torch.equal(layer(x), -before)
+
+
+def test_parameters_of_a_hidden_weight(weight):
+    other = nn.Parameter(weight)
+    assert type(other) is ek.HiddenWeight and other.requires_grad and other.data_ptr() == weight.data_ptr()
+    assert type(weight.detach()) is torch.Tensor
+    with torch.no_grad():
+        other.neg_()
+    assert torch.equal(weight.sign_bits(), actual_signs(weight))
 
 
 def test_a_nan_weight_is_refused(weight):

@@ -219,12 +219,13 @@ def test_backward_after_a_step_is_refused():
         torch.autograd.grad(y, x)
 
 
-def test_double_backward_is_refused():
-    layer = ek.BinaryEngramLinear(70, 9)
-    x = torch.randn(4, 70, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_weight_norm_trains_its_factors():
+    layer = nn.utils.parametrizations.weight_norm(ek.BinaryEngramLinear(70, 9))
+    x = torch.randn(4, 70)
+    y = layer(x)
+    assert torch.equal(y, sign(x) @ sign(layer.weight.detach()).T)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
 
 
 def test_autograd_keeps_bits():
@@ -252,15 +253,42 @@ def test_half_precision_inputs_train_float32_weights(dtype):
     assert y.dtype == dtype and x.grad.dtype == dtype and layer.weight.grad.dtype == torch.float32
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_without_graph_breaks_a_network_draws_and_learns_as_eagerly(backend):
+    torch._dynamo.reset()
     model = ek.EngramMLP((20, 64, 64, 5), engram=ek.StochasticEngram(0.2))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     x = torch.randn(8, 20)
     model.eval()
     torch.testing.assert_close(compiled(x), model(x))
     model.train()
-    compiled(x).square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    torch.manual_seed(1)
+    eager = [model(x) for _ in range(2)]
+    sum(y.square().sum() for y in eager).backward()
+    gradients = [p.grad for p in model.parameters()]
+    state = torch.get_rng_state()
+    model.zero_grad()
+    torch.manual_seed(1)
+    drawn = [compiled(x) for _ in range(2)]
+    sum(y.square().sum() for y in drawn).backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(*eager)
+    torch.testing.assert_close(drawn, eager)
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layers_draw_each_for_itself(backend):
+    torch._dynamo.reset()
+    heads = nn.ModuleList(ek.BinaryEngramLinear(100, 30, engram=ek.BernoulliEngram(0.1)) for _ in range(4))
+    heads.load_state_dict({f"{i}.weight": heads[0].weight.detach().clone() for i in range(4)})
+    compiled = torch.compile(lambda x: torch.stack([head(x) for head in heads]), fullgraph=True, backend=backend)
+    x = torch.randn(3, 100)
+    torch.manual_seed(1)
+    drawn = compiled(x)
+    assert len({tuple(own.flatten().tolist()) for own in drawn}) == 4
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.stack([head(x) for head in heads]))
 
 
 def test_mlp_uses_no_statistics_of_the_batch():

@@ -1,0 +1,252 @@
+"""The layers' gradients: straight-through, kept in bits, handed to an optimizer that consumes them where one asks.
+
+The functions have a ``setup_context`` and rules for ``torch.vmap``, so that torch.func's grad, jacrev and vmap take
+them. None has a second derivative.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .fused_backward import gradient_consumer
+from .hidden_weight import HiddenWeight
+
+_BLOCK_ELEMENTS = 1 << 18  # of a gradient that is consumed block by block
+
+
+class _Function(torch.autograd.Function):
+    """An autograd function with rules for ``torch.vmap``, without what torch's ``apply`` costs at every call."""
+
+    generate_vmap_rule = True
+
+    @classmethod
+    def apply(cls, *arguments):
+        """As in torch, which inspects the signature of ``forward`` first, 30 us, to fill in default values."""
+        if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+            return super().apply(*arguments)
+        arguments = torch._functorch.utils.unwrap_dead_wrappers(arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+class _FirstDerivative(_Function):
+    """A gradient as it is, that refuses to be differentiated."""
+
+    @staticmethod
+    def forward(gradient, d):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "backward: expected a first derivative of a binary layer, got a second one; the straight-through gradient "
+            "stands in for the derivative of a sign and has none itself, so a penalty on gradients (create_graph=True) "
+            "or a Hessian cannot pass through the layer"
+        )
+
+
+def _first_derivative(gradient: Tensor | None, d: Tensor) -> Tensor | None:
+    """``gradient``, which depends on ``d``; a second derivative of it is an error."""
+    if gradient is None or not torch.is_grad_enabled():  # without create_graph=True
+        return gradient
+    return _FirstDerivative.apply(gradient, d)
+
+
+def _remember(ctx: Any, weight: Tensor, consumed: bool) -> None:
+    """Keeps what the gradient of ``weight`` (N, K) needs to know of it."""
+    ctx.k, ctx.weight_dtype = weight.shape[1], weight.dtype
+    ctx.weight = weight if consumed else None
+
+
+def _refuse_second_gradient(weight: HiddenWeight | None) -> None:
+    """Before torch finds that the first gradient, consumed by now, has changed the bits."""
+    if weight is not None:
+        weight.fused_backward.refuse_second_gradient()  # type: ignore[union-attr]
+
+
+def _consume(ctx: Any, update: Callable[..., None]) -> bool:
+    """Hands the weight's gradient, in the shape of the ``update`` it makes, to the weight's consumer.
+
+    False if there is none, or if the gradient would not have gone to ``weight.grad`` either, as in torch.autograd.grad.
+    """
+    if ctx.weight is None or not ctx.weight.requires_grad:
+        return False
+    consumer = gradient_consumer(ctx.weight)
+    if consumer is None:
+        return False
+    try:
+        accumulates = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+    except RuntimeError:  # the weight is among the inputs of torch.autograd.grad
+        return False
+    if accumulates:
+        consumer(ctx.weight, update)
+    return accumulates
+
+
+def _update_by_blocks(gradient_of_rows, weight, exp_avg, exp_avg_sq, sign_bits, **settings):
+    """``ops.metaplastic_adam_`` with a gradient of which only a block of rows exists at a time."""
+    scales = {name: settings.pop(name) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
+    rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
+    for first in range(0, weight.shape[0], rows):
+        block = slice(first, first + rows)
+        own: dict[str, Any] = {name: scale if scale is None else scale[block] for name, scale in scales.items()}
+        grad = gradient_of_rows(block).float()
+        ops.metaplastic_adam_(
+            weight[block], grad, exp_avg[block], exp_avg_sq[block], sign_bits[block], first_row=first, **own, **settings
+        )
+
+
+class GatedSignProduct(_Function):
+    """Gated product of signs, ``y[m, n] = sum_k g[m, k] s(x[m, k]) s(W[n, k])``; keeps bits only.
+
+    ``apply(x, weight, x_bits, w_bits, gate_bits, window, consumed)``: floats (M, K) and hidden weights (N, K), of which
+    only the gradients count, and their bits -> (M, N) in the dtype of x. The gradient of x reaches recruited units with
+    ``|x| <= window``. ``consumed``: the weight has a consumer of its gradient.
+    """
+
+    @staticmethod
+    def forward(x, weight, x_bits, w_bits, gate_bits, window, consumed):
+        """The product."""
+        return ops.binary_matmul(x_bits, w_bits, weight.shape[1], gate_bits).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the bits, and the window as one more of them."""
+        x, weight, x_bits, w_bits, gate_bits, window, consumed = inputs
+        mask_bits = ops.pack_window(x.detach(), window, gate_bits) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
+        _remember(ctx, weight, consumed)
+
+    @staticmethod
+    def backward(ctx, d):
+        """Gradients of x and of the hidden weights, straight-through."""
+        _refuse_second_gradient(ctx.weight)
+        x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
+        own = d.detach()
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.masked_input_grad(own, w_bits, ctx.k, mask_bits)
+        # after dx: the update changes w_bits
+        if ctx.needs_input_grad[1] and not _consume(
+            ctx, functools.partial(ops.gated_metaplastic_adam_, own, x_bits, gate_bits)
+        ):
+            dw = ops.gated_weight_grad(own.to(ctx.weight_dtype), x_bits, ctx.k, gate_bits)
+        return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None, None, None
+
+
+class SignProduct(_Function):
+    """Product of a real-valued input with signs, ``x s(W)^T``; keeps the input, which the weight's gradient needs.
+
+    ``apply(x, weight, w_bits, consumed, backward_dtype)``: floats or uint8 (M, K), hidden weights (N, K), of which only
+    the gradient counts, and their bits -> (M, N). ``backward_dtype`` is that of
+    :class:`~engram_kernels.BinaryEngramLinear`.
+    """
+
+    @staticmethod
+    def forward(x, weight, w_bits, consumed, backward_dtype):
+        """The product."""
+        y = ops.sign_matmul_t(x, w_bits, weight.shape[1])
+        return y.float() if x.dtype == torch.uint8 else y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the input where the weight learns."""
+        x, weight, w_bits, consumed, ctx.backward_dtype = inputs
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
+        _remember(ctx, weight, consumed)
+
+    @staticmethod
+    def backward(ctx, d):
+        """Gradients of x and of the hidden weights."""
+        _refuse_second_gradient(ctx.weight)
+        x, w_bits = ctx.saved_tensors
+        own = d.detach()
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.sign_matmul(own, w_bits, ctx.k)
+        if ctx.needs_input_grad[1]:
+            dtype = ctx.backward_dtype
+            x = x.detach().to(d.dtype if dtype is None else dtype)
+
+            def gradient_of_rows(rows: slice) -> Tensor:
+                factor = own[:, rows].T
+                return factor @ x if dtype is None else (factor.to(dtype) @ x).to(d.dtype)
+
+            if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
+                dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
+        return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None
+
+
+class CodeProduct(_Function):
+    """Product of centred engram codes with signs, ``y[m, n] = sum_k (g[m, k] - rate) s(W[n, k])``; keeps bits only.
+
+    ``apply(x, weight, w_bits, gate_bits, mask_bits, rate, consumed)``: of the excitabilities x (M, K) and the hidden
+    weights (N, K) only the gradients count; that of x reaches the units of ``mask_bits``. Bits (N, words), (M, words),
+    (M, words) -> (M, N) in the dtype of x.
+    """
+
+    @staticmethod
+    def forward(x, weight, w_bits, gate_bits, mask_bits, rate, consumed):
+        """The product."""
+        k = weight.shape[1]
+        # a recruited unit counts +1: its gate's bit is its sign too
+        recruited = ops.binary_matmul(gate_bits, w_bits, k, gate_bits)
+        ones = ops.pack_signs(torch.ones(1, k, dtype=torch.float32, device=w_bits.device))
+        every = ops.binary_matmul(ones, w_bits, k)
+        return recruited.to(x.dtype) - rate * every.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the bits."""
+        x, weight, w_bits, gate_bits, mask_bits, ctx.rate, consumed = inputs
+        ctx.save_for_backward(w_bits, gate_bits, mask_bits)
+        ctx.dtype = x.dtype
+        _remember(ctx, weight, consumed)
+
+    @staticmethod
+    def backward(ctx, d):
+        """Gradients of x, by the mask, and of the hidden weights."""
+        _refuse_second_gradient(ctx.weight)
+        w_bits, gate_bits, mask_bits = ctx.saved_tensors
+        own = d.detach()
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.masked_input_grad(own, w_bits, ctx.k, mask_bits).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+
+            def gradient_of_rows(rows: slice) -> Tensor:
+                block = own[:, rows].float().contiguous()
+                return ops.gated_weight_grad(block, gate_bits, ctx.k, gate_bits) - ctx.rate * block.sum(0)[:, None]
+
+            if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
+                dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
+        return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None, None, None
+
+
+# ---- the operators that are differentiable by themselves
+
+
+def _save_bits(ctx, inputs, output):
+    _, w_bits, ctx.k = inputs
+    ctx.save_for_backward(w_bits)
+
+
+def _sign_matmul_backward(ctx, grad):
+    return ops.sign_matmul_t(grad, ctx.saved_tensors[0], ctx.k), None, None
+
+
+def _sign_matmul_t_backward(ctx, grad):
+    return ops.sign_matmul(grad, ctx.saved_tensors[0], ctx.k), None, None
+
+
+torch.library.register_autograd("engram_kernels::sign_matmul", _sign_matmul_backward, setup_context=_save_bits)
+torch.library.register_autograd("engram_kernels::sign_matmul_t", _sign_matmul_t_backward, setup_context=_save_bits)

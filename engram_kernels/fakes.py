@@ -1,0 +1,272 @@
+"""The operators without data, for torch.compile, torch.export and meta tensors: checks and shapes.
+
+A fake refuses what its operator refuses, in the same words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import library  # noqa: F401  it registers the operators
+from .reference import SCALE_BLOCK, words_for
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _require(condition: Any, name: str, expected: str, got: Any) -> None:
+    shown = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else got
+    torch._check(condition, lambda: f"{name}: expected {expected}, got {shown}")
+
+
+def _check_same_device(**tensors: Tensor | None) -> None:
+    first = next(iter(tensors))
+    place = tensors[first].device  # type: ignore[union-attr]
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _require(tensor.device == place, name, f"a tensor on {place} like {first}", f"one on {tensor.device}")
+
+
+def _check_k(name: str, k: Any) -> None:
+    _require(k >= 1, name, "1 to 2^31 - 1", k)
+    _require(k <= 2**31 - 1, name, "1 to 2^31 - 1", k)
+
+
+def _check_floats(name: str, x: Tensor) -> None:
+    _require(x.dtype in _FLOATS, name, "float32, bfloat16 or float16", x)
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    _check_floats(name, x)
+    _require(x.dim() == 2, name, "2 dimensions", x)
+
+
+def _check_packed(name: str, bits: Tensor, k: Any) -> None:
+    _check_k("k", k)
+    expected = f"int64 of shape (rows, {words_for(k)}) for k = {k}"
+    _require(bits.dtype == torch.int64 and bits.dim() == 2, name, expected, bits)
+    _require(bits.shape[1] == words_for(k), name, expected, bits)
+
+
+def _check_gate(name: str, bits: Tensor | None, samples: Any, k: Any) -> None:
+    if bits is None:
+        return
+    words = words_for(k)
+    expected = f"int64 of shape ({words},) or ({samples}, {words}) for k = {k}"
+    _require(bits.dtype == torch.int64 and bits.dim() in (1, 2), name, expected, bits)
+    _require(bits.shape[-1] == words, name, expected, bits)
+    if bits.dim() == 2:
+        _require(bits.shape[0] == samples, name, expected, bits)
+
+
+def _check_seed(seed: Tensor) -> None:
+    _require(seed.device.type == "cpu", "seed", "a CPU tensor", f"one on {seed.device}")
+    shaped = seed.dtype == torch.int64 and seed.dim() == 1 and seed.shape[0] == 2
+    _require(shaped, "seed", "int64 (2,), the Philox key and offset", seed)
+
+
+@torch.library.register_fake("engram_kernels::pack_signs")
+def _(x):
+    _check_floats("x", x)
+    _require(x.dim() >= 1, "x", "at least 1 unit in the last dimension", x)
+    _require(x.shape[-1] >= 1, "x", "at least 1 unit in the last dimension", x)
+    return x.new_empty((*x.shape[:-1], words_for(x.shape[-1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::kept_sign_bits")
+def _(weight):
+    return weight.new_empty((weight.shape[0], words_for(weight.shape[1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::pack_window")
+def _(x, width=1.0, gate_bits=None):
+    _check_same_device(x=x, gate_bits=gate_bits)
+    _check_matrix("x", x)
+    _check_k("k", x.shape[1])
+    _require(width > 0, "width", "above 0", width)
+    _check_gate("gate_bits", gate_bits, *x.shape)
+    return x.new_empty((x.shape[0], words_for(x.shape[1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::unpack_signs")
+def _(bits, k, dtype):
+    _check_k("k", k)
+    expected = f"int64 of shape (..., {words_for(k)}) for k = {k}"
+    _require(bits.dtype == torch.int64 and bits.dim() >= 1, "bits", expected, bits)
+    _require(bits.shape[-1] == words_for(k), "bits", expected, bits)
+    allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int32)
+    _require(dtype in allowed, "dtype", "float32, bfloat16, float16, float64, int8 or int32", dtype)
+    return bits.new_empty((*bits.shape[:-1], k), dtype=dtype)
+
+
+@torch.library.register_fake("engram_kernels::binary_matmul")
+def _(x_bits, w_bits, k, gate_bits=None):
+    _check_same_device(x_bits=x_bits, w_bits=w_bits, gate_bits=gate_bits)
+    _check_packed("x_bits", x_bits, k)
+    _check_packed("w_bits", w_bits, k)
+    _check_gate("gate_bits", gate_bits, x_bits.shape[0], k)
+    return x_bits.new_empty((x_bits.shape[0], w_bits.shape[0]), dtype=torch.int32)
+
+
+@torch.library.register_fake("engram_kernels::binary_threshold")
+def _(x_bits, w_bits, k, threshold, flip, gate_bits=None):
+    _check_same_device(x_bits=x_bits, w_bits=w_bits, threshold=threshold, flip=flip, gate_bits=gate_bits)
+    _check_packed("x_bits", x_bits, k)
+    _check_packed("w_bits", w_bits, k)
+    n = w_bits.shape[0]
+    _check_k("k", n)
+    for name, tensor, dtype in (("threshold", threshold, torch.int32), ("flip", flip, torch.bool)):
+        expected = f"{dtype} ({n},), one for each row of w_bits"
+        _require(tensor.dtype == dtype and tensor.dim() == 1, name, expected, tensor)
+        _require(tensor.shape[0] == n, name, expected, tensor)
+    _check_gate("gate_bits", gate_bits, x_bits.shape[0], k)
+    return x_bits.new_empty((x_bits.shape[0], words_for(n)), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::sign_matmul")
+def _(a, w_bits, k):
+    _check_same_device(a=a, w_bits=w_bits)
+    _check_matrix("a", a)
+    _check_packed("w_bits", w_bits, k)
+    _require(a.shape[1] == w_bits.shape[0], "a", f"shape (M, {w_bits.shape[0]}) to meet the rows of w_bits", a)
+    return a.new_empty((a.shape[0], k))
+
+
+@torch.library.register_fake("engram_kernels::sign_matmul_t")
+def _(x, w_bits, k):
+    _check_same_device(x=x, w_bits=w_bits)
+    exact = x.dtype == torch.uint8
+    if not exact:
+        _check_matrix("x", x)
+    _check_packed("w_bits", w_bits, k)
+    _require(x.dim() == 2, "x", f"shape (M, {k}) for k = {k}", x)
+    _require(x.shape[1] == k, "x", f"shape (M, {k}) for k = {k}", x)
+    if exact:
+        _require(k <= (2**31 - 1) // 255, "k", f"at most {(2**31 - 1) // 255} for uint8", k)
+    return x.new_empty((x.shape[0], w_bits.shape[0]), dtype=torch.int32 if exact else x.dtype)
+
+
+@torch.library.register_fake("engram_kernels::gated_input_grad")
+def _(d, w_bits, x, gate_bits=None):
+    _check_same_device(d=d, w_bits=w_bits, x=x, gate_bits=gate_bits)
+    _check_matrix("d", d)
+    _check_matrix("x", x)
+    _require(x.shape[0] == d.shape[0], "x", f"{d.shape[0]} samples like d", x)
+    _check_packed("w_bits", w_bits, x.shape[1])
+    _require(d.shape[1] == w_bits.shape[0], "d", f"shape (M, {w_bits.shape[0]}) to meet the rows of w_bits", d)
+    _check_gate("gate_bits", gate_bits, *x.shape)
+    return d.new_empty(x.shape)
+
+
+@torch.library.register_fake("engram_kernels::masked_input_grad")
+def _(d, w_bits, k, mask_bits):
+    _check_same_device(d=d, w_bits=w_bits, mask_bits=mask_bits)
+    _check_matrix("d", d)
+    _check_packed("w_bits", w_bits, k)
+    _require(d.shape[1] == w_bits.shape[0], "d", f"shape (M, {w_bits.shape[0]}) to meet the rows of w_bits", d)
+    _check_gate("mask_bits", mask_bits, d.shape[0], k)
+    return d.new_empty((d.shape[0], k))
+
+
+@torch.library.register_fake("engram_kernels::gated_weight_grad")
+def _(d, x_bits, k, gate_bits=None):
+    _check_same_device(d=d, x_bits=x_bits, gate_bits=gate_bits)
+    _check_matrix("d", d)
+    _check_packed("x_bits", x_bits, k)
+    _require(x_bits.shape[0] == d.shape[0], "x_bits", f"{d.shape[0]} samples like d", x_bits)
+    _check_gate("gate_bits", gate_bits, d.shape[0], k)
+    return d.new_empty((d.shape[1], k))
+
+
+@torch.library.register_fake("engram_kernels::draw_seed")
+def _():
+    return torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+@torch.library.register_fake("engram_kernels::sample_engram")
+def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0):
+    _check_matrix("score", score)
+    _check_k("k", score.shape[1])
+    _check_seed(seed)
+    _require(0 < rate <= 1, "rate", "in (0, 1]", rate)
+    _require(temperature == 0 or temperature >= 1e-6, "temperature", "0 or at least 1e-6", temperature)
+    _require(first_row >= 0, "first_row", "at least 0", first_row)
+    return score.new_empty((score.shape[0], words_for(score.shape[1])), dtype=torch.int64)
+
+
+def _check_update(
+    weight,
+    exp_avg,
+    exp_avg_sq,
+    sign_bits,
+    *,
+    exp_avg_scale=None,
+    exp_avg_sq_scale=None,
+    seed=None,
+    **_numbers,  # compiled graphs hold these, and the operator checks them when it runs
+):
+    _require(weight.dtype in (torch.float32, torch.bfloat16), "weight", "float32 or bfloat16", weight)
+    _require(weight.dim() == 2, "weight", "2 dimensions", weight)
+    n, k = weight.shape
+    _check_k("k", k)
+    scaled, blocks = exp_avg.dtype == torch.int8, -(-k // SCALE_BLOCK)
+    _require(
+        exp_avg.dtype in (torch.float32, torch.bfloat16, torch.int8), "exp_avg", "float32, bfloat16 or int8", exp_avg
+    )
+    for name, tensor, dtype, columns in (
+        ("exp_avg", exp_avg, exp_avg.dtype, k),
+        ("exp_avg_sq", exp_avg_sq, torch.uint8 if scaled else exp_avg.dtype, k),
+        ("exp_avg_scale", exp_avg_scale, torch.float32, blocks),
+        ("exp_avg_sq_scale", exp_avg_sq_scale, torch.float32, blocks),
+        ("sign_bits", sign_bits, torch.int64, words_for(k)),
+    ):
+        if name.endswith("scale"):
+            wanted = "a tensor" if scaled else "None"
+            _require(scaled == (tensor is not None), name, f"{wanted} for {exp_avg.dtype} moments", tensor)
+        if tensor is not None:
+            expected = f"{dtype} ({n}, {columns})"
+            _require(tensor.dtype == dtype and tensor.dim() == 2, name, expected, tensor)
+            _require(tensor.shape[0] == n, name, expected, tensor)
+            _require(tensor.shape[1] == columns, name, expected, tensor)
+    rounds = weight.dtype != torch.float32 or exp_avg.dtype != torch.float32
+    _require(not rounds or seed is not None, "seed", "int64 (2,) to round compact numbers with", None)
+    if seed is not None:
+        _check_seed(seed)
+
+
+@torch.library.register_fake("engram_kernels::metaplastic_adam_")
+def _(weight, grad, exp_avg, exp_avg_sq, sign_bits, *, exp_avg_scale=None, exp_avg_sq_scale=None, **settings):
+    scales = {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "sign_bits": sign_bits}
+    _check_same_device(weight=weight, grad=grad, **state, **scales)
+    _check_update(weight, **state, **scales, **settings)
+    alike = grad.dtype in (torch.float32, weight.dtype) and grad.shape == weight.shape
+    _require(alike, "grad", f"float32 or the weight's dtype, in the weight's shape {tuple(weight.shape)}", grad)
+
+
+@torch.library.register_fake("engram_kernels::gated_metaplastic_adam_")
+def _(
+    d,
+    x_bits,
+    gate_bits,
+    weight,
+    exp_avg,
+    exp_avg_sq,
+    sign_bits,
+    *,
+    exp_avg_scale=None,
+    exp_avg_sq_scale=None,
+    **settings,
+):
+    scales = {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "sign_bits": sign_bits}
+    _check_same_device(weight=weight, d=d, x_bits=x_bits, gate_bits=gate_bits, **state, **scales)
+    _check_update(weight, **state, **scales, **settings)
+    _check_matrix("d", d)
+    n, k = weight.shape
+    _check_packed("x_bits", x_bits, k)
+    _require(d.shape[1] == n, "d", f"shape (M, {n}) to meet the rows of the weight", d)
+    _require(x_bits.shape[0] == d.shape[0], "x_bits", f"{d.shape[0]} samples like d", x_bits)
+    _check_gate("gate_bits", gate_bits, d.shape[0], k)

@@ -1,0 +1,112 @@
+"""Gradients by torch.func: per-sample gradients, ensembles and Jacobians are those of a loop."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.nn import functional
+
+import engram_kernels as ek
+
+X, Y = torch.randn(6, 20, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 2, 1, 3, 0])
+MODELS = {
+    "real-valued input": lambda: ek.BinaryEngramLinear(20, 4, binary_input=False, bias=True),
+    "binary input": lambda: ek.BinaryEngramLinear(20, 4, engram=ek.StochasticEngram(0.4), ste_window=0.9),
+    "network": lambda: ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3)),
+    "bfloat16 gradients": lambda: ek.EngramMLP((20, 30, 4), backward_dtype=torch.bfloat16),
+    "dendritic readout": lambda: ek.DendriticReadout(20, 4, 3, engram=ek.StochasticEngram(0.3), ste_window=0.5),
+}
+
+
+def of_loop(model, x, y):
+    """Gradients of each sample alone, by backward()."""
+    gradients = []
+    for i in range(len(x)):
+        model.zero_grad()
+        functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    return {name: torch.stack([each[name] for each in gradients]) for name in gradients[0]}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_per_sample_gradients_are_those_of_a_loop(make):
+    torch.manual_seed(0)
+    model = make().eval()
+
+    def loss(parameters, x, y):
+        return functional.cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    gradients, expected = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, X, Y), of_loop(model, X, Y)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert not gradient.requires_grad and expected[name].abs().max() > 0
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [None, 0], ids=["one input", "an input each"])
+def test_ensembles_are_a_loop_over_their_members(inputs):
+    torch.manual_seed(0)
+    members = [ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3)).eval() for _ in range(3)]
+    parameters, buffers = stack_module_state(members)
+    x = X if inputs is None else torch.stack([X, X + 1, 1 - X])
+
+    def loss(parameters, buffers, x):
+        logits = functional_call(members[0], (parameters, buffers), (x,))
+        return functional.cross_entropy(logits, Y), logits
+
+    gradients, logits = vmap(grad(loss, has_aux=True), in_dims=(0, 0, inputs))(parameters, buffers, x)
+    for i, member in enumerate(members):
+        own = member(x if inputs is None else x[i])
+        torch.testing.assert_close(logits[i], own)
+        functional.cross_entropy(own, Y).backward()
+        for name, parameter in member.named_parameters():
+            torch.testing.assert_close(gradients[name][i], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_jacobians():
+    torch.manual_seed(0)
+    model = ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3), ste_window=2.0).eval()
+    x = X[:1].clone().requires_grad_()
+    rows = [torch.autograd.grad(model(x)[0, c], x)[0][0] for c in range(4)]
+    assert torch.stack(rows).abs().max() > 0
+    torch.testing.assert_close(jacrev(model)(X[:1])[0, :, 0], torch.stack(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_engrams_of_a_batch_of_models_follow_the_randomness_that_vmap_is_told():
+    layer = ek.BinaryEngramLinear(200, 50, engram=ek.StochasticEngram(0.1, temperature=float("inf")))
+    x = torch.randn(1, 200).expand(4, 3, 200).contiguous()
+    with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):
+        vmap(layer)(x)
+    torch.manual_seed(3)
+    same = vmap(layer, randomness="same")(x)
+    torch.manual_seed(3)
+    assert all(torch.equal(own, layer(x[0])) for own in same[:1]) and torch.equal(same, same[:1].expand(4, -1, -1))
+    torch.manual_seed(3)
+    different = vmap(layer, randomness="different")(x)
+    torch.manual_seed(3)
+    draws = [ek.ops.draw_seed() for _ in range(4)]
+    for own, seed in zip(different, draws, strict=True):
+        gate = ek.ops.sample_engram(x[0], seed, 0.1, temperature=float("inf"))
+        bits = ek.ops.pack_signs(x[0])
+        assert torch.equal(own, ek.ops.binary_matmul(bits, layer.weight.sign_bits(), 200, gate).float())
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_second_derivative_says_why_there_is_none(make):
+    model = make().eval()
+    x = X.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected a first derivative of a binary layer, got a second one"):
+        dx.square().sum().backward()
+    with pytest.raises(RuntimeError, match="expected a first derivative of a binary layer, got a second one"):
+        grad(lambda x: grad(lambda x: model(x).square().sum())(x).square().sum())(X)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters):
+        return functional_call(model, parameters, (X,)).square().sum()
+
+    def penalty(parameters):
+        return sum(gradient.square().sum() for gradient in grad(loss)(parameters).values())
+
+    with pytest.raises(RuntimeError, match="expected a first derivative of a binary layer, got a second one"):
+        grad(penalty)(parameters)
