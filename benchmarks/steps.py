@@ -64,7 +64,9 @@ class EngramStep:
         self.model = nn.ModuleDict({"layers": nn.ModuleList(), "norms": nn.ModuleList()})
         for i, (k, n) in enumerate(pairwise(sizes)):
             gate = dict(engram=engram, ste_window=window) if i > 0 else dict(binary_input=False)
-            self.model["layers"].append(ek.BinaryEngramLinear(k, n, device=device, dtype=weight_dtype, **gate))
+            self.model["layers"].append(
+                ek.BinaryEngramLinear(k, n, bias=False, scaled=False, device=device, dtype=weight_dtype, **gate)
+            )
             self.model["norms"].append(batch_norm(n).to(device))
         if state_dict is not None:
             self.model.load_state_dict(state_dict)

@@ -201,7 +201,7 @@ def test_gated_input_grad(side_by_side, target, threads, rate):
 def test_metaplastic_adam(side_by_side, target, threads, state_dtype, weight_dtype):
     """Through the optimizer, which chooses the tensors; the bound is a copy that moves as many bytes as they take."""
     settings = dict(lr=ADAM["lr"], weight_decay=ADAM["weight_decay"], metaplasticity=ADAM["metaplasticity"])
-    layer = ek.BinaryEngramLinear(K, N, device=target.device, dtype=weight_dtype)
+    layer = ek.BinaryEngramLinear(K, N, bias=False, scaled=False, device=target.device, dtype=weight_dtype)
     weight = layer.weight
     weight.grad = torch.randn_like(weight)
     optimizer = ek.MetaplasticAdam(layer.parameters(), state_dtype=state_dtype, **settings)

@@ -1,6 +1,7 @@
 """Bit-packed kernels for binarized networks that keep learning."""
 
 from . import ops, reference
+from .encoding import InputEncoding
 from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, StochasticEngram
 from .hidden_weight import HiddenWeight
 from .layers import BinaryEngramLinear
@@ -18,6 +19,7 @@ __all__ = [
     "Engram",
     "EngramMLP",
     "HiddenWeight",
+    "InputEncoding",
     "MetaplasticAdam",
     "PrototypeReadout",
     "Recruitment",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -18,18 +20,21 @@ INIT_RANGE = 0.05  # hidden weights start uniform in [-0.05, 0.05] (Laborieux et
 class BinaryEngramLinear(nn.Module):
     """Drop-in for ``nn.Linear`` whose weights and inputs are signs, gated by an engram.
 
-    ``y[m, n] = sum over recruited k of sign(x[m, k]) * sign(weight[n, k])`` (+ bias), sign(0) = +1
+    ``y[m, n] = sum over recruited k of sign(x[m, k]) * sign(weight[n, k]) / sqrt(recruited)`` (+ bias), sign(0) = +1
 
     Shapes: input (*, in_features), output (*, out_features) in the input's dtype (float32, bfloat16 or float16).
-    ``weight`` is the real-valued hidden weight (Courbariaux et al. 2016), same name and shape as in ``nn.Linear``, so a
-    float checkpoint loads; any optimizer works, :class:`~engram_kernels.MetaplasticAdam` updates it by the metaplastic
-    rule. Its packed signs are kept between calls and never stale. Gradients are straight-through: the weight's passes
-    unchanged, the input's only to recruited units with ``|x| <= ste_window`` (``inf``: to all recruited units).
+    ``weight`` is the real-valued hidden weight (Courbariaux et al. 2016); ``weight`` and ``bias`` have the names and
+    shapes of those in ``nn.Linear``, so that a float checkpoint loads. Any optimizer works;
+    :class:`~engram_kernels.MetaplasticAdam` updates hidden weights by the metaplastic rule. Their packed signs are kept
+    between calls and never stale. Gradients are straight-through: the weight's passes unchanged, the input's only to
+    recruited units with ``|x| <= ste_window`` (``inf``: to all recruited units).
 
     Args:
         in_features: K, at least 1.
         out_features: N, at least 1.
         bias: adds a real-valued bias (N,).
+        scaled: divides the sums by the square root of the recruited units, so that the outputs of random signs have
+            unit variance; False leaves the integers, as before a norm.
         engram: rule that recruits input units, for instance :class:`~engram_kernels.StochasticEngram`; None: all units.
         binary_input: False takes the input as it is, real-valued, as a first layer does; excludes ``engram``. Such a
             layer takes uint8 as well, as images come, and gives float32: exact, and faster.
@@ -51,8 +56,9 @@ class BinaryEngramLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        bias: bool = False,
+        bias: bool = True,
         *,
+        scaled: bool = True,
         engram: Engram | None = None,
         binary_input: bool = True,
         ste_window: float = 1.0,
@@ -65,6 +71,7 @@ class BinaryEngramLinear(nn.Module):
         self.out_features = check_size("out_features", out_features)
         self.binary_input = check_flag("binary_input", binary_input)
         self.ste_window = check_number("ste_window", ste_window, "above 0", above=0.0, infinite=True)
+        self.scaled = check_flag("scaled", scaled)
         check_flag("bias", bias)
         if engram is not None and not isinstance(engram, Engram):
             raise TypeError(f"engram: expected an engram such as StochasticEngram(0.1), or None, got {engram!r}")
@@ -113,10 +120,14 @@ class BinaryEngramLinear(nn.Module):
             gate_bits, scale = Recruitment(None) if self.engram is None else self.engram(rows)
             x_bits = ops.pack_signs(rows.detach())
             y = GatedSignProduct.apply(rows, weight, x_bits, w_bits, gate_bits, self.ste_window, consumed)
-            if scale != 1.0:
-                y = y * scale
         else:
+            scale = 1.0
             y = SignProduct.apply(rows, weight, w_bits, consumed, self.backward_dtype)
+        if self.scaled:
+            recruited = self.in_features if self.engram is None else self.engram.recruited(self.in_features)
+            scale /= math.sqrt(recruited)
+        if scale != 1.0:
+            y = y * scale
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -124,6 +135,7 @@ class BinaryEngramLinear(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text = text if self.scaled else text + ", scaled=False"
         return text if self.binary_input else text + ", binary_input=False"
 
 

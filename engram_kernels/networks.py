@@ -1,4 +1,4 @@
-"""The paper's network, made of binary layers."""
+"""A network of binary layers that learns class after class, the paper's among its settings."""
 
 from __future__ import annotations
 
@@ -10,90 +10,155 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_flag, check_number, check_size
-from .engrams import Engram
+from .encoding import InputEncoding
+from .engrams import Engram, StochasticEngram
 from .layers import BinaryEngramLinear, balance_
+from .losses import batch_cross_entropy
+from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
+
+_READOUTS = {"dendritic": DendriticReadout, "prototype": PrototypeReadout, "ridge": RidgeReadout}
 
 
 class EngramMLP(nn.Module):
-    """The paper's network: fully connected, binary, with an engram in every layer after the first.
+    """Fully connected binary network: input encoding, binary hidden layers, an engram and a read-out.
 
-    ``z_1 = norm(x s(W_1)^T)``, ``z_i = norm((g_i * s(z_{i-1})) s(W_i)^T)``, and in the last layer
-    ``logits = logit_scale (g * s(z)) s(W)^T / sqrt(recruited units)``. ``norm`` standardises each sample over its units
-    (LayerNorm without parameters): no statistics of a batch are used or kept, in training or at test.
+    ``z_1 = norm(encode(x) s(W_1)^T)`` and ``z_i = norm((g_i * s(z_{i-1})) s(W_i)^T)`` in the hidden layers; ``norm``
+    standardises each sample over its units (LayerNorm without parameters), so that no statistics of a batch are used or
+    kept. The read-out makes scores of the last z; a linear one ``logit_scale (g * s(z)) s(W)^T / sqrt(recruited)``.
+
+    As it comes, it learns new classes without forgetting the old ones: a fixed random hidden layer, an engram of the
+    tenth of its units that are most excited, and a dendritic read-out. The paper's network (arXiv 2503.21436) is
+    ``EngramMLP((784, 2048, 2048, 10), readout="linear")``, all of whose layers are trained.
 
     Args:
-        sizes: units per layer, input and output included.
-        engram: one rule for all layers after the first, or None for no gates. A module; it is shared, since rules keep
-            no state per layer.
-        train_hidden: False leaves all but the last layer as initialised: fixed random features.
-        ste_window: see :class:`BinaryEngramLinear`. The units that a sparse engram recruits by excitability lie far
-            outside ``|z| <= 1``: use ``inf`` there.
-        logit_scale: softness of the softmax that follows, above 0; 1 gives untrained logits unit variance.
+        sizes: units per layer, input features and classes included.
+        engram: the rule of all layers after the first, or a share of their units in (0, 1], which means
+            ``StochasticEngram(share, temperature=0)``; None: no gates, with ``readout="linear"`` only. A module given
+            is shared, since rules keep no state per layer.
+        readout: ``"dendritic"``, ``"prototype"`` or ``"ridge"``, see :mod:`engram_kernels.readouts`, ``"linear"`` for a
+            binary output layer, or a module from the last hidden layer's z (M, sizes[-2]) to scores (M, sizes[-1]).
+        train_hidden: False leaves the hidden layers as they are initialised: fixed random features. None: True with a
+            linear read-out only.
+        ste_window: see :class:`BinaryEngramLinear`; None: ``inf`` with an engram, since the units that it recruits by
+            excitability lie far outside ``|z| <= 1``, and 1 without.
+        logit_scale: softness of the softmax after a linear read-out, above 0; 1 gives untrained logits unit variance.
         backward_dtype: of the first layer, see :class:`BinaryEngramLinear`.
-        balanced: see :func:`~engram_kernels.layers.balance_`; of the hidden layers.
-        readout: takes the place of the last layer: a module from normalised pre-activations (M, sizes[-2]) to logits
-            (M, sizes[-1]), such as :class:`~engram_kernels.DendriticReadout`; ``logit_scale`` is not applied to it.
+        balanced: see :func:`~engram_kernels.layers.balance_`; of the hidden layers. None: where they are not trained.
+        encode: see :class:`InputEncoding`; False takes the features as they are.
 
-    Shapes: floats (M, sizes[0]) -> logits (M, sizes[-1]).
-    Raises: TypeError for an argument of another type; ValueError for fewer than two sizes, a size below 1 or a scale of
-    0 or less.
+    Shapes: floats or uint8 (M, sizes[0]) -> scores (M, sizes[-1]).
+    Raises: TypeError for an argument of another type; ValueError for fewer than two sizes, a size below 1, a scale of
+    0 or less, an unknown read-out, or one that needs an engram or fixed hidden layers and gets none.
     """
 
     def __init__(
         self,
-        sizes: Sequence[int] = (784, 2048, 2048, 10),
+        sizes: Sequence[int] = (784, 2048, 10),
         *,
-        engram: Engram | None = None,
-        train_hidden: bool = True,
-        ste_window: float = 1.0,
+        engram: Engram | float | None = 0.1,
+        readout: str | nn.Module = "dendritic",
+        train_hidden: bool | None = None,
+        ste_window: float | None = None,
         logit_scale: float = 1.0,
         backward_dtype: torch.dtype | None = None,
-        balanced: bool = False,
-        readout: nn.Module | None = None,
+        balanced: bool | None = None,
+        encode: bool = True,
     ) -> None:
         super().__init__()
-        check_flag("train_hidden", train_hidden)
-        check_flag("balanced", balanced)
         if not isinstance(sizes, Sequence) or isinstance(sizes, str):
             raise TypeError(f"sizes: expected a sequence of integers, got {sizes!r}")
         if len(sizes) < 2:
             raise ValueError(f"sizes: expected at least an input and an output size, got {tuple(sizes)}")
         for size in sizes:
             check_size("sizes", size)
-        if readout is not None and not isinstance(readout, nn.Module):
-            raise TypeError(f"readout: expected a module such as DendriticReadout, or None, got {readout!r}")
+        train_hidden = check_flag("train_hidden", readout == "linear" if train_hidden is None else train_hidden)
+        balanced = check_flag("balanced", not train_hidden if balanced is None else balanced)
+        check_flag("encode", encode)
+        if engram is not None and not isinstance(engram, Engram):
+            engram = StochasticEngram(engram, temperature=0.0)
         self.engram = engram
         self.logit_scale = check_number("logit_scale", logit_scale, "a finite number above 0", above=0.0)
+        if ste_window is None:
+            ste_window = 1.0 if engram is None else math.inf
+        self.readout = _make_readout(readout, sizes, engram, train_hidden)
+        self.encoding = InputEncoding(sizes[0]) if encode else None
+        widths = [sizes[0] if self.encoding is None else self.encoding.inputs, *sizes[1:]]
+        self.hidden_layers = len(sizes) - 2
         self.layers = nn.ModuleList(
             BinaryEngramLinear(
                 k,
                 n,
+                bias=False,
+                scaled=i == self.hidden_layers,  # the norm after the others undoes a scale
                 binary_input=i > 0,
                 engram=engram if i > 0 else None,
                 ste_window=ste_window,
                 backward_dtype=backward_dtype if i == 0 else None,
             )
-            for i, (k, n) in enumerate(pairwise(sizes if readout is None else sizes[:-1]))
+            for i, (k, n) in enumerate(pairwise(widths if self.readout is None else widths[:-1]))
         )
-        self.readout = readout
-        self.hidden_layers = len(sizes) - 2
         for layer in self.layers[: self.hidden_layers]:
             layer.requires_grad_(train_hidden)
             if balanced:
                 balance_(layer.weight)  # type: ignore[arg-type]
 
     def features(self, x: Tensor) -> Tensor:
-        """Floats (M, sizes[0]) -> normalised pre-activations of the last hidden layer (M, sizes[-2])."""
+        """Floats or uint8 (M, sizes[0]) -> normalised pre-activations of the last hidden layer (M, sizes[-2])."""
+        if self.encoding is not None:
+            x = self.encoding(x)
         for layer in self.layers[: self.hidden_layers]:
             x = layer(x)
             x = nn.functional.layer_norm(x, x.shape[-1:])
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Floats (M, features) -> logits (M, classes)."""
-        x = self.features(x)
-        if self.readout is not None:
-            return self.readout(x)
-        k = x.shape[-1]
-        recruited = k if self.engram is None else self.engram.recruited(k)
-        return self.layers[-1](x) * (self.logit_scale / math.sqrt(recruited))
+        """Floats or uint8 (M, features) -> scores (M, classes)."""
+        z = self.features(x)
+        return self.layers[-1](z) * self.logit_scale if self.readout is None else self.readout(z)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of a minibatch that is right for the read-out, a scalar to call ``backward()`` on.
+
+        A dendritic read-out on fixed hidden layers has its local loss; everything else the cross-entropy over the
+        classes of the batch. Neither pushes down a class that the batch lacks.
+        Floats or uint8 (M, features), labels int64 (M,).
+        Raises: TypeError for a read-out that is counted: call :meth:`observe`.
+        """
+        if isinstance(self.readout, (PrototypeReadout, RidgeReadout)):
+            raise TypeError(f"loss: expected a trained read-out, got {type(self.readout).__name__}: call observe(x, y)")
+        if isinstance(self.readout, DendriticReadout) and not self._trains_hidden():
+            return self.readout.local_loss(self.readout.activations(self.features(x).detach()), y)
+        return batch_cross_entropy(self(x), y)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, y: Tensor) -> None:
+        """Counts a minibatch together, in place of a step. Floats or uint8 (M, features), labels int64 (M,).
+
+        Raises: TypeError for a read-out that is trained: call :meth:`loss`.
+        """
+        if not isinstance(self.readout, (PrototypeReadout, RidgeReadout)):
+            raise TypeError("observe: expected a prototype or ridge read-out; train this one by loss(x, y)")
+        self.readout.observe(self.features(x), y)
+
+    def _trains_hidden(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.layers.parameters())
+
+
+def _make_readout(
+    readout: str | nn.Module, sizes: Sequence[int], engram: Engram | None, train_hidden: bool
+) -> nn.Module | None:
+    if isinstance(readout, nn.Module):
+        return readout
+    if readout == "linear":
+        return None
+    if not isinstance(readout, str):
+        raise TypeError(f"readout: expected a name or a module, got {readout!r}")
+    if readout not in _READOUTS:
+        raise ValueError(f"readout: expected linear, {', '.join(_READOUTS)} or a module, got {readout!r}")
+    if not isinstance(engram, StochasticEngram):
+        raise ValueError(f"engram: expected a share of the units or a StochasticEngram with {readout}, got {engram!r}")
+    if len(sizes) < 3:
+        raise ValueError(f"sizes: expected a hidden layer before a {readout} read-out, got {tuple(sizes)}")
+    if train_hidden and readout != "dendritic":
+        raise ValueError(f"train_hidden: expected False with readout {readout}, whose units are counted")
+    return _READOUTS[readout](sizes[-2], sizes[-1], engram=engram)

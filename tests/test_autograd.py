@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_layers import unscaled
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn import functional
 
@@ -9,10 +10,12 @@ import engram_kernels as ek
 
 X, Y = torch.randn(6, 20, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 2, 1, 3, 0])
 MODELS = {
-    "real-valued input": lambda: ek.BinaryEngramLinear(20, 4, binary_input=False, bias=True),
+    "real-valued input": lambda: ek.BinaryEngramLinear(20, 4, binary_input=False),
     "binary input": lambda: ek.BinaryEngramLinear(20, 4, engram=ek.StochasticEngram(0.4), ste_window=0.9),
-    "network": lambda: ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3)),
-    "bfloat16 gradients": lambda: ek.EngramMLP((20, 30, 4), backward_dtype=torch.bfloat16),
+    "network": lambda: ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3), readout="linear"),
+    "bfloat16 gradients": lambda: ek.EngramMLP(
+        (20, 30, 4), engram=None, readout="linear", backward_dtype=torch.bfloat16
+    ),
     "dendritic readout": lambda: ek.DendriticReadout(20, 4, 3, engram=ek.StochasticEngram(0.3), ste_window=0.5),
 }
 
@@ -46,7 +49,9 @@ def test_per_sample_gradients_are_those_of_a_loop(make):
 @pytest.mark.parametrize("inputs", [None, 0], ids=["one input", "an input each"])
 def test_ensembles_are_a_loop_over_their_members(inputs):
     torch.manual_seed(0)
-    members = [ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3)).eval() for _ in range(3)]
+    members = [
+        ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3), readout="linear").eval() for _ in range(3)
+    ]
     parameters, buffers = stack_module_state(members)
     x = X if inputs is None else torch.stack([X, X + 1, 1 - X])
 
@@ -65,7 +70,7 @@ def test_ensembles_are_a_loop_over_their_members(inputs):
 
 def test_jacobians():
     torch.manual_seed(0)
-    model = ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3), ste_window=2.0).eval()
+    model = ek.EngramMLP((20, 70, 30, 4), engram=ek.StochasticEngram(0.3), readout="linear", ste_window=2.0).eval()
     x = X[:1].clone().requires_grad_()
     rows = [torch.autograd.grad(model(x)[0, c], x)[0][0] for c in range(4)]
     assert torch.stack(rows).abs().max() > 0
@@ -73,7 +78,7 @@ def test_jacobians():
 
 
 def test_engrams_of_a_batch_of_models_follow_the_randomness_that_vmap_is_told():
-    layer = ek.BinaryEngramLinear(200, 50, engram=ek.StochasticEngram(0.1, temperature=float("inf")))
+    layer = unscaled(200, 50, engram=ek.StochasticEngram(0.1, temperature=float("inf")))
     x = torch.randn(1, 200).expand(4, 3, 200).contiguous()
     with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):
         vmap(layer)(x)

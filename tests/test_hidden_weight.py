@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from test_layers import unscaled
 from torch import nn
 
 import engram_kernels as ek
@@ -36,7 +37,7 @@ def optimizer_step(w):
 
 
 def load_state(w):
-    layer = ek.BinaryEngramLinear(70, 7)
+    layer = unscaled(70, 7)
     layer.weight = w
     layer.load_state_dict({"weight": torch.randn(7, 70)})
 
@@ -164,7 +165,7 @@ def test_signs_are_kept_while_nothing_changed(weight):
 
 
 def test_layer_calls_and_metaplastic_steps_keep_the_signs():
-    layer = ek.BinaryEngramLinear(70, 7)
+    layer = unscaled(70, 7)
     optimizer = ek.MetaplasticAdam(layer.parameters(), lr=0.05)
     kept = layer.weight.sign_bits()
     before = kept.clone()
@@ -206,7 +207,7 @@ def test_a_plain_parameter_becomes_a_hidden_weight_in_place():
 
 
 def test_signs_made_in_inference_mode_serve_training():
-    layer = ek.BinaryEngramLinear(70, 7)
+    layer = unscaled(70, 7)
     with torch.inference_mode():
         layer(torch.randn(2, 70))
     layer(torch.randn(2, 70, requires_grad=True)).sum().backward()
@@ -238,7 +239,7 @@ RUNNERS = {
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_weights_are_packed_once_however_the_layer_runs(runner, binary_input):
     torch._dynamo.reset()
-    layer, x = ek.BinaryEngramLinear(70, 7, binary_input=binary_input), torch.randn(3, 70)
+    layer, x = unscaled(70, 7, binary_input=binary_input), torch.randn(3, 70)
     run = RUNNERS[runner](layer, x)
     for _ in range(2):  # the first call compiles
         run(x)
@@ -257,7 +258,7 @@ def test_weights_are_packed_once_however_the_layer_runs(runner, binary_input):
 def test_weights_made_in_inference_mode_are_packed_once():
     x = torch.randn(3, 70)
     with torch.inference_mode():
-        layer = ek.BinaryEngramLinear(70, 7)
+        layer = unscaled(70, 7)
         layer(x)
         assert weights_packed(lambda: layer(x)) == 0
         for write in (

@@ -1,5 +1,7 @@
 import copy
+import functools
 import io
+import math
 import pickle
 
 import pytest
@@ -28,6 +30,10 @@ def sign(v):
     return torch.where(v >= 0, 1.0, -1.0)
 
 
+# the integers themselves
+unscaled = functools.partial(ek.BinaryEngramLinear, bias=False, scaled=False)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, window):
@@ -49,7 +55,7 @@ def plain_layer(x, weight, gate, window=1.0):
 @pytest.mark.parametrize("window", [1.0, float("inf")])
 def test_outputs_and_gradients_agree_with_float_autograd(isa, engram, shape, window):
     m, n, k = shape
-    layer = ek.BinaryEngramLinear(k, n, engram=ENGRAMS[engram](), ste_window=window)
+    layer = unscaled(k, n, engram=ENGRAMS[engram](), ste_window=window)
     x = torch.randn(m, k, requires_grad=True)
     upstream = torch.randn(m, n)
     torch.manual_seed(3)
@@ -69,7 +75,7 @@ def test_outputs_and_gradients_agree_with_float_autograd(isa, engram, shape, win
 
 
 def test_real_valued_input_agrees_with_float_autograd(isa):
-    layer = ek.BinaryEngramLinear(129, 65, binary_input=False)
+    layer = unscaled(129, 65, binary_input=False)
     x = torch.randn(10, 129, requires_grad=True)
     upstream = torch.randn(10, 65)
     layer(x).backward(upstream)
@@ -82,7 +88,7 @@ def test_real_valued_input_agrees_with_float_autograd(isa):
 
 
 def test_unrecruited_units_contribute_nothing_and_get_no_gradient():
-    layer = ek.BinaryEngramLinear(200, 30, engram=with_context(ek.ContextEngram(2, 0.1)))
+    layer = unscaled(200, 30, engram=with_context(ek.ContextEngram(2, 0.1)))
     off = ~_unpack(layer.engram(torch.empty(1, 200)).gate_bits, 200)
     x = torch.randn(16, 200, requires_grad=True)
     y = layer(x)
@@ -95,22 +101,35 @@ def test_unrecruited_units_contribute_nothing_and_get_no_gradient():
 
 @pytest.mark.parametrize("dims", [(20,), (3, 20), (2, 3, 20), (2, 1, 3, 20), (0, 20)])
 def test_inputs_of_any_dimension(dims):
-    layer, linear = ek.BinaryEngramLinear(20, 5, bias=True), nn.Linear(20, 5)
+    layer, linear = unscaled(20, 5, bias=True), nn.Linear(20, 5)
     x = torch.randn(*dims)
     assert layer(x).shape == linear(x).shape
     flat = layer(x.reshape(-1, 20))
     assert torch.equal(layer(x).reshape(-1, 5), flat)
 
 
-def test_drops_in_for_linear():
-    linear = nn.Linear(20, 5)
-    layer = ek.BinaryEngramLinear(20, 5, bias=True)
+@pytest.mark.parametrize("bias", [True, False])
+def test_drops_in_for_linear(bias):
+    linear = nn.Linear(20, 5, bias)
+    layer = ek.BinaryEngramLinear(20, 5, bias)
     assert {n: p.shape for n, p in linear.state_dict().items()} == {n: p.shape for n, p in layer.state_dict().items()}
     layer.load_state_dict(linear.state_dict())
     x = torch.randn(3, 20)
-    expected = sign(x) @ sign(linear.weight).T + linear.bias
+    expected = sign(x) @ sign(linear.weight).T / math.sqrt(20) + (linear.bias if bias else 0)
     torch.testing.assert_close(layer(x), expected)
     linear.load_state_dict(layer.state_dict())
+    assert [name for name, _ in ek.BinaryEngramLinear(20, 5).named_parameters()] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("engram", [None, *ENGRAMS])
+def test_outputs_of_random_signs_have_unit_variance(engram):
+    engram = None if engram is None else ENGRAMS[engram]()
+    layer = ek.BinaryEngramLinear(400, 300, engram=engram)
+    y = layer(torch.randn(50, 400))
+    assert 0.85 < y.var().item() < 1.15
+    layer.scaled = False
+    assert y.var() < layer(torch.randn(50, 400)).var() / 2
+    assert 0.85 < ek.BinaryEngramLinear(400, 300, binary_input=False)(torch.randn(50, 400)).var().item() < 1.15
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, ek.MetaplasticAdam])
@@ -118,7 +137,7 @@ def test_any_optimizer_trains_it(make):
     torch.manual_seed(0)
     x = torch.randn(64, 40)
     target = sign(x) @ sign(torch.randn(40, 3))
-    layer = ek.BinaryEngramLinear(40, 3)
+    layer = unscaled(40, 3)
     optimizer = make(layer.parameters(), lr=0.01)
     losses = []
     for _ in range(60):
@@ -131,7 +150,7 @@ def test_any_optimizer_trains_it(make):
 
 
 def test_copies_pickles_and_moves():
-    layer = ek.BinaryEngramLinear(70, 9, bias=True, engram=ek.StochasticEngram(0.5)).eval()
+    layer = unscaled(70, 9, bias=True, engram=ek.StochasticEngram(0.5)).eval()
     x = torch.randn(4, 70)
     expected = layer(x)
     buffer = io.BytesIO()
@@ -147,12 +166,12 @@ def test_copies_pickles_and_moves():
     for dtype in (torch.bfloat16, torch.float16):
         half = copy.deepcopy(layer).to(dtype)
         assert isinstance(half.weight, ek.HiddenWeight) and half(x.to(dtype)).dtype == dtype
-    meta = ek.BinaryEngramLinear(70, 9, device="meta")
+    meta = unscaled(70, 9, device="meta")
     assert meta(torch.empty(4, 70, device="meta")).shape == (4, 9)
 
 
 def test_assigned_weights_become_hidden_weights():
-    layer = ek.BinaryEngramLinear(6, 4)
+    layer = unscaled(6, 4)
     parameter = nn.Parameter(torch.randn(4, 6))
     layer.weight = parameter
     assert layer.weight is parameter and isinstance(layer.weight, ek.HiddenWeight)
@@ -165,7 +184,7 @@ def test_assigned_weights_become_hidden_weights():
 def converted(layer, how):
     if how == "meta and back":
         with torch.device("meta"):
-            layer = ek.BinaryEngramLinear(70, 9)
+            layer = unscaled(70, 9)
         layer.to_empty(device="cpu").reset_parameters()
         return layer
     switch = getattr(torch.__future__, f"set_{how}_module_params_on_conversion")
@@ -178,7 +197,7 @@ def converted(layer, how):
 
 @pytest.mark.parametrize("how", ["meta and back", "overwrite", "swap"])
 def test_weights_stay_hidden_weights_through_conversions(how):
-    layer = converted(ek.BinaryEngramLinear(70, 9), how)
+    layer = converted(unscaled(70, 9), how)
     layer(torch.randn(4, 70)).sum().backward()
     assert isinstance(layer.weight, ek.HiddenWeight)
     with torch.no_grad():
@@ -190,8 +209,8 @@ def test_weights_stay_hidden_weights_through_conversions(how):
 
 
 def test_a_pruned_or_parametrized_layer_moves_and_trains():
-    pruned = prune.random_unstructured(ek.BinaryEngramLinear(70, 9), "weight", 0.5)
-    parametrized = parametrizations.orthogonal(ek.BinaryEngramLinear(70, 9))
+    pruned = prune.random_unstructured(unscaled(70, 9), "weight", 0.5)
+    parametrized = parametrizations.orthogonal(unscaled(70, 9))
     for layer in (pruned, parametrized):
         layer = layer.to(torch.float32)
         x = torch.randn(4, 70)
@@ -203,14 +222,14 @@ def test_a_pruned_or_parametrized_layer_moves_and_trains():
 
 def test_layers_made_in_inference_mode_infer():
     with torch.inference_mode():
-        layer = ek.BinaryEngramLinear(70, 9)
+        layer = unscaled(70, 9)
         x = torch.randn(4, 70)
         assert torch.equal(layer(x), sign(x) @ sign(layer.weight).T)
     assert layer(torch.randn(4, 70)).shape == (4, 9)
 
 
 def test_backward_after_a_step_is_refused():
-    layer = ek.BinaryEngramLinear(70, 9)
+    layer = unscaled(70, 9)
     x = torch.randn(4, 70, requires_grad=True)
     y = layer(x).sum()
     layer(x).square().sum().backward()
@@ -220,7 +239,7 @@ def test_backward_after_a_step_is_refused():
 
 
 def test_weight_norm_trains_its_factors():
-    layer = nn.utils.parametrizations.weight_norm(ek.BinaryEngramLinear(70, 9))
+    layer = nn.utils.parametrizations.weight_norm(unscaled(70, 9))
     x = torch.randn(4, 70)
     y = layer(x)
     assert torch.equal(y, sign(x) @ sign(layer.weight.detach()).T)
@@ -230,7 +249,7 @@ def test_weight_norm_trains_its_factors():
 
 def test_autograd_keeps_bits():
     m, n, k = 128, 256, 2048
-    layer = ek.BinaryEngramLinear(k, n, engram=ek.StochasticEngram(0.1))
+    layer = unscaled(k, n, engram=ek.StochasticEngram(0.1))
     x = torch.randn(m, k, requires_grad=True)
     w_bits, kept = layer.weight.sign_bits(), []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -246,7 +265,7 @@ def test_autograd_keeps_bits():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_train_float32_weights(dtype):
-    layer = ek.BinaryEngramLinear(70, 9, engram=ek.StochasticEngram(0.5))
+    layer = unscaled(70, 9, engram=ek.StochasticEngram(0.5))
     x = torch.randn(4, 70, dtype=dtype, requires_grad=True)
     y = layer(x)
     y.float().square().sum().backward()
@@ -256,7 +275,7 @@ def test_half_precision_inputs_train_float32_weights(dtype):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_without_graph_breaks_a_network_draws_and_learns_as_eagerly(backend):
     torch._dynamo.reset()
-    model = ek.EngramMLP((20, 64, 64, 5), engram=ek.StochasticEngram(0.2))
+    model = ek.EngramMLP((20, 64, 64, 5), engram=ek.StochasticEngram(0.2), readout="linear")
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     x = torch.randn(8, 20)
     model.eval()
@@ -280,7 +299,7 @@ def test_compiled_without_graph_breaks_a_network_draws_and_learns_as_eagerly(bac
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layers_draw_each_for_itself(backend):
     torch._dynamo.reset()
-    heads = nn.ModuleList(ek.BinaryEngramLinear(100, 30, engram=ek.BernoulliEngram(0.1)) for _ in range(4))
+    heads = nn.ModuleList(unscaled(100, 30, engram=ek.BernoulliEngram(0.1)) for _ in range(4))
     heads.load_state_dict({f"{i}.weight": heads[0].weight.detach().clone() for i in range(4)})
     compiled = torch.compile(lambda x: torch.stack([head(x) for head in heads]), fullgraph=True, backend=backend)
     x = torch.randn(3, 100)
@@ -291,34 +310,16 @@ def test_compiled_layers_draw_each_for_itself(backend):
     assert torch.equal(drawn, torch.stack([head(x) for head in heads]))
 
 
-def test_mlp_uses_no_statistics_of_the_batch():
-    for engram in (None, ek.StochasticEngram(0.1)):
-        model = ek.EngramMLP((30, 100, 100, 7), engram=engram).eval()
-        x = torch.randn(12, 30)
-        whole = model(x)
-        torch.testing.assert_close(whole, torch.cat([model(row[None]) for row in x]), rtol=1e-5, atol=1e-5)
-        assert not list(model.buffers())
-
-
-def test_mlp_trains_hidden_layers_or_leaves_them():
-    for train_hidden in (True, False):
-        model = ek.EngramMLP((30, 100, 100, 7), engram=ek.StochasticEngram(0.2), train_hidden=train_hidden)
-        model(torch.randn(12, 30)).square().sum().backward()
-        has_grad = [layer.weight.grad is not None for layer in model.layers]
-        assert has_grad == [train_hidden, train_hidden, True]
-
-
 @pytest.mark.parametrize(
     "error, call, message",
     [
-        (ValueError, lambda: ek.BinaryEngramLinear(0, 3), "in_features: expected at least 1, got 0"),
-        (ValueError, lambda: ek.BinaryEngramLinear(3, 3, ste_window=0), "ste_window: expected above 0, got 0"),
+        (ValueError, lambda: unscaled(0, 3), "in_features: expected at least 1, got 0"),
+        (ValueError, lambda: unscaled(3, 3, ste_window=0), "ste_window: expected above 0, got 0"),
         (
             ValueError,
-            lambda: ek.BinaryEngramLinear(3, 3, engram=ek.BernoulliEngram(0.1), binary_input=False),
+            lambda: unscaled(3, 3, engram=ek.BernoulliEngram(0.1), binary_input=False),
             "engram: expected None with binary_input=False",
         ),
-        (ValueError, lambda: ek.EngramMLP((3,)), r"sizes: .*got \(3,\)"),
         (
             ValueError,
             lambda: ek.EngramMLP((3, 3), logit_scale=0),
@@ -326,13 +327,13 @@ def test_mlp_trains_hidden_layers_or_leaves_them():
         ),
         (
             RuntimeError,
-            lambda: ek.BinaryEngramLinear(3, 4)(torch.randn(2, 5)),
+            lambda: unscaled(3, 4)(torch.randn(2, 5)),
             r"input: expected shape \(\*, 3\), got \(2, 5\)",
         ),
-        (RuntimeError, lambda: ek.BinaryEngramLinear(3, 4)(torch.tensor(1.0)), r"input: .*got \(\)"),
-        (RuntimeError, lambda: ek.BinaryEngramLinear(3, 4)(torch.zeros(2, 3).long()), "x: expected float32"),
-        (RuntimeError, lambda: ek.BinaryEngramLinear(3, 4)(torch.full((2, 3), float("nan"))), "x: .*NaN"),
-        (RuntimeError, lambda: ek.BinaryEngramLinear(3, 4).double()(torch.randn(2, 3)), "got float64"),
+        (RuntimeError, lambda: unscaled(3, 4)(torch.tensor(1.0)), r"input: .*got \(\)"),
+        (RuntimeError, lambda: unscaled(3, 4)(torch.zeros(2, 3).long()), "x: expected float32"),
+        (RuntimeError, lambda: unscaled(3, 4)(torch.full((2, 3), float("nan"))), "x: .*NaN"),
+        (RuntimeError, lambda: unscaled(3, 4).double()(torch.randn(2, 3)), "got float64"),
     ],
 )
 def test_bad_input_is_named(error, call, message):
@@ -341,7 +342,7 @@ def test_bad_input_is_named(error, call, message):
 
 
 def test_a_first_layer_takes_images_as_they_come(isa):
-    layer = ek.BinaryEngramLinear(65, 33, binary_input=False)
+    layer = unscaled(65, 33, binary_input=False)
     images = torch.randint(0, 256, (7, 65), dtype=torch.uint8)
     y = layer(images)
     assert y.dtype == torch.float32
@@ -351,27 +352,26 @@ def test_a_first_layer_takes_images_as_they_come(isa):
     y.backward(d)
     torch.testing.assert_close(layer.weight.grad, d.T @ images.float(), rtol=1e-5, atol=1e-3)
     with pytest.raises(RuntimeError, match="x: expected float32"):
-        ek.BinaryEngramLinear(65, 33)(images)
+        unscaled(65, 33)(images)
 
 
 def test_bfloat16_backward_rounds_the_factors_of_the_first_gradient():
     x, d = torch.randn(20, 65), torch.randn(20, 33)
-    layer = ek.BinaryEngramLinear(65, 33, binary_input=False, backward_dtype=torch.bfloat16)
+    layer = unscaled(65, 33, binary_input=False, backward_dtype=torch.bfloat16)
     layer(x).backward(d)
     expected = d.bfloat16().double().T @ x.bfloat16().double()
     torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=2**-7, atol=2**-7)
     assert not torch.equal(layer.weight.grad, d.T @ x)
-    fused = ek.BinaryEngramLinear(65, 33, binary_input=False, backward_dtype=torch.bfloat16)
+    fused = unscaled(65, 33, binary_input=False, backward_dtype=torch.bfloat16)
     fused.load_state_dict(layer.state_dict())
     ek.MetaplasticAdam(layer.parameters()).step()
     optimizer = ek.MetaplasticAdam(fused.parameters(), fuse_backward=True)
     fused(x).backward(d)
     optimizer.step()
     torch.testing.assert_close(fused.weight, layer.weight, rtol=1e-3, atol=1e-4)
-    assert ek.EngramMLP((5, 4, 3), backward_dtype=torch.bfloat16).layers[0].backward_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(binary_input=False, backward_dtype=torch.float16)])
 def test_unsupported_backward_dtypes_are_named(settings):
     with pytest.raises(ValueError, match="backward_dtype: expected None, or torch.bfloat16"):
-        ek.BinaryEngramLinear(3, 3, **{"backward_dtype": torch.bfloat16} | settings)
+        unscaled(3, 3, **{"backward_dtype": torch.bfloat16} | settings)

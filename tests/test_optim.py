@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_layers import unscaled
 from torch import nn
 
 import engram_kernels as ek
@@ -25,7 +26,7 @@ def restated_step(w, grad, state, lr, beta1, beta2, eps, decay, m, bound):
 @pytest.mark.parametrize("weight_bound", [math.inf, 0.05])
 def test_equals_the_published_rule_over_50_steps(isa, metaplasticity, weight_decay, weight_bound):
     shapes = [(7, 65), (33, 128), (1, 1)]
-    layers = nn.ModuleList(ek.BinaryEngramLinear(k, n) for n, k in shapes)
+    layers = nn.ModuleList(unscaled(k, n) for n, k in shapes)
     lr, betas, eps = 5e-3, (0.9, 0.999), 1e-8
     optimizer = ek.MetaplasticAdam(layers.parameters(), lr, betas, eps, weight_decay, metaplasticity, weight_bound)
     weights = [layer.weight.detach().double() for layer in layers]
@@ -52,7 +53,7 @@ def test_equals_the_published_rule_over_50_steps(isa, metaplasticity, weight_dec
 
 
 def test_groups_have_settings_of_their_own():
-    a, b = ek.BinaryEngramLinear(10, 4), ek.BinaryEngramLinear(10, 4)
+    a, b = unscaled(10, 4), unscaled(10, 4)
     b.load_state_dict(a.state_dict())
     optimizer = ek.MetaplasticAdam(
         [{"params": a.parameters(), "metaplasticity": 0.0}, {"params": b.parameters(), "metaplasticity": 40.0}]
@@ -69,7 +70,7 @@ def test_groups_have_settings_of_their_own():
 
 
 def test_groups_have_bounds_of_their_own():
-    layers = [ek.BinaryEngramLinear(70, 4) for _ in range(3)]
+    layers = [unscaled(70, 4) for _ in range(3)]
     groups = [{"params": layer.parameters()} for layer in layers]
     optimizer = ek.MetaplasticAdam([groups[0], groups[1] | {"weight_bound": 0.25}], lr=0.1, weight_bound=0.5)
     optimizer.add_param_group(groups[2] | {"weight_bound": math.inf})
@@ -87,7 +88,7 @@ def test_a_bounded_weight_flips_however_long_it_was_consolidated():
     turn = 25  # steps in which the first moment has come from one gradient to the other, all but a tenth of it
 
     def flipped(steps_of_consolidation, opposed_steps, **settings):
-        layer = ek.BinaryEngramLinear(70, 4)
+        layer = unscaled(70, 4)
         optimizer = ek.MetaplasticAdam(layer.parameters(), lr, metaplasticity=m, **settings)
         before = layer.weight.detach().sign()
         for step in range(steps_of_consolidation + opposed_steps):
@@ -166,7 +167,7 @@ def test_state_round_trips_bit_exactly_in_mid_run(state_dtype, dtype):
             model(torch.randn(8, 20, dtype=dtype)).square().sum().backward()
             optimizer.step()
 
-    model = ek.EngramMLP((20, 65, 65, 3), engram=ek.StochasticEngram(0.3)).to(dtype)
+    model = ek.EngramMLP((20, 65, 65, 3), engram=ek.StochasticEngram(0.3), readout="linear").to(dtype)
     model.layers[0].bias = nn.Parameter(torch.zeros(65, dtype=dtype))
     optimizer = ek.MetaplasticAdam(model.parameters(), state_dtype=state_dtype)
     run(5, model, optimizer, 1)
@@ -190,7 +191,7 @@ def test_state_round_trips_bit_exactly_in_mid_run(state_dtype, dtype):
 
 
 def test_a_state_of_another_dtype_is_refused():
-    layer = ek.BinaryEngramLinear(5, 5)
+    layer = unscaled(5, 5)
     compact, plain = (ek.MetaplasticAdam(layer.parameters(), state_dtype=d) for d in (torch.int8, torch.float32))
     layer(torch.randn(2, 5)).sum().backward()
     plain.step()
@@ -205,11 +206,11 @@ def network(fuse_backward, state_dtype=torch.float32, dtype=torch.float32, **set
     torch.manual_seed(3)
     engram = ek.StochasticEngram(0.3)
     model = nn.Sequential(
-        ek.BinaryEngramLinear(40, 300, binary_input=False, dtype=dtype),
+        unscaled(40, 300, binary_input=False, dtype=dtype),
         nn.BatchNorm1d(300),
-        ek.BinaryEngramLinear(300, 70, engram=engram, dtype=dtype),
+        unscaled(300, 70, engram=engram, dtype=dtype),
         nn.BatchNorm1d(70),
-        ek.BinaryEngramLinear(70, 3, bias=True, dtype=dtype),
+        unscaled(70, 3, bias=True, dtype=dtype),
     )
     optimizer = ek.MetaplasticAdam(model.parameters(), state_dtype=state_dtype, fuse_backward=fuse_backward, **settings)
     return model, optimizer
@@ -310,7 +311,7 @@ def test_another_optimizer_takes_the_gradients_over():
 
 
 def test_parameters_without_a_gradient_stay():
-    layer = ek.BinaryEngramLinear(5, 5)
+    layer = unscaled(5, 5)
     before = layer.weight.detach().clone()
     optimizer = ek.MetaplasticAdam(layer.parameters())
     assert optimizer.step(lambda: 7.0) == 7.0
@@ -335,11 +336,11 @@ def test_parameters_without_a_gradient_stay():
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3).parameters(), **settings)
+        ek.MetaplasticAdam(unscaled(3, 3).parameters(), **settings)
 
 
 def test_only_an_optimizer_without_hidden_weights_warns(recwarn):
-    optimizer = ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3).parameters())
+    optimizer = ek.MetaplasticAdam(unscaled(3, 3).parameters())
     optimizer.add_param_group({"params": nn.Linear(3, 3).parameters()})
     assert not recwarn.list
     optimizer = ek.MetaplasticAdam(nn.Linear(3, 3).parameters())
@@ -352,15 +353,15 @@ def test_only_an_optimizer_without_hidden_weights_warns(recwarn):
 @pytest.mark.parametrize("fuse_backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_hidden_weights_without_a_kernel_are_refused_when_the_optimizer_is_made(dtype, fuse_backward):
-    layer = ek.BinaryEngramLinear(3, 3)
+    layer = unscaled(3, 3)
     refused = (
         f"weight: expected float32 or bfloat16 with MetaplasticAdam, got {dtype} .*weight of shape .3, 3. in group"
     )
     with pytest.raises(RuntimeError, match=refused):
-        ek.MetaplasticAdam(ek.BinaryEngramLinear(3, 3).to(dtype).named_parameters(), fuse_backward=fuse_backward)
+        ek.MetaplasticAdam(unscaled(3, 3).to(dtype).named_parameters(), fuse_backward=fuse_backward)
     optimizer = ek.MetaplasticAdam(layer.named_parameters(), fuse_backward=fuse_backward)
     with pytest.raises(RuntimeError, match=refused):
-        optimizer.add_param_group({"params": ek.BinaryEngramLinear(3, 3).to(dtype).named_parameters()})
+        optimizer.add_param_group({"params": unscaled(3, 3).to(dtype).named_parameters()})
     assert len(optimizer.param_groups) == 1
     layer.to(dtype)
     with pytest.raises(RuntimeError, match=refused):
@@ -377,7 +378,7 @@ def test_hidden_weights_without_a_kernel_are_refused_when_the_optimizer_is_made(
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("weight_bound", [math.inf, 0.1])
 def test_a_nan_gradient_stops_the_step_at_the_weight_it_names(weight_bound, named):
-    model = nn.Sequential(ek.BinaryEngramLinear(9, 3, bias=True), ek.BinaryEngramLinear(70, 4), nn.LayerNorm(4))
+    model = nn.Sequential(unscaled(9, 3, bias=True), unscaled(70, 4), nn.LayerNorm(4))
     parameters = list(model.named_parameters() if named else model.parameters())
     optimizer = ek.MetaplasticAdam(parameters, weight_bound=weight_bound)
     before = [p.detach().clone() for p in model.parameters()]
@@ -425,7 +426,7 @@ def test_a_step_that_failed_for_nan_can_be_repeated(dtype, state_dtype, fuse_bac
 
 
 def test_sparse_gradients_are_refused():
-    embedding, layer = nn.Embedding(4, 3, sparse=True), ek.BinaryEngramLinear(3, 3)
+    embedding, layer = nn.Embedding(4, 3, sparse=True), unscaled(3, 3)
     optimizer = ek.MetaplasticAdam([*embedding.parameters(), *layer.parameters()])
     layer(embedding(torch.tensor([1]))).sum().backward()
     before = layer.weight.detach().clone()
@@ -443,7 +444,7 @@ def test_a_weight_that_is_not_contiguous_learns_as_its_copy_does(dtype, state_dt
     for view in (lambda: kernel.clone().T, lambda: wide.clone()[:, ::2], lambda: wide.clone()[:, :70]):
         weights = []
         for values in (view(), view().contiguous()):
-            layer = ek.BinaryEngramLinear(70, 9)
+            layer = unscaled(70, 9)
             layer.weight = nn.Parameter(values)
             optimizer = ek.MetaplasticAdam(
                 layer.parameters(), weight_decay=1e-2, state_dtype=state_dtype, fuse_backward=fuse_backward
@@ -463,7 +464,7 @@ def test_a_weight_that_is_not_contiguous_learns_as_its_copy_does(dtype, state_dt
 
 
 def test_moments_of_torchs_adam_load_whatever_their_strides():
-    layer = ek.BinaryEngramLinear(70, 9)
+    layer = unscaled(70, 9)
     layer.weight = nn.Parameter(torch.randn(70, 9).T)
     adam, optimizer = torch.optim.Adam(layer.parameters()), ek.MetaplasticAdam(layer.parameters())
     layer.weight.grad = torch.randn(9, 70)
@@ -490,7 +491,7 @@ def test_a_penalty_on_a_consumed_weight_is_refused():
 
 
 def test_a_layer_used_twice_is_refused_by_name():
-    layer = ek.BinaryEngramLinear(9, 9)
+    layer = unscaled(9, 9)
     optimizer = ek.MetaplasticAdam(layer.parameters(), fuse_backward=True)
     with pytest.raises(RuntimeError, match="second gradient.*two layers share"):
         layer(layer(torch.randn(4, 9))).sum().backward()
@@ -547,7 +548,7 @@ def test_the_default_dtype_and_device_change_nothing(default_dtype, state_dtype)
     def weights_and_state(dtype, device, steps=300):
         torch.manual_seed(5)
         default_dtype(torch.float32)
-        layer = ek.BinaryEngramLinear(70, 4, bias=True)
+        layer = unscaled(70, 4, bias=True)
         grads = torch.randn(4, 70), torch.randn(4)
         default_dtype(dtype)
         with torch.device(device):
@@ -567,7 +568,7 @@ def test_the_default_dtype_and_device_change_nothing(default_dtype, state_dtype)
 
 @pytest.mark.parametrize("steps", [2**11, 2**24, 2**31, 2**32 - 1, 2**53, 2**62])
 def test_steps_are_counted_exactly(steps):
-    layer = ek.BinaryEngramLinear(70, 4, bias=True)
+    layer = unscaled(70, 4, bias=True)
     optimizer = ek.MetaplasticAdam(layer.parameters(), state_dtype=torch.int8)
     for i in range(4):
         for p in layer.parameters():
@@ -728,7 +729,7 @@ def test_weights_converted_after_the_optimizer_was_made_learn_on(fuse_backward):
 
 
 def test_fused_backward_takes_half_precision_inputs():
-    layer = ek.BinaryEngramLinear(9, 4, binary_input=False)
+    layer = unscaled(9, 4, binary_input=False)
     optimizer = ek.MetaplasticAdam(layer.parameters(), fuse_backward=True)
     for dtype in (torch.float16, torch.bfloat16):
         before = layer.weight.detach().clone()

@@ -60,7 +60,7 @@ def build(config: BinaryConfig, features: int, hidden: Sequence[int], num_classe
     if config.rate is not None:
         engram = ek.StochasticEngram(config.rate, temperature=1.0 if config.temperature is None else config.temperature)
     kind: type[Method] = Method
-    readout: nn.Module | None = None
+    readout: nn.Module | str = "linear"
     if config.readout == "dendritic":
         assert engram is not None
         kind = DendriticMethod
@@ -86,6 +86,7 @@ def build(config: BinaryConfig, features: int, hidden: Sequence[int], num_classe
         logit_scale=config.logit_scale,
         balanced=config.balanced,
         readout=readout,
+        encode=False,
     )
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,110 @@
+"""Input units from features of any scale and offset, few or many."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_size
+
+FIRST_SAMPLES = 64  # from which mean and range are taken
+_FEWEST_INPUTS = 64  # +1 and -1 make too few different weighted sums of fewer
+_SAME_UNIT = 0.25  # median range over the largest from which on all features share one scale
+_CLIP = 3.0  # ranges from the mean: a feature may leave by far the range of the first samples
+
+
+class InputEncoding(nn.Module):
+    """Scales features by their mean and range, and gives few features several input units each.
+
+    ``z = (x - mean) / range``, clipped to [-3, 3]. Mean and range are those of the first samples of the stream, 64 or
+    more, seen in training mode; then they stay, since another scale would change the code of all that was learned
+    before. No label is used. Features that share a unit keep their proportions: where the median of the ranges is at
+    least a quarter of the largest one, as for pixels or embeddings, all are divided by the largest.
+
+    Fewer than 64 features get ``n = ceil(64 / features)`` inputs each, a population code:
+    ``u[j] = clip(2 (z - 0.3 t[j]), -1, 1)``, thresholds t[j] at the quantiles ``(j + 1/2) / n`` of the Cauchy
+    distribution, whose tails reach what later classes may bring.
+
+    uint8 with at least 64 features, images, passes as it is: its unit is shared already, and the first layer is exact
+    and faster with it.
+
+    Args:
+        features: F, at least 1.
+
+    Attributes: ``inputs``: F times n, the units that come out. Buffers ``samples`` (), int64; ``mean``, ``low``,
+    ``high``, ``scale`` (F,), float32.
+
+    Shapes: floats or uint8 (M, F) -> (M, inputs), floats in the input's dtype, float32 for uint8.
+    Raises: ValueError for a size below 1; RuntimeError for another shape, or for NaN or infinity in the first samples.
+    """
+
+    samples: Tensor
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.features = check_size("features", features)
+        self.units_per_feature = -(-_FEWEST_INPUTS // features)
+        self.inputs = features * self.units_per_feature
+        self._seen = 0  # that of ``samples``, which a compiled graph could not branch on
+        self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
+        for name, value in (("mean", 0.0), ("low", 0.0), ("high", 0.0), ("scale", 1.0)):
+            self.register_buffer(name, torch.full((features,), value, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Floats or uint8 (M, features) -> (M, inputs)."""
+        if x.dim() != 2 or x.shape[1] != self.features:
+            raise RuntimeError(f"input: expected shape (M, {self.features}), got {tuple(x.shape)}")
+        if x.dtype == torch.uint8 and self.units_per_feature == 1:
+            return x
+        values = x.float()
+        if self.training and self._seen < FIRST_SAMPLES and x.shape[0]:
+            self._observe(values.detach())
+        z = (values - self.mean) / self.scale
+        if self.units_per_feature == 1:
+            z = z.clamp(-_CLIP, _CLIP)
+        else:
+            z = (2.0 * (z[:, :, None] - 0.3 * self._thresholds(x.device))).clamp(-1.0, 1.0).flatten(1)
+        return z if x.dtype == torch.uint8 else z.to(x.dtype)
+
+    def _thresholds(self, device: torch.device) -> Tensor:
+        n = self.units_per_feature
+        u = (torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n
+        return torch.tan(math.pi * (u - 0.5))
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        seen, new = self._seen, x.shape[0]
+        low, high = x.amin(dim=0), x.amax(dim=0)
+        mean = x.mean(dim=0)
+        if seen:
+            low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
+            mean = self.mean + (mean - self.mean) * (new / (seen + new))
+        if not torch.compiler.is_compiling() and not bool((high - low).isfinite().all()):
+            raise RuntimeError("input: expected finite numbers, got NaN, infinity or a range beyond float32")
+        spread = high - low
+        # what has not varied yet: its own magnitude is all that is known of its unit
+        own = torch.where(spread > 0, spread, torch.where(mean != 0, mean.abs(), torch.ones_like(mean)))
+        largest = spread.max()
+        varying = torch.where(spread > 0, spread, torch.full_like(spread, float("nan")))
+        alike = (largest > 0) & (varying.nanmedian() >= _SAME_UNIT * largest) & (self.units_per_feature == 1)
+        self.mean.copy_(mean)
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self.scale.copy_(torch.where(alike, largest, own))
+        self._seen = seen + new
+        self.samples.fill_(self._seen)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._seen = int(self.samples) if self.samples.device.type != "meta" else 0
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"features={self.features}, inputs={self.inputs}"
