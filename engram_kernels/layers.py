@@ -15,7 +15,32 @@ from .hidden_weight import HiddenWeight, as_hidden_weight, sign_bits_of
 INIT_RANGE = 0.05  # hidden weights start uniform in [-0.05, 0.05] (Laborieux et al. 2021)
 
 
-class BinaryEngramLinear(nn.Module):
+class HiddenWeightModule(nn.Module):
+    """A module with a hidden ``weight``, which whatever is assigned to it becomes."""
+
+    weight: HiddenWeight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Makes whatever is assigned to ``weight`` a hidden weight."""
+        super().register_parameter(name, as_hidden_weight(param) if name == "weight" and param is not None else param)
+
+    def _apply(self, fn, recurse=True):
+        """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""
+        super()._apply(fn, recurse)
+        weight = self._parameters.get("weight")  # pruning and parametrization keep it elsewhere
+        if weight is not None:
+            self._parameters["weight"] = as_hidden_weight(weight)
+        return self
+
+    def signed_weight(self) -> tuple[Tensor, Tensor]:
+        """The weight in force, a plain tensor where torch.func or a parametrization puts one, and its packed signs."""
+        weight: Tensor = self.weight
+        if type(weight) is nn.Parameter:  # swapped in past every hook
+            weight = as_hidden_weight(weight)
+        return weight, sign_bits_of(weight)
+
+
+class BinaryEngramLinear(HiddenWeightModule):
     """Drop-in for ``nn.Linear`` whose weights and inputs are signs, gated by an engram.
 
     ``y[m, n] = sum over recruited k of sign(x[m, k]) * sign(weight[n, k])`` (+ bias), sign(0) = +1
@@ -44,8 +69,6 @@ class BinaryEngramLinear(nn.Module):
     a real-valued input, or a dtype that is not supported; RuntimeError if the input's last dimension is not
     ``in_features``, its dtype is not one of the three, or it contains NaN.
     """
-
-    weight: HiddenWeight
 
     def __init__(
         self,
@@ -87,26 +110,11 @@ class BinaryEngramLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Makes whatever is assigned to ``weight`` a hidden weight."""
-        super().register_parameter(name, as_hidden_weight(param) if name == "weight" and param is not None else param)
-
-    def _apply(self, fn, recurse=True):
-        """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""
-        super()._apply(fn, recurse)
-        weight = self._parameters.get("weight")  # pruning and parametrization keep it elsewhere
-        if weight is not None:
-            self._parameters["weight"] = as_hidden_weight(weight)
-        return self
-
     def forward(self, x: Tensor) -> Tensor:
         """Floats (*, in_features) -> (*, out_features)."""
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise RuntimeError(f"input: expected shape (*, {self.in_features}), got {tuple(x.shape)}")
-        if type(self.weight) is nn.Parameter:  # swapped in past every hook
-            as_hidden_weight(self.weight)
-        weight = self.weight
-        w_bits = sign_bits_of(weight)
+        weight, w_bits = self.signed_weight()
         consumed = gradient_consumer(weight) is not None
         rows = x.reshape(-1, self.in_features)
         if self.binary_input:

@@ -1,6 +1,8 @@
 """Read-outs: what they compute and learn is what their formulas say, and counted ones keep no trace of the order."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engram_kernels as ek
+from engram_kernels.hidden_weight import HiddenWeight
 from engram_kernels.readouts import engram_gram
 
 sizes = st.integers(1, 70)
@@ -70,6 +73,31 @@ def test_the_update_within_the_backward_pass_gives_the_same_weights(state_dtype)
             optimizer.zero_grad()
         weights.append(readout.weight.detach().clone())
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda r: r.load_state_dict(copy.deepcopy(r.state_dict()), assign=True),
+        lambda r: setattr(r, "weight", torch.nn.Parameter(r.weight.detach().clone())),
+        lambda r: r.to(torch.bfloat16).float(),
+        lambda r: r._parameters.update(weight=torch.nn.Parameter(r.weight.detach().clone())) or r(torch.randn(1, 64)),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_weights_of_segments_stay_hidden_weights(how, overwrite):
+    """Otherwise the optimizer would take them for others, and train them by plain Adam."""
+    readout = make(ek.DendriticReadout, 64, 3, segments=2)
+    try:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+        how(readout)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert isinstance(readout.weight, HiddenWeight)
+    before = readout.weight.detach().clone()
+    readout.weight.grad = before.sign()
+    ek.MetaplasticAdam(readout.parameters(), metaplasticity=1e6).step()  # every step would shrink |W|: none may
+    torch.testing.assert_close(readout.weight.detach(), before)
 
 
 def test_all_segments_that_speak_learn_from_a_loss_on_the_logits():
@@ -194,6 +222,106 @@ def test_state_dict_restores_the_scores(kind):
         readouts[1](x)  # a solution that must not outlive the state
     readouts[1].load_state_dict(readouts[0].state_dict())
     assert torch.equal(readouts[0](x), readouts[1](x))
+
+
+def add_past_the_version_counter(tensor, other):
+    """As ``torch.distributed.all_reduce`` does."""
+    tensor.numpy().__iadd__(other.numpy())
+
+
+def assign_buffers(readout, other):
+    for name in MOMENTS:
+        setattr(readout, name, getattr(other, name).clone())
+
+
+MOMENTS = ("gram", "counts", "samples")
+CHANGES = {
+    "observed": lambda own, other, x, y: own.observe(x[100:], y[100:]),
+    "copied": lambda own, other, x, y: [getattr(own, name).copy_(getattr(other, name)) for name in MOMENTS],
+    "loaded": lambda own, other, x, y: own.load_state_dict(other.state_dict()),
+    "loaded and assigned": lambda own, other, x, y: own.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
+    "assigned": lambda own, other, x, y: assign_buffers(own, other),
+    "summed": lambda own, other, x, y: [getattr(own, n).add_(getattr(other, n)) for n in MOMENTS],
+    "summed past the version counter": lambda own, other, x, y: [
+        add_past_the_version_counter(getattr(own, n), getattr(other, n)) for n in MOMENTS
+    ],
+    "gram off the diagonal": lambda own, other, x, y: own.gram[1, 0].sub_(1),
+    "moved": lambda own, other, x, y: own.to("meta").to_empty(device="cpu").load_state_dict(other.state_dict()),
+    "another penalty": lambda own, other, x, y: setattr(own, "penalty", 0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "inference"),
+    [
+        (change, inference)
+        for change in CHANGES
+        for inference in (False, True)
+        if (change, inference) != ("gram off the diagonal", True)
+    ],  # tensors of inference have no version counter
+)
+def test_a_solution_is_derived_anew_whoever_changed_the_moments(change, inference):
+    x, y = clusters()
+    with torch.inference_mode(inference):
+        asked, other = (make(ek.RidgeReadout, 96, 4) for _ in range(2))
+        asked.observe(x[:100], y[:100])
+        other.observe(x[60:], y[60:])
+        before = asked(x)
+        assert asked.solve()[0] is asked.solve()[0], "nothing has changed"
+        CHANGES[change](asked, other, x, y)
+        fresh = make(ek.RidgeReadout, 96, 4, penalty=asked.penalty)
+        fresh.load_state_dict(asked.state_dict())
+        assert torch.equal(asked(x), fresh(x))
+        assert not torch.equal(asked(x), before)
+
+
+@pytest.mark.parametrize("names", [["gram"], ["counts"], ["samples"], ["gram", "counts"], ["counts", "samples"]])
+def test_moments_of_which_some_were_summed_are_refused(names):
+    x, y = clusters()
+    asked, other = (make(ek.RidgeReadout, 96, 4) for _ in range(2))
+    asked.observe(x[:100], y[:100])
+    other.observe(x[60:], y[60:])
+    asked(x)
+    for name in names:
+        add_past_the_version_counter(getattr(asked, name), getattr(other, name))
+    with pytest.raises(RuntimeError, match="gram, counts, samples: expected moments of the same samples, got"):
+        asked(x)
+    for name in set(MOMENTS) - set(names):
+        add_past_the_version_counter(getattr(asked, name), getattr(other, name))
+    both = make(ek.RidgeReadout, 96, 4)
+    both.observe(torch.cat([x[:100], x[60:]]), torch.cat([y[:100], y[60:]]))
+    assert torch.equal(asked(x), both(x))
+
+
+def test_moments_swapped_in_for_a_call_give_their_own_solution():
+    x, y = clusters()
+    readout, other = (make(ek.RidgeReadout, 96, 4) for _ in range(2))
+    readout.observe(x[:100], y[:100])
+    other.observe(x[60:], y[60:])
+    before = readout(x)
+    assert torch.equal(torch.func.functional_call(readout, other.state_dict(), x), other(x))
+    assert torch.equal(readout(x), before)
+
+
+def test_copies_and_pickles_of_a_solved_readout_have_solutions_of_their_own():
+    x, y = clusters()
+    readout = make(ek.RidgeReadout, 96, 4)
+    readout.observe(x[:100], y[:100])
+    before = readout(x)
+    copies = copy.deepcopy(readout), pickle.loads(pickle.dumps(readout)), copy.copy(readout)
+    assert all(torch.equal(one(x), before) for one in copies)
+    copies[0].observe(x[100:], y[100:])
+    assert torch.equal(readout(x), before)
+    assert not torch.equal(copies[0](x), before)
+
+
+def test_a_compiled_ridge_solves_anew():
+    x, y = clusters()
+    readout = make(ek.RidgeReadout, 96, 4)
+    compiled = torch.compile(readout, backend="eager")
+    for part in range(0, 240, 60):
+        readout.observe(x[part : part + 60], y[part : part + 60])
+        assert torch.equal(compiled(x), readout(x))
 
 
 @pytest.mark.parametrize("kind", [ek.DendriticReadout, ek.PrototypeReadout, ek.RidgeReadout])
