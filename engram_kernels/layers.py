@@ -33,11 +33,34 @@ class HiddenWeightModule(nn.Module):
         return self
 
     def signed_weight(self) -> tuple[Tensor, Tensor]:
-        """The weight in force, a plain tensor where torch.func or a parametrization puts one, and its packed signs."""
+        """The weight in force, a plain tensor where torch.func or a parametrization puts one, and its packed signs.
+
+        Raises: RuntimeError if it contains NaN, or zeros where something computes it.
+        """
         weight: Tensor = self.weight
         if type(weight) is nn.Parameter:  # swapped in past every hook
             weight = as_hidden_weight(weight)
-        return weight, sign_bits_of(weight)
+        if "weight" not in self._parameters:
+            _refuse_zeros(weight)
+        try:
+            return weight, sign_bits_of(weight)
+        except RuntimeError as error:
+            if not str(error).startswith("x: "):  # what an operator calls whatever it packs
+                raise
+            raise RuntimeError("weight" + str(error)[1:]) from None
+
+
+def _refuse_zeros(weight: Tensor) -> None:
+    """Raises: RuntimeError for a computed weight (N, K) with zeros, as pruning and other masks make them."""
+    whole = (weight != 0).all()
+    message = (
+        "weight: expected no exact zeros from what computes it (torch.nn.utils.prune, a parametrization, a hook), got "
+        "some; a sign has no zero, so that each would count +1, after prune.remove too; to leave units out use an engram"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(whole, message)
+    elif not (weight.is_meta or torch._C._are_functorch_transforms_active() or whole):
+        raise RuntimeError(message)
 
 
 class BinaryEngramLinear(HiddenWeightModule):
@@ -67,7 +90,8 @@ class BinaryEngramLinear(HiddenWeightModule):
 
     Raises: TypeError for an argument of another type; ValueError for sizes below 1, a window of 0 or less, an engram on
     a real-valued input, or a dtype that is not supported; RuntimeError if the input's last dimension is not
-    ``in_features``, its dtype is not one of the three, or it contains NaN.
+    ``in_features``, its dtype is not one of the three, or it or the weight contains NaN, and if something
+    that computes the weight, such as torch.nn.utils.prune, makes zeros, which have no sign.
     """
 
     def __init__(
