@@ -51,10 +51,11 @@ class _Readout(nn.Module):
         assert gate_bits is not None
         return gate_bits
 
-    def check_labels(self, x: Tensor, y: Tensor) -> None:
-        """Raises: ValueError unless ``y`` is int64 (M,) with numbers of classes."""
-        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f"y: expected int64 ({x.shape[0]},), got {y.dtype} {tuple(y.shape)}")
+    def check_labels(self, samples: int, y: Tensor) -> None:
+        """Raises: ValueError unless ``y`` is int64 (samples,) with numbers of classes."""
+        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (samples,):
+            got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"y: expected int64 ({samples},), got {got}")
         if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise ValueError(f"y: expected labels in [0, {self.num_classes}), got {int(y.min())} to {int(y.max())}")
 
@@ -155,8 +156,12 @@ class DendriticReadout(HiddenWeightModule, _Readout):
 
         ``winner = argmax_j (s[m, y, j] + conscience (1 - wins[y, j] / mean_j wins[y]))``. In training mode the wins
         are counted. Activations (M, C, S) from :meth:`activations`, labels int64 (M,) -> scalar; 0 if M is 0.
+        Raises: RuntimeError for activations of another shape; ValueError for labels that are none.
         """
-        self.check_labels(activations, y)
+        if activations.dim() != 3 or activations.shape[1:] != (self.num_classes, self.segments):
+            wanted, got = f"(M, {self.num_classes}, {self.segments})", tuple(activations.shape)
+            raise RuntimeError(f"activations: expected shape {wanted}, as activations(x) gives, got {got}")
+        self.check_labels(len(activations), y)
         return pull_loss(activations, y, self.wins, self.conscience, count=self.training)
 
     def extra_repr(self) -> str:
@@ -190,8 +195,9 @@ class PrototypeReadout(_Readout):
     @torch.no_grad()
     def observe(self, x: Tensor, y: Tensor) -> None:
         """Counts the units that samples recruit. Excitabilities, floats (M, K), labels int64 (M,)."""
-        self.check_labels(x, y)
-        _count(self.recruit(x), y, self.counts, self.samples)
+        gate_bits = self.recruit(x)
+        self.check_labels(len(gate_bits), y)
+        _count(gate_bits, y, self.counts, self.samples)
 
     @torch.no_grad()
     def prototypes(self) -> tuple[Tensor, Tensor]:
@@ -266,10 +272,10 @@ class RidgeReadout(_Readout):
     @torch.no_grad()
     def observe(self, x: Tensor, y: Tensor) -> None:
         """Adds samples to the moments. Excitabilities, floats (M, K), labels int64 (M,). Best in large batches."""
-        self.check_labels(x, y)
+        gate_bits = self.recruit(x)
+        self.check_labels(len(gate_bits), y)
         if int(self.samples.sum()) + len(y) > torch.iinfo(torch.int32).max:
             raise ValueError("samples: expected at most 2**31 - 1 in all, since the Gram matrix is counted in int32")
-        gate_bits = self.recruit(x)
         _count(gate_bits, y, self.counts, self.samples)
         self.gram += engram_gram(gate_bits, self.in_features)
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -371,16 +372,46 @@ def test_bad_settings(make_it, wanted):
         make_it(ek.StochasticEngram(0.1))
 
 
-def test_bad_inputs():
-    readout = make(ek.PrototypeReadout, 30, 3)
-    with pytest.raises(RuntimeError, match=r"input: expected shape \(M, 30\), got \(2, 31\)"):
-        readout(torch.randn(2, 31))
-    with pytest.raises(RuntimeError, match="NaN"):
+SHAPES = [(), (30,), (2, 31), (2, 3, 30)]
+
+
+@pytest.mark.parametrize("kind", [ek.DendriticReadout, ek.PrototypeReadout, ek.RidgeReadout])
+def test_inputs_of_other_shapes_are_named(kind):
+    readout, y = make(kind, 30, 3), torch.tensor([0, 1])
+    calls = [readout] if kind is ek.DendriticReadout else [readout, lambda x: readout.observe(x, y)]
+    for call in calls:
+        for shape in SHAPES:
+            with pytest.raises(RuntimeError, match=re.escape(f"input: expected shape (M, 30), got {shape}")):
+                call(torch.randn(shape))
+    with pytest.raises(RuntimeError, match="score: expected numbers, got NaN"):
         readout(torch.full((2, 30), math.nan))
-    for y, wanted in (
-        (torch.tensor([0, 3]), r"y: expected labels in \[0, 3\), got 0 to 3"),
-        (torch.tensor([0]), r"y: expected int64 \(2,\), got torch.int64 \(1,\)"),
-        (torch.tensor([0.0, 1.0]), r"y: expected int64 \(2,\), got torch.float32 \(2,\)"),
-    ):
-        with pytest.raises(ValueError, match=wanted):
-            readout.observe(torch.randn(2, 30), y)
+
+
+@pytest.mark.parametrize("kind", [ek.DendriticReadout, ek.PrototypeReadout, ek.RidgeReadout])
+@pytest.mark.parametrize(
+    ("y", "wanted"),
+    [
+        (torch.tensor([0, 3]), "y: expected labels in [0, 3), got 0 to 3"),
+        (torch.tensor([-1, 2]), "y: expected labels in [0, 3), got -1 to 2"),
+        (torch.tensor([0]), "y: expected int64 (2,), got torch.int64 (1,)"),
+        (torch.tensor([[0, 1]]), "y: expected int64 (2,), got torch.int64 (1, 2)"),
+        (torch.tensor(1), "y: expected int64 (2,), got torch.int64 ()"),
+        (torch.tensor([0.0, 1.0]), "y: expected int64 (2,), got torch.float32 (2,)"),
+        ([0, 1], "y: expected int64 (2,), got list"),
+    ],
+)
+def test_labels_that_are_none_are_named_and_nothing_is_counted(kind, y, wanted):
+    readout, x = make(kind, 30, 3), torch.randn(2, 30)
+    before = copy.deepcopy(readout.state_dict())
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        readout.local_loss(readout.activations(x), y) if kind is ek.DendriticReadout else readout.observe(x, y)
+    assert all(torch.equal(value, before[name]) for name, value in readout.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3), (2, 15), (2, 5, 3), (2, 3, 4), (2, 4, 5), (1, 2, 3, 5)])
+def test_activations_of_other_shapes_are_named(shape):
+    readout, y = make(ek.DendriticReadout, 30, 3, segments=5), torch.tensor([0, 1])
+    wanted = f"activations: expected shape (M, 3, 5), as activations(x) gives, got {shape}"
+    with pytest.raises(RuntimeError, match=re.escape(wanted)):
+        readout.local_loss(torch.randn(shape), y)
+    assert readout.wins.sum() == 15
