@@ -55,7 +55,7 @@ def _refuse_zeros(weight: Tensor) -> None:
     whole = (weight != 0).all()
     message = (
         "weight: expected no exact zeros from what computes it (torch.nn.utils.prune, a parametrization, a hook), got "
-        "some; a sign has no zero, so that each would count +1, after prune.remove too; to leave units out use an engram"
+        "some; a sign has no zero, so each would count +1, after prune.remove too; to leave units out use an engram"
     )
     if torch.compiler.is_compiling():
         torch._assert_async(whole, message)
