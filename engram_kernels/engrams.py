@@ -10,7 +10,7 @@ draws what a single process would have drawn.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class ContextEngram(Engram):
         self.num_contexts = check_size("num_contexts", num_contexts)
         self.register_buffer("seed", ops.draw_seed())
         self._context: int | Tensor | None = None
-        self._gates: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._gates: dict[tuple[int, torch.device], tuple[Tensor, Any, Tensor]] = {}
 
     @property
     def context(self) -> int | Tensor | None:
@@ -138,15 +138,16 @@ class ContextEngram(Engram):
             raise ValueError(f"context: expected numbers in [0, {self.num_contexts}), got {value!r}")
         self._context = int(numbers) if numbers.dim() == 0 else numbers
 
+    @torch.inference_mode(False)  # the gates serve later calls, which may need gradients
     def gates(self, k: int, device: torch.device) -> Tensor:
         """The gates of all contexts over ``k`` units, bits (num_contexts, words)."""
-        seed = self.seed.cpu()
+        seed, sizes = self.seed.cpu(), (self.num_contexts, self.rate)
         cached = self._gates.get((k, device))
-        if cached is None or not torch.equal(cached[0], seed):
+        if cached is None or not torch.equal(cached[0], seed) or cached[1] != sizes:
             score = torch.zeros(self.num_contexts, k, dtype=torch.float32, device=device)
-            cached = seed, ops.sample_engram(score, seed, self.rate, temperature=float("inf"))
-            self._gates[k, device] = cached
-        return cached[1]
+            gates = ops.sample_engram(score, seed, self.rate, temperature=float("inf"))
+            cached = self._gates[k, device] = seed.clone(), sizes, gates  # a clone: a write to the seed must show
+        return cached[2]
 
     def forward(self, x: Tensor) -> Recruitment:
         """Floats (M, K), of which only the shape counts."""

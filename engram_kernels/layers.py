@@ -17,7 +17,55 @@ from .hidden_weight import HiddenWeight, as_hidden_weight, sign_bits_of
 INIT_RANGE = 0.05  # hidden weights start uniform in [-0.05, 0.05] (Laborieux et al. 2021)
 
 
-class BinaryEngramLinear(nn.Module):
+class HiddenWeightModule(nn.Module):
+    """A module with a hidden ``weight``, which whatever is assigned to it becomes."""
+
+    weight: HiddenWeight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Makes whatever is assigned to ``weight`` a hidden weight."""
+        super().register_parameter(name, as_hidden_weight(param) if name == "weight" and param is not None else param)
+
+    def _apply(self, fn, recurse=True):
+        """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""
+        super()._apply(fn, recurse)
+        weight = self._parameters.get("weight")  # pruning and parametrization keep it elsewhere
+        if weight is not None:
+            self._parameters["weight"] = as_hidden_weight(weight)
+        return self
+
+    def signed_weight(self) -> tuple[Tensor, Tensor]:
+        """The weight in force, a plain tensor where torch.func or a parametrization puts one, and its packed signs.
+
+        Raises: RuntimeError if it contains NaN, or zeros where something computes it.
+        """
+        weight: Tensor = self.weight
+        if type(weight) is nn.Parameter:  # swapped in past every hook
+            weight = as_hidden_weight(weight)
+        if "weight" not in self._parameters:
+            _refuse_zeros(weight)
+        try:
+            return weight, sign_bits_of(weight)
+        except RuntimeError as error:
+            if not str(error).startswith("x: "):  # what an operator calls whatever it packs
+                raise
+            raise RuntimeError("weight" + str(error)[1:]) from None
+
+
+def _refuse_zeros(weight: Tensor) -> None:
+    """Raises: RuntimeError for a computed weight (N, K) with zeros, as pruning and other masks make them."""
+    whole = (weight != 0).all()
+    message = (
+        "weight: expected no exact zeros from what computes it (torch.nn.utils.prune, a parametrization, a hook), got "
+        "some; a sign has no zero, so each would count +1, after prune.remove too; to leave units out use an engram"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(whole, message)
+    elif not (weight.is_meta or torch._C._are_functorch_transforms_active() or whole):
+        raise RuntimeError(message)
+
+
+class BinaryEngramLinear(HiddenWeightModule):
     """Drop-in for ``nn.Linear`` whose weights and inputs are signs, gated by an engram.
 
     ``y[m, n] = sum over recruited k of sign(x[m, k]) * sign(weight[n, k]) / sqrt(recruited)`` (+ bias), sign(0) = +1
@@ -47,10 +95,9 @@ class BinaryEngramLinear(nn.Module):
 
     Raises: TypeError for an argument of another type; ValueError for sizes below 1, a window of 0 or less, an engram on
     a real-valued input, or a dtype that is not supported; RuntimeError if the input's last dimension is not
-    ``in_features``, its dtype is not one of the three, or it contains NaN.
+    ``in_features``, its dtype is not one of the three, or it or the weight contains NaN, and if something
+    that computes the weight, such as torch.nn.utils.prune, makes zeros, which have no sign.
     """
-
-    weight: HiddenWeight
 
     def __init__(
         self,
@@ -94,26 +141,11 @@ class BinaryEngramLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Makes whatever is assigned to ``weight`` a hidden weight."""
-        super().register_parameter(name, as_hidden_weight(param) if name == "weight" and param is not None else param)
-
-    def _apply(self, fn, recurse=True):
-        """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""
-        super()._apply(fn, recurse)
-        weight = self._parameters.get("weight")  # pruning and parametrization keep it elsewhere
-        if weight is not None:
-            self._parameters["weight"] = as_hidden_weight(weight)
-        return self
-
     def forward(self, x: Tensor) -> Tensor:
         """Floats (*, in_features) -> (*, out_features)."""
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise RuntimeError(f"input: expected shape (*, {self.in_features}), got {tuple(x.shape)}")
-        if type(self.weight) is nn.Parameter:  # swapped in past every hook
-            as_hidden_weight(self.weight)
-        weight = self.weight
-        w_bits = sign_bits_of(weight)
+        weight, w_bits = self.signed_weight()
         consumed = gradient_consumer(weight) is not None
         rows = x.reshape(-1, self.in_features)
         if self.binary_input:

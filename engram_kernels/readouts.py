@@ -12,6 +12,8 @@ is the *centred engram code* ``h = g - rate``, the gate less its mean, so that w
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,8 @@ from .autograd import CodeProduct
 from .checks import check_hidden_dtype, check_number, check_size
 from .engrams import StochasticEngram
 from .fused_backward import gradient_consumer
-from .hidden_weight import HiddenWeight, sign_bits_of
-from .layers import INIT_RANGE
+from .hidden_weight import HiddenWeight
+from .layers import INIT_RANGE, HiddenWeightModule
 
 
 class _Readout(nn.Module):
@@ -49,10 +51,11 @@ class _Readout(nn.Module):
         assert gate_bits is not None
         return gate_bits
 
-    def check_labels(self, x: Tensor, y: Tensor) -> None:
-        """Raises: ValueError unless ``y`` is int64 (M,) with numbers of classes."""
-        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f"y: expected int64 ({x.shape[0]},), got {y.dtype} {tuple(y.shape)}")
+    def check_labels(self, samples: int, y: Tensor) -> None:
+        """Raises: ValueError unless ``y`` is int64 (samples,) with numbers of classes."""
+        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (samples,):
+            got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"y: expected int64 ({samples},), got {got}")
         if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise ValueError(f"y: expected labels in [0, {self.num_classes}), got {int(y.min())} to {int(y.max())}")
 
@@ -61,7 +64,7 @@ class _Readout(nn.Module):
         return f"in_features={self.in_features}, num_classes={self.num_classes}"
 
 
-class DendriticReadout(_Readout):
+class DendriticReadout(HiddenWeightModule, _Readout):
     """A binary output layer with several dendritic segments per class; the most active ones speak for their class.
 
     ``s[m, c, j] = sum_k (g[m, k] - rate) sign(weight[c S + j, k]) / sqrt(recruited)``,
@@ -134,9 +137,9 @@ class DendriticReadout(_Readout):
             recruited = ops.unpack_signs(gate_bits, self.in_features, x.dtype) > 0
             weakest = x.detach().masked_fill(~recruited, math.inf).amin(dim=1, keepdim=True)
             mask_bits = ops.pack_window(x.detach() - weakest, self.ste_window, gate_bits)
-        weight = self.weight
+        weight, w_bits = self.signed_weight()
         consumed = gradient_consumer(weight) is not None
-        y = CodeProduct.apply(x, weight, sign_bits_of(weight), gate_bits, mask_bits, self.rate, consumed)
+        y = CodeProduct.apply(x, weight, w_bits, gate_bits, mask_bits, self.rate, consumed)
         y = y / math.sqrt(self.engram.recruited(self.in_features))
         return y.reshape(-1, self.num_classes, self.segments)
 
@@ -153,8 +156,12 @@ class DendriticReadout(_Readout):
 
         ``winner = argmax_j (s[m, y, j] + conscience (1 - wins[y, j] / mean_j wins[y]))``. In training mode the wins
         are counted. Activations (M, C, S) from :meth:`activations`, labels int64 (M,) -> scalar; 0 if M is 0.
+        Raises: RuntimeError for activations of another shape; ValueError for labels that are none.
         """
-        self.check_labels(activations, y)
+        if activations.dim() != 3 or activations.shape[1:] != (self.num_classes, self.segments):
+            wanted, got = f"(M, {self.num_classes}, {self.segments})", tuple(activations.shape)
+            raise RuntimeError(f"activations: expected shape {wanted}, as activations(x) gives, got {got}")
+        self.check_labels(len(activations), y)
         return pull_loss(activations, y, self.wins, self.conscience, count=self.training)
 
     def extra_repr(self) -> str:
@@ -188,8 +195,9 @@ class PrototypeReadout(_Readout):
     @torch.no_grad()
     def observe(self, x: Tensor, y: Tensor) -> None:
         """Counts the units that samples recruit. Excitabilities, floats (M, K), labels int64 (M,)."""
-        self.check_labels(x, y)
-        _count(self.recruit(x), y, self.counts, self.samples)
+        gate_bits = self.recruit(x)
+        self.check_labels(len(gate_bits), y)
+        _count(gate_bits, y, self.counts, self.samples)
 
     @torch.no_grad()
     def prototypes(self) -> tuple[Tensor, Tensor]:
@@ -210,6 +218,19 @@ class PrototypeReadout(_Readout):
         return y.to(x.dtype).masked_fill(self.samples == 0, -math.inf)
 
 
+class _Solution(NamedTuple):
+    """A solution, and what it was derived from."""
+
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+    gram: weakref.ref[Tensor]
+    gram_version: int
+    gram_diagonal: Tensor
+    counts: Tensor
+    samples: Tensor
+
+
 class RidgeReadout(_Readout):
     """Ridge regression on the engram code from streaming second moments, solved when it is asked.
 
@@ -218,6 +239,10 @@ class RidgeReadout(_Readout):
     regression, with biases that do not depend on how many samples each class has, as in linear discriminants
     (streaming: Hayes and Kanan 2020). The Gram matrix of binary features is counted by the popcount kernel, exactly, so
     neither the order of the samples nor their division into batches and tasks leaves a trace.
+
+    The moments may be changed from outside, as by ``load_state_dict``, or by ``torch.distributed.all_reduce`` of all
+    three, which adds up what processes have seen: the solution is derived anew. Only writes past torch's version
+    counter to ``gram`` alone that leave its diagonal as it was go unnoticed.
 
     Memory: K² + C K + C integers of 4 and 8 bytes: 16 MiB for K = 2048.
 
@@ -229,7 +254,7 @@ class RidgeReadout(_Readout):
 
     Shapes: excitabilities, floats (M, K) -> scores (M, C) in the same dtype; -inf for a class never seen.
     Raises: ValueError for a setting out of range, another engram, or more than 2³¹ - 1 samples; RuntimeError if the
-    input is not (M, K), or contains NaN.
+    input is not (M, K), or contains NaN, and for moments that are not of the same samples.
     """
 
     gram: Tensor
@@ -242,23 +267,25 @@ class RidgeReadout(_Readout):
         self.register_buffer("gram", torch.zeros(in_features, in_features, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(num_classes, in_features, dtype=torch.int64))
         self.register_buffer("samples", torch.zeros(num_classes, dtype=torch.int64))
-        self._solution: tuple[Tensor, Tensor] | None = None
+        self._solution: _Solution | None = None
 
     @torch.no_grad()
     def observe(self, x: Tensor, y: Tensor) -> None:
         """Adds samples to the moments. Excitabilities, floats (M, K), labels int64 (M,). Best in large batches."""
-        self.check_labels(x, y)
+        gate_bits = self.recruit(x)
+        self.check_labels(len(gate_bits), y)
         if int(self.samples.sum()) + len(y) > torch.iinfo(torch.int32).max:
             raise ValueError("samples: expected at most 2**31 - 1 in all, since the Gram matrix is counted in int32")
-        gate_bits = self.recruit(x)
         _count(gate_bits, y, self.counts, self.samples)
         self.gram += engram_gram(gate_bits, self.in_features)
-        self._solution = None
 
+    @torch.compiler.disable  # a compiled graph can't tell whether the moments have changed
+    @torch.inference_mode(False)
     @torch.no_grad()
     def solve(self) -> tuple[Tensor, Tensor]:
         """Weights (C, K) and biases (C,) on gates, float32, from all that was observed."""
-        if self._solution is None:
+        if self._solution is None or not self._is_of_these_moments(self._solution):
+            self._check_moments()
             n = max(1, int(self.samples.sum()))
             mean = self.counts.sum(0).double() / n
             covariance = self.gram.double().div_(n).addr_(mean, mean, alpha=-1)  # in place: k² of 8 bytes
@@ -269,8 +296,43 @@ class RidgeReadout(_Readout):
             del covariance, variance  # before the solution copies the factor
             weight = torch.cholesky_solve(class_means.T, factor).T
             bias = -0.5 * (weight * class_means).sum(1)
-            self._solution = weight.float(), bias.float()
-        return self._solution
+            self._solution = _Solution(
+                weight.float(), bias.float(), self.penalty, weakref.ref(self.gram), _version(self.gram),
+                self.gram.diagonal().clone(), self.counts.clone(), self.samples.clone(),
+            )  # fmt: skip
+        return self._solution.weight, self._solution.bias
+
+    def _is_of_these_moments(self, solution: _Solution) -> bool:
+        """Whether nothing has changed since, by identity, version and, for writes that no version counts, values.
+
+        ``all_reduce`` counts none. Of the Gram matrix the diagonal, ``counts`` summed over the classes, stands for all.
+        """
+        return (
+            solution.penalty == self.penalty
+            and solution.gram() is self.gram
+            and solution.gram_version == _version(self.gram)
+            and torch.equal(solution.gram_diagonal, self.gram.diagonal())
+            and torch.equal(solution.counts, self.counts)
+            and torch.equal(solution.samples, self.samples)
+        )
+
+    def _check_moments(self) -> None:
+        """Raises: RuntimeError unless all three are of the same samples, which it finds in sums that are always equal.
+
+        Some of them summed over processes, and some forgotten, would make a wrong solution.
+        """
+        recruited = self.engram.recruited(self.in_features)
+        if not torch.equal(self.gram.diagonal().long(), self.counts.sum(0)):
+            wrong = "a gram whose diagonal is not the sum of counts"
+        elif not torch.equal(self.counts.sum(1), recruited * self.samples):
+            wrong = f"counts that are not {recruited} units a sample"
+        else:
+            return
+        raise RuntimeError(f"gram, counts, samples: expected moments of the same samples, got {wrong}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles solve for themselves."""
+        return self.__dict__ | {"_solution": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Excitabilities, floats (M, K) -> scores (M, C)."""
@@ -280,9 +342,10 @@ class RidgeReadout(_Readout):
         y = 0.5 * (ops.sign_matmul_t(weight, gate_bits, self.in_features).T + weight.sum(1)) + bias
         return y.to(x.dtype).masked_fill(self.samples == 0, -math.inf)
 
-    def _load_from_state_dict(self, *arguments, **named):
-        super()._load_from_state_dict(*arguments, **named)
-        self._solution = None
+
+def _version(tensor: Tensor) -> int:
+    """Torch's count of writes; tensors made in inference mode have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def segment_scores(activations: Tensor, top_segments: int) -> Tensor:

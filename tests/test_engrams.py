@@ -66,6 +66,40 @@ def test_context_engram_is_fixed_per_context():
     assert torch.equal(other(x).gate_bits, gate)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e, other: e.seed.add_(1),
+        lambda e, other: e.seed.data.add_(1),
+        lambda e, other: e.seed.numpy().__iadd__(1),
+        lambda e, other: e.load_state_dict(other.state_dict()),
+        lambda e, other: e.load_state_dict(other.state_dict(), assign=True),
+        lambda e, other: setattr(e, "rate", 0.5),
+        lambda e, other: setattr(e, "num_contexts", 4),
+    ],
+)
+def test_gates_of_contexts_are_drawn_anew_whoever_changed_what_they_follow_from(change):
+    engram, other = ek.ContextEngram(3, 0.2), ek.ContextEngram(3, 0.2)
+    before = engram.gates(100, torch.device("cpu"))
+    assert engram.gates(100, torch.device("cpu")) is before
+    change(engram, other)
+    fresh = ek.ContextEngram(engram.num_contexts, engram.rate)
+    fresh.load_state_dict(engram.state_dict())
+    drawn = engram.gates(100, torch.device("cpu"))
+    assert torch.equal(drawn, fresh.gates(100, torch.device("cpu")))
+    assert not torch.equal(drawn, before)
+
+
+def test_gates_drawn_while_inferring_serve_training():
+    engram = ek.ContextEngram(2, 0.5)
+    engram.context = 1
+    layer = ek.BinaryEngramLinear(70, 9, engram=engram)
+    with torch.inference_mode():
+        layer(torch.randn(4, 70))
+    layer(torch.randn(4, 70)).sum().backward()
+    assert layer.weight.grad is not None
+
+
 @pytest.mark.parametrize("make", [lambda: ek.StochasticEngram(0.1), lambda: ek.BernoulliEngram(0.1)])
 def test_manual_seed_reproduces_whatever_the_threads(make):
     x, before, drawn = torch.randn(64, 300), torch.get_num_threads(), []

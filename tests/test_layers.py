@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import engram_kernels as ek
 from engram_kernels.reference import _unpack
@@ -208,10 +208,89 @@ def test_weights_stay_hidden_weights_through_conversions(how):
     torch.testing.assert_close(layer.weight.detach(), before)
 
 
-def test_a_pruned_or_parametrized_layer_moves_and_trains():
-    pruned = prune.random_unstructured(unscaled(70, 9), "weight", 0.5)
+class _Masked(nn.Module):
+    """A mask as a parametrization: half the synapses are 0."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, weight):
+        return weight * self.mask
+
+
+def _prune(layer):
+    return prune.random_unstructured(layer, "weight", 0.5)
+
+
+def _parametrize(layer):
+    parametrize.register_parametrization(layer, "weight", _Masked((torch.rand(layer.weight.shape) > 0.5).float()))
+    return layer
+
+
+def _hook(layer):
+    real, mask = layer.weight.detach().clone(), (torch.rand(layer.weight.shape) > 0.5).float()
+    del layer.weight
+    layer.register_forward_pre_hook(lambda module, _: setattr(module, "weight", real * mask))
+    return layer
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mask", [_prune, _parametrize, _hook])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: unscaled(70, 9),
+        lambda: unscaled(70, 9, binary_input=False),
+        lambda: ek.DendriticReadout(70, 3, 3, engram=ek.StochasticEngram(0.5)),
+    ],
+)
+def test_pruned_synapses_are_refused(make, mask, compiled):
+    """As signs they would all count +1."""
+    layer, x = mask(make()), torch.randn(4, 70)
+    if compiled:
+        layer = torch.compile(layer, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"weight: expected no exact zeros from what computes it .*prune"):
+        layer(x)
+
+
+def test_zeros_of_a_weight_itself_are_signs():
+    layer = unscaled(70, 9)
+    nn.init.zeros_(layer.weight)
+    x = torch.randn(4, 70)
+    assert torch.equal(layer(x), sign(x).sum(1, keepdim=True).expand(4, 9))
+    swapped = torch.func.functional_call(layer, {"weight": torch.zeros(9, 70)}, x)
+    assert torch.equal(swapped, layer(x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: unscaled(70, 9),
+        lambda: unscaled(70, 9, binary_input=False),
+        lambda: ek.DendriticReadout(70, 3, 3, engram=ek.StochasticEngram(0.5)),
+    ],
+)
+def test_nan_in_weights_and_nan_in_the_input_are_told_apart(make):
+    layer, x = make(), torch.randn(4, 70)
+    nan = torch.full((), math.nan)
+    if getattr(layer, "binary_input", True):
+        with pytest.raises(RuntimeError, match=r"\A(x|score): expected"):
+            layer(x * nan)
+    with torch.no_grad():
+        layer.weight[1, 2] = nan
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"\Aweight: expected numbers, got NaN"):
+            layer(x)
+    with torch.no_grad():
+        layer.weight[1, 2] = 1.0
+    assert layer(x).isfinite().all()
+
+
+def test_a_parametrized_layer_moves_and_trains():
+    unpruned = prune.random_unstructured(unscaled(70, 9), "weight", 0)
     parametrized = parametrizations.orthogonal(unscaled(70, 9))
-    for layer in (pruned, parametrized):
+    for layer in (unpruned, parametrized):
         layer = layer.to(torch.float32)
         x = torch.randn(4, 70)
         y = layer(x)

@@ -1,6 +1,9 @@
 """Read-outs: what they compute and learn is what their formulas say, and counted ones keep no trace of the order."""
 
+import copy
 import math
+import pickle
+import re
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engram_kernels as ek
+from engram_kernels.hidden_weight import HiddenWeight
 from engram_kernels.readouts import engram_gram
 
 sizes = st.integers(1, 70)
@@ -70,6 +74,31 @@ def test_the_update_within_the_backward_pass_gives_the_same_weights(state_dtype)
             optimizer.zero_grad()
         weights.append(readout.weight.detach().clone())
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda r: r.load_state_dict(copy.deepcopy(r.state_dict()), assign=True),
+        lambda r: setattr(r, "weight", torch.nn.Parameter(r.weight.detach().clone())),
+        lambda r: r.to(torch.bfloat16).float(),
+        lambda r: r._parameters.update(weight=torch.nn.Parameter(r.weight.detach().clone())) or r(torch.randn(1, 64)),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_weights_of_segments_stay_hidden_weights(how, overwrite):
+    """Otherwise the optimizer would take them for others, and train them by plain Adam."""
+    readout = make(ek.DendriticReadout, 64, 3, segments=2)
+    try:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+        how(readout)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert isinstance(readout.weight, HiddenWeight)
+    before = readout.weight.detach().clone()
+    readout.weight.grad = before.sign()
+    ek.MetaplasticAdam(readout.parameters(), metaplasticity=1e6).step()  # every step would shrink |W|: none may
+    torch.testing.assert_close(readout.weight.detach(), before)
 
 
 def test_all_segments_that_speak_learn_from_a_loss_on_the_logits():
@@ -196,6 +225,106 @@ def test_state_dict_restores_the_scores(kind):
     assert torch.equal(readouts[0](x), readouts[1](x))
 
 
+def add_past_the_version_counter(tensor, other):
+    """As ``torch.distributed.all_reduce`` does."""
+    tensor.numpy().__iadd__(other.numpy())
+
+
+def assign_buffers(readout, other):
+    for name in MOMENTS:
+        setattr(readout, name, getattr(other, name).clone())
+
+
+MOMENTS = ("gram", "counts", "samples")
+CHANGES = {
+    "observed": lambda own, other, x, y: own.observe(x[100:], y[100:]),
+    "copied": lambda own, other, x, y: [getattr(own, name).copy_(getattr(other, name)) for name in MOMENTS],
+    "loaded": lambda own, other, x, y: own.load_state_dict(other.state_dict()),
+    "loaded and assigned": lambda own, other, x, y: own.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
+    "assigned": lambda own, other, x, y: assign_buffers(own, other),
+    "summed": lambda own, other, x, y: [getattr(own, n).add_(getattr(other, n)) for n in MOMENTS],
+    "summed past the version counter": lambda own, other, x, y: [
+        add_past_the_version_counter(getattr(own, n), getattr(other, n)) for n in MOMENTS
+    ],
+    "gram off the diagonal": lambda own, other, x, y: own.gram[1, 0].sub_(1),
+    "moved": lambda own, other, x, y: own.to("meta").to_empty(device="cpu").load_state_dict(other.state_dict()),
+    "another penalty": lambda own, other, x, y: setattr(own, "penalty", 0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "inference"),
+    [
+        (change, inference)
+        for change in CHANGES
+        for inference in (False, True)
+        if (change, inference) != ("gram off the diagonal", True)
+    ],  # tensors of inference have no version counter
+)
+def test_a_solution_is_derived_anew_whoever_changed_the_moments(change, inference):
+    x, y = clusters()
+    with torch.inference_mode(inference):
+        asked, other = (make(ek.RidgeReadout, 96, 4) for _ in range(2))
+        asked.observe(x[:100], y[:100])
+        other.observe(x[60:], y[60:])
+        before = asked(x)
+        assert asked.solve()[0] is asked.solve()[0], "nothing has changed"
+        CHANGES[change](asked, other, x, y)
+        fresh = make(ek.RidgeReadout, 96, 4, penalty=asked.penalty)
+        fresh.load_state_dict(asked.state_dict())
+        assert torch.equal(asked(x), fresh(x))
+        assert not torch.equal(asked(x), before)
+
+
+@pytest.mark.parametrize("names", [["gram"], ["counts"], ["samples"], ["gram", "counts"], ["counts", "samples"]])
+def test_moments_of_which_some_were_summed_are_refused(names):
+    x, y = clusters()
+    asked, other = (make(ek.RidgeReadout, 96, 4) for _ in range(2))
+    asked.observe(x[:100], y[:100])
+    other.observe(x[60:], y[60:])
+    asked(x)
+    for name in names:
+        add_past_the_version_counter(getattr(asked, name), getattr(other, name))
+    with pytest.raises(RuntimeError, match="gram, counts, samples: expected moments of the same samples, got"):
+        asked(x)
+    for name in set(MOMENTS) - set(names):
+        add_past_the_version_counter(getattr(asked, name), getattr(other, name))
+    both = make(ek.RidgeReadout, 96, 4)
+    both.observe(torch.cat([x[:100], x[60:]]), torch.cat([y[:100], y[60:]]))
+    assert torch.equal(asked(x), both(x))
+
+
+def test_moments_swapped_in_for_a_call_give_their_own_solution():
+    x, y = clusters()
+    readout, other = (make(ek.RidgeReadout, 96, 4) for _ in range(2))
+    readout.observe(x[:100], y[:100])
+    other.observe(x[60:], y[60:])
+    before = readout(x)
+    assert torch.equal(torch.func.functional_call(readout, other.state_dict(), x), other(x))
+    assert torch.equal(readout(x), before)
+
+
+def test_copies_and_pickles_of_a_solved_readout_have_solutions_of_their_own():
+    x, y = clusters()
+    readout = make(ek.RidgeReadout, 96, 4)
+    readout.observe(x[:100], y[:100])
+    before = readout(x)
+    copies = copy.deepcopy(readout), pickle.loads(pickle.dumps(readout)), copy.copy(readout)
+    assert all(torch.equal(one(x), before) for one in copies)
+    copies[0].observe(x[100:], y[100:])
+    assert torch.equal(readout(x), before)
+    assert not torch.equal(copies[0](x), before)
+
+
+def test_a_compiled_ridge_solves_anew():
+    x, y = clusters()
+    readout = make(ek.RidgeReadout, 96, 4)
+    compiled = torch.compile(readout, backend="eager")
+    for part in range(0, 240, 60):
+        readout.observe(x[part : part + 60], y[part : part + 60])
+        assert torch.equal(compiled(x), readout(x))
+
+
 @pytest.mark.parametrize("kind", [ek.DendriticReadout, ek.PrototypeReadout, ek.RidgeReadout])
 def test_no_samples(kind):
     readout = make(kind, 30, 3)
@@ -243,16 +372,46 @@ def test_bad_settings(make_it, wanted):
         make_it(ek.StochasticEngram(0.1))
 
 
-def test_bad_inputs():
-    readout = make(ek.PrototypeReadout, 30, 3)
-    with pytest.raises(RuntimeError, match=r"input: expected shape \(M, 30\), got \(2, 31\)"):
-        readout(torch.randn(2, 31))
-    with pytest.raises(RuntimeError, match="NaN"):
+SHAPES = [(), (30,), (2, 31), (2, 3, 30)]
+
+
+@pytest.mark.parametrize("kind", [ek.DendriticReadout, ek.PrototypeReadout, ek.RidgeReadout])
+def test_inputs_of_other_shapes_are_named(kind):
+    readout, y = make(kind, 30, 3), torch.tensor([0, 1])
+    calls = [readout] if kind is ek.DendriticReadout else [readout, lambda x: readout.observe(x, y)]
+    for call in calls:
+        for shape in SHAPES:
+            with pytest.raises(RuntimeError, match=re.escape(f"input: expected shape (M, 30), got {shape}")):
+                call(torch.randn(shape))
+    with pytest.raises(RuntimeError, match="score: expected numbers, got NaN"):
         readout(torch.full((2, 30), math.nan))
-    for y, wanted in (
-        (torch.tensor([0, 3]), r"y: expected labels in \[0, 3\), got 0 to 3"),
-        (torch.tensor([0]), r"y: expected int64 \(2,\), got torch.int64 \(1,\)"),
-        (torch.tensor([0.0, 1.0]), r"y: expected int64 \(2,\), got torch.float32 \(2,\)"),
-    ):
-        with pytest.raises(ValueError, match=wanted):
-            readout.observe(torch.randn(2, 30), y)
+
+
+@pytest.mark.parametrize("kind", [ek.DendriticReadout, ek.PrototypeReadout, ek.RidgeReadout])
+@pytest.mark.parametrize(
+    ("y", "wanted"),
+    [
+        (torch.tensor([0, 3]), "y: expected labels in [0, 3), got 0 to 3"),
+        (torch.tensor([-1, 2]), "y: expected labels in [0, 3), got -1 to 2"),
+        (torch.tensor([0]), "y: expected int64 (2,), got torch.int64 (1,)"),
+        (torch.tensor([[0, 1]]), "y: expected int64 (2,), got torch.int64 (1, 2)"),
+        (torch.tensor(1), "y: expected int64 (2,), got torch.int64 ()"),
+        (torch.tensor([0.0, 1.0]), "y: expected int64 (2,), got torch.float32 (2,)"),
+        ([0, 1], "y: expected int64 (2,), got list"),
+    ],
+)
+def test_labels_that_are_none_are_named_and_nothing_is_counted(kind, y, wanted):
+    readout, x = make(kind, 30, 3), torch.randn(2, 30)
+    before = copy.deepcopy(readout.state_dict())
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        readout.local_loss(readout.activations(x), y) if kind is ek.DendriticReadout else readout.observe(x, y)
+    assert all(torch.equal(value, before[name]) for name, value in readout.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3), (2, 15), (2, 5, 3), (2, 3, 4), (2, 4, 5), (1, 2, 3, 5)])
+def test_activations_of_other_shapes_are_named(shape):
+    readout, y = make(ek.DendriticReadout, 30, 3, segments=5), torch.tensor([0, 1])
+    wanted = f"activations: expected shape (M, 3, 5), as activations(x) gives, got {shape}"
+    with pytest.raises(RuntimeError, match=re.escape(wanted)):
+        readout.local_loss(torch.randn(shape), y)
+    assert readout.wins.sum() == 15
