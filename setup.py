@@ -1,7 +1,9 @@
 """Builds engram_kernels/_C.abi3.so: each CPU kernel file once per instruction set, the CUDA kernels, the bindings.
 
 Environment:
-    ENGRAM_BUILD_JOBS   compilers at once (default: the number of cores)
+    CXX                 the C++ compiler, with a launcher before it or options behind it, as in "ccache g++"
+    ENGRAM_BUILD_JOBS   compilers at once (default: MAX_JOBS, as for torch's extensions, or the cores of this process)
+    ENGRAM_SANITIZE     sanitizers to build with, as in "address,undefined": .ci/sanitize (default: none)
     ENGRAM_CUDA         auto: CUDA kernels where nvcc is found (default); 1: insist on them; 0: leave them out
     ENGRAM_CUDA_ARCHS   architectures, as in "80;90a;120+PTX" (default: all that this nvcc knows of ours)
     CUDA_HOME           the CUDA toolkit, if nvcc is neither on PATH nor in an installed nvidia-cuda-nvcc wheel
@@ -13,6 +15,7 @@ linked in.
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -44,6 +47,8 @@ KERNEL_FLAGS = [
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
 ]  # fmt: skip
 
+# Of sanitizers: every fault ends the process, and its report names functions. -O1 builds in a third of the time.
+SANITIZER_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 
 CUDA_ARCHITECTURES = ["75", "80", "86", "89", "90a", "100", "120+PTX"]
 # No contraction, as above: sampling draws the same numbers as on the CPU.
@@ -56,6 +61,34 @@ NVCC_FLAGS = [
     "-Xfatbin",
     "-compress-all",
 ]
+
+
+def compiler_words() -> list[str]:
+    """The C++ compiler of CXX, split like a shell does: a launcher may come before it, options behind it."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def host_compiler_flags(words: list[str]) -> list[str]:
+    """What tells nvcc of the C++ compiler, of which it wants the program alone: launchers are left out."""
+    options = [word for word in words if word.startswith("-")]
+    program = next(word for word in reversed(words) if word not in options)
+    return ["-ccbin", program, *(flag for option in options for flag in ("-Xcompiler", option))]
+
+
+def build_jobs() -> int:
+    """Compilers at once: ENGRAM_BUILD_JOBS, else MAX_JOBS, else the cores that this process may run on."""
+    for name in ("ENGRAM_BUILD_JOBS", "MAX_JOBS"):
+        if value := os.environ.get(name):
+            if not value.isdecimal() or int(value) < 1:
+                raise SystemExit(f"{name}: expected a number of at least 1, got {value!r}")
+            return int(value)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sanitizer_flags() -> list[str]:
+    """Flags of the sanitizers that ENGRAM_SANITIZE asks for, to compile and to link with."""
+    wanted = os.environ.get("ENGRAM_SANITIZE")
+    return [f"-fsanitize={wanted}", *SANITIZER_FLAGS] if wanted else []
 
 
 def find_nvcc() -> Path | None:
@@ -118,61 +151,71 @@ def isa_flags() -> dict[str, list[str]]:
     return ISA_FLAGS.get(machine, {"scalar": []})
 
 
+def kernel_commands(folder: Path) -> dict[Path, list[str]]:
+    """The object of every CPU kernel file and instruction set, in ``folder``, and the command that compiles it."""
+    commands = {}
+    for isa, flags in isa_flags().items():
+        macros = [f"-DENGRAM_ISA={isa}", f"-DENGRAM_ISA_{isa.upper()}"]
+        for name in KERNELS:
+            source, target = CSRC / "cpu" / f"{name}.cpp", folder / isa / f"{name}.o"
+            files = ["-c", str(source), "-o", str(target), f"-I{CSRC}"]
+            commands[target] = [*compiler_words(), *files, *KERNEL_FLAGS, *macros, *flags, *sanitizer_flags()]
+    return commands
+
+
+def cuda_command(nvcc: Path, target: Path) -> list[str]:
+    """The command that compiles all CUDA kernels."""
+    files = ["-c", str(CSRC / "cuda" / "launch.cu"), "-o", str(target), f"-I{CSRC}"]
+    host = host_compiler_flags(compiler_words())
+    return [str(nvcc), *files, *host, "--threads", str(build_jobs()), *NVCC_FLAGS, *architecture_flags(nvcc)]
+
+
 class BuildKernels(BuildExtension):
     """Adds the kernel objects, which need flags of their own, to torch's build of the bindings."""
 
     def build_extension(self, ext):
         """Compile the kernels, then let torch compile and link the rest."""
-        compiler = os.environ.get("CXX", "c++")
-        jobs = int(os.environ.get("ENGRAM_BUILD_JOBS", os.cpu_count() or 1))
-        commands = []
-        if NVCC is not None:
-            target = Path(self.build_temp) / "launch.cu.o"
+        folder, nvcc = Path(self.build_temp), cuda_compiler()
+        if nvcc is not None:
+            target = folder / "launch.cu.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             ext.extra_objects.append(str(target))
-            ext.extra_link_args += [f"-L{cuda_libraries(NVCC)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            ext.extra_link_args += [f"-L{cuda_libraries(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
             ext.extra_link_args += ["-Wl,--exclude-libs,ALL"]
-            source = CSRC / "cuda" / "launch.cu"
-            self.spawn([
-                str(NVCC), "-c", str(source), "-o", str(target), f"-I{CSRC}", "-ccbin", compiler,
-                "--threads", str(jobs), *NVCC_FLAGS, *architecture_flags(NVCC),
-            ])  # fmt: skip
-        for isa, flags in isa_flags().items():
-            folder = Path(self.build_temp) / isa
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in KERNELS:
-                source, target = CSRC / "cpu" / f"{name}.cpp", folder / f"{name}.o"
-                macros = [f"-DENGRAM_ISA={isa}", f"-DENGRAM_ISA_{isa.upper()}"]
-                commands.append(
-                    [compiler, "-c", str(source), "-o", str(target), f"-I{CSRC}", *KERNEL_FLAGS, *macros, *flags]
-                )
-                ext.extra_objects.append(str(target))
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(self.spawn, commands))
+            self.spawn(cuda_command(nvcc, target))
+        commands = kernel_commands(folder)
+        for target in commands:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            ext.extra_objects.append(str(target))
+        with ThreadPoolExecutor(build_jobs()) as pool:
+            list(pool.map(self.spawn, commands.values()))
         ext.depends += ext.extra_objects  # so that it is linked anew
         super().build_extension(ext)
 
 
-NVCC = cuda_compiler()
-extension = CppExtension(
-    "engram_kernels._C",
-    [
-        str(CSRC / "bindings.cpp"),
-        str(CSRC / "cpu" / "launch.cpp"),
-        *([str(CSRC / "cuda" / "no_cuda.cpp")] if NVCC is None else []),
-    ],
-    include_dirs=[str(CSRC)],
-    depends=sorted(
-        str(path) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")
-    ),  # for sdist and rebuilds
-    py_limited_api=True,
-    define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
-    extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden"]},
-)
-extension.libraries = ["c10", "torch_cpu"]  # what the Stable ABI needs, and nothing that only some builds of torch have
+def bindings() -> CppExtension:
+    """The extension but for its kernels."""
+    without_cuda = [] if cuda_compiler() else [str(CSRC / "cuda" / "no_cuda.cpp")]
+    extension = CppExtension(
+        "engram_kernels._C",
+        [str(CSRC / "bindings.cpp"), str(CSRC / "cpu" / "launch.cpp"), *without_cuda],
+        include_dirs=[str(CSRC)],
+        depends=sorted(
+            str(path) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")
+        ),  # for sdist and rebuilds
+        py_limited_api=True,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
+        extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", *sanitizer_flags()]},
+        extra_link_args=sanitizer_flags(),
+    )
+    # what the Stable ABI needs, and nothing that only some builds of torch have
+    extension.libraries = ["c10", "torch_cpu"]
+    return extension
 
-setup(
-    ext_modules=[extension],
-    cmdclass={"build_ext": BuildKernels.with_options(use_ninja=False, no_python_abi_suffix=False)},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+
+if __name__ == "__main__":  # as builders run it; the tests import it
+    setup(
+        ext_modules=[bindings()],
+        cmdclass={"build_ext": BuildKernels.with_options(use_ninja=False, no_python_abi_suffix=False)},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

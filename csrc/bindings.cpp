@@ -123,14 +123,18 @@ struct Place {
   bool cuda, cpu;
   int32_t index;
 };
-Place place_of(const Tensor& t) { return {t.is_cuda(), t.is_cpu(), t.is_cuda() ? t.get_device_index() : 0}; }
+// None arrives as an undefined tensor.
+Place place_of(const char* name, const Tensor& t) {
+  require(t.defined(), name, ": expected a tensor, got None");
+  return {t.is_cuda(), t.is_cpu(), t.is_cuda() ? t.get_device_index() : 0};
+}
 std::ostream& operator<<(std::ostream& text, const Place& place) {
   if (place.cuda) return text << "cuda:" << place.index;
   return text << (place.cpu ? "cpu" : "another device");
 }
 
 void check_place(const char* name, const Tensor& t, const Place& place) {
-  const Place own = place_of(t);
+  const Place own = place_of(name, t);
   require(own.cuda == place.cuda && own.cpu == place.cpu && own.index == place.index, name, ": expected a tensor on ",
           place, " like the other arguments, got one on ", own);
 }
@@ -150,6 +154,13 @@ void check_matrix(const char* name, const Tensor& t, const Place& place) {
 // Products are int32, so K must fit one.
 void check_k(int64_t k) { require(k >= 1 && k <= INT32_MAX, "k: expected 1 to 2^31 - 1, got ", k); }
 
+// The same of a size that comes with a tensor.
+void check_units(const char* name, const Tensor& t) {
+  const int64_t units = t.dim() == 0 ? 0 : t.size(t.dim() - 1);
+  require(units >= 1 && units <= INT32_MAX, name, ": expected 1 to 2^31 - 1 units in the last dimension, got ",
+          describe(t));
+}
+
 // Packed rows of k units, two-dimensional.
 void check_packed(const char* name, const Tensor& t, int64_t k, const Place& place) {
   check_place(name, t, place);
@@ -168,16 +179,25 @@ int64_t check_gate(const char* name, const Tensor& t, int64_t samples, int64_t k
   return shared ? 0 : words;
 }
 
+bool aligned(const Tensor& t, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0; }
+
+// Contiguous, and aligned to its own dtype, which a view of bytes or of a mapped file need not be.
+Tensor as_contiguous(const Tensor& t) {
+  const Tensor contiguous = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return aligned(contiguous, static_cast<uintptr_t>(t.element_size())) ? contiguous : torch::stable::clone(contiguous);
+}
+
 struct Seed {
   uint64_t key;
   uint32_t offset;
 };
 
 Seed check_seed(const Tensor& seed) {
-  require(seed.is_cpu(), "seed: expected a CPU tensor, got one on ", place_of(seed));
+  const Place place = place_of("seed", seed);
+  require(place.cpu, "seed: expected a CPU tensor, got one on ", place);
   require(seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 2,
           "seed: expected int64 (2,), the Philox key and offset, got ", describe(seed));
-  const Tensor contiguous = seed.is_contiguous() ? seed : torch::stable::contiguous(seed);
+  const Tensor contiguous = as_contiguous(seed);
   const auto* words = static_cast<const int64_t*>(contiguous.const_data_ptr());
   require(words[1] >= 0 && words[1] <= 0xFFFFFFFF, "seed: expected an offset in [0, 2^32), got ", words[1]);
   return {static_cast<uint64_t>(words[0]), static_cast<uint32_t>(words[1])};
@@ -203,14 +223,6 @@ engram::cuda::Element cuda_element(ScalarType dtype) {
          : dtype == ScalarType::BFloat16 ? engram::cuda::Element::kBFloat16
          : dtype == ScalarType::Half     ? engram::cuda::Element::kFloat16
                                          : engram::cuda::Element::kUint8;
-}
-
-bool aligned(const Tensor& t, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0; }
-
-// Contiguous, and aligned to its own dtype, which a view of bytes or of a mapped file need not be.
-Tensor as_contiguous(const Tensor& t) {
-  const Tensor contiguous = t.is_contiguous() ? t : torch::stable::contiguous(t);
-  return aligned(contiguous, static_cast<uintptr_t>(t.element_size())) ? contiguous : torch::stable::clone(contiguous);
 }
 
 // Contiguous, and on CUDA 16-byte aligned, which a view into other words need not be.
@@ -363,10 +375,9 @@ std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
 // ---- operators
 
 Tensor pack_signs(const Tensor& x) {
-  const Place place = place_of(x);
+  const Place place = place_of("x", x);
   check_floats("x", x, place);
-  require(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x: expected at least 1 unit in the last dimension, got ",
-          describe(x));
+  check_units("x", x);
   const Tensor in = as_contiguous(x);
   const int64_t k = in.size(in.dim() - 1);
   Tensor bits = new_tensor(with_last(in, words_for(k)), ScalarType::Long, place);
@@ -385,10 +396,10 @@ Tensor pack_signs(const Tensor& x) {
 }
 
 Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bits) {
-  const Place place = place_of(x);
+  const Place place = place_of("x", x);
   check_matrix("x", x, place);
+  check_units("x", x);
   const int64_t rows = x.size(0), k = x.size(1);
-  check_k(k);
   require(width > 0, "width: expected above 0, got ", width);
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, rows, k, place) : 0;
   const Tensor in = as_float32(x);
@@ -408,7 +419,7 @@ Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bit
 
 Tensor unpack_signs(const Tensor& bits, int64_t k, ScalarType dtype) {
   check_k(k);
-  const Place place = place_of(bits);
+  const Place place = place_of("bits", bits);
   require(bits.scalar_type() == ScalarType::Long && bits.dim() >= 1 && bits.size(bits.dim() - 1) == words_for(k),
           "bits: expected int64 of shape (..., ", words_for(k), ") for k = ", k, ", got ", describe(bits));
   struct Pattern {
@@ -478,7 +489,7 @@ void cuda_binary_matmul(const Place& place, engram::cuda::BinaryMatmul p) {
 
 Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std::optional<Tensor> gate_bits) {
   check_k(k);
-  const Place place = place_of(x_bits);
+  const Place place = place_of("x_bits", x_bits);
   check_packed("x_bits", x_bits, k, place);
   check_packed("w_bits", w_bits, k, place);
   const int64_t M = x_bits.size(0), N = w_bits.size(0);
@@ -500,18 +511,18 @@ Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std:
 Tensor binary_threshold(const Tensor& x_bits, const Tensor& w_bits, int64_t k, const Tensor& threshold,
                         const Tensor& flip, std::optional<Tensor> gate_bits) {
   check_k(k);
-  const Place place = place_of(x_bits);
+  const Place place = place_of("x_bits", x_bits);
   check_packed("x_bits", x_bits, k, place);
   check_packed("w_bits", w_bits, k, place);
   const int64_t M = x_bits.size(0), N = w_bits.size(0);
-  check_k(N);
-  const auto check_units = [&](const char* name, const Tensor& t, ScalarType dtype) {
+  require(N >= 1 && N <= INT32_MAX, "w_bits: expected 1 to 2^31 - 1 rows, got ", describe(w_bits));
+  const auto check_by_row = [&](const char* name, const Tensor& t, ScalarType dtype) {
     check_place(name, t, place);
     require(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == N, name, ": expected ", dtype_name(dtype), " (", N,
             ",), one for each row of w_bits, got ", describe(t));
   };
-  check_units("threshold", threshold, ScalarType::Int);
-  check_units("flip", flip, ScalarType::Bool);
+  check_by_row("threshold", threshold, ScalarType::Int);
+  check_by_row("flip", flip, ScalarType::Bool);
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, k, place) : 0;
   const Tensor x = as_packed(x_bits), w = as_packed(w_bits);
   const Tensor thresholds = as_contiguous(threshold), flips = as_contiguous(flip);
@@ -533,7 +544,7 @@ Tensor binary_threshold(const Tensor& x_bits, const Tensor& w_bits, int64_t k, c
 
 Tensor sign_matmul(const Tensor& a, const Tensor& w_bits, int64_t k) {
   check_k(k);
-  const Place place = place_of(a);
+  const Place place = place_of("a", a);
   check_matrix("a", a, place);
   check_packed("w_bits", w_bits, k, place);
   const int64_t M = a.size(0), N = w_bits.size(0);
@@ -550,7 +561,7 @@ Tensor sign_matmul(const Tensor& a, const Tensor& w_bits, int64_t k) {
 
 Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
   check_k(k);
-  const Place place = place_of(x);
+  const Place place = place_of("x", x);
   const bool exact = x.scalar_type() == ScalarType::Byte;
   if (!exact) check_matrix("x", x, place);
   check_packed("w_bits", w_bits, k, place);
@@ -568,7 +579,7 @@ Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
 
 Tensor masked_input_grad(const Tensor& d, const Tensor& w_bits, int64_t k, const Tensor& mask_bits) {
   check_k(k);
-  const Place place = place_of(d);
+  const Place place = place_of("d", d);
   check_matrix("d", d, place);
   check_packed("w_bits", w_bits, k, place);
   const int64_t M = d.size(0), N = w_bits.size(0);
@@ -593,7 +604,7 @@ Tensor masked_input_grad(const Tensor& d, const Tensor& w_bits, int64_t k, const
 }
 
 Tensor gated_input_grad(const Tensor& d, const Tensor& w_bits, const Tensor& x, std::optional<Tensor> gate_bits) {
-  const Place place = place_of(d);
+  const Place place = place_of("d", d);
   check_matrix("d", d, place);
   check_matrix("x", x, place);
   require(x.size(0) == d.size(0), "x: expected ", d.size(0), " samples like d, got ", describe(x));
@@ -602,7 +613,7 @@ Tensor gated_input_grad(const Tensor& d, const Tensor& w_bits, const Tensor& x, 
 
 Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::optional<Tensor> gate_bits) {
   check_k(k);
-  const Place place = place_of(d);
+  const Place place = place_of("d", d);
   check_matrix("d", d, place);
   check_packed("x_bits", x_bits, k, place);
   const int64_t M = d.size(0), N = d.size(1);
@@ -630,10 +641,10 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
 
 Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool bernoulli, double temperature,
                      int64_t first_row) {
-  const Place place = place_of(score);
+  const Place place = place_of("score", score);
   check_matrix("score", score, place);
+  check_units("score", score);
   const int64_t M = score.size(0), K = score.size(1);
-  check_k(K);
   const Seed key = check_seed(seed);
   require(rate > 0 && rate <= 1, "rate: expected in (0, 1], got ", rate);
   require(temperature == 0 || temperature >= 1e-6, "temperature: expected 0 or at least 1e-6, got ", temperature);
@@ -712,13 +723,14 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
                                           double weight_bound, std::optional<Tensor>& exp_avg_scale,
                                           std::optional<Tensor>& exp_avg_sq_scale, const std::optional<Tensor>& seed,
                                           int64_t first_row, std::initializer_list<Named> read) {
-  const Place place = place_of(weight);
+  const Place place = place_of("weight", weight);
+  check_place("exp_avg", exp_avg, place);
   const ScalarType weight_dtype = weight.scalar_type(), state_dtype = exp_avg.scalar_type();
   require(weight_dtype == ScalarType::Float || weight_dtype == ScalarType::BFloat16,
           "weight: expected float32 or bfloat16, got ", describe(weight));
   require(weight.dim() == 2, "weight: expected 2 dimensions, got ", describe(weight));
+  check_units("weight", weight);
   const int64_t N = weight.size(0), K = weight.size(1);
-  check_k(K);
   const auto check = [&](const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns) {
     check_place(name, t, place);
     require(t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected ",
@@ -789,7 +801,7 @@ engram::cpu::MetaplasticAdam check_update(Tensor& weight, Tensor& exp_avg, Tenso
 }
 
 void check_grad(const Tensor& grad, const Tensor& weight) {
-  check_place("grad", grad, place_of(weight));
+  check_place("grad", grad, place_of("weight", weight));
   require((grad.scalar_type() == ScalarType::Float || grad.scalar_type() == weight.scalar_type()) && grad.dim() == 2 &&
               grad.size(0) == weight.size(0) && grad.size(1) == weight.size(1),
           "grad: expected float32 or the weight's dtype, in the weight's shape ", describe(weight), ", got ",
@@ -817,6 +829,7 @@ void metaplastic_adam_(Tensor weight, const Tensor& grad, Tensor exp_avg, Tensor
                        double weight_decay, double metaplasticity, int64_t step, double weight_bound,
                        std::optional<Tensor> exp_avg_scale, std::optional<Tensor> exp_avg_sq_scale,
                        std::optional<Tensor> seed, int64_t first_row) {
+  check_place("grad", grad, place_of("weight", weight));
   const Tensor g = as_contiguous(grad);
   engram::cpu::MetaplasticAdam p =
       check_update(weight, exp_avg, exp_avg_sq, sign_bits, lr, beta1, beta2, eps, weight_decay, metaplasticity, step,
@@ -834,9 +847,11 @@ void gated_metaplastic_adam_(const Tensor& d, const Tensor& x_bits, std::optiona
                              double beta1, double beta2, double eps, double weight_decay, double metaplasticity,
                              int64_t step, double weight_bound, std::optional<Tensor> exp_avg_scale,
                              std::optional<Tensor> exp_avg_sq_scale, std::optional<Tensor> seed, int64_t first_row) {
-  const Place place = place_of(weight);
+  const Place place = place_of("weight", weight);
   check_matrix("d", d, place);
-  const int64_t M = d.size(0), N = d.size(1), K = weight.dim() == 2 ? weight.size(1) : 0;
+  require(weight.dim() == 2, "weight: expected 2 dimensions, got ", describe(weight));
+  check_units("weight", weight);
+  const int64_t M = d.size(0), N = d.size(1), K = weight.size(1);
   check_packed("x_bits", x_bits, K, place);
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, K, place) : 0;
   const Tensor in = as_float32(d), x = as_packed(x_bits);

@@ -21,20 +21,24 @@ def _require(condition: Any, name: str, expected: str, got: Any) -> None:
     torch._check(condition, lambda: f"{name}: expected {expected}, got {shown}")
 
 
+def _check_tensor(name: str, x: Tensor | None) -> None:
+    _require(x is not None, name, "a tensor", None)
+
+
 def _check_same_device(**tensors: Tensor | None) -> None:
-    first = next(iter(tensors))
-    place = tensors[first].device  # type: ignore[union-attr]
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _require(tensor.device == place, name, f"a tensor on {place} like {first}", f"one on {tensor.device}")
+    places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first, place = next(iter(places.items()))
+    for name, own in places.items():
+        _require(own == place, name, f"a tensor on {place} like {first}", f"one on {own}")
 
 
-def _check_k(name: str, k: Any) -> None:
-    _require(k >= 1, name, "1 to 2^31 - 1", k)
-    _require(k <= 2**31 - 1, name, "1 to 2^31 - 1", k)
+def _check_k(k: Any) -> None:
+    _require(k >= 1, "k", "1 to 2^31 - 1", k)
+    _require(k <= 2**31 - 1, "k", "1 to 2^31 - 1", k)
 
 
 def _check_floats(name: str, x: Tensor) -> None:
+    _check_tensor(name, x)
     _require(x.dtype in _FLOATS, name, "float32, bfloat16 or float16", x)
 
 
@@ -43,8 +47,16 @@ def _check_matrix(name: str, x: Tensor) -> None:
     _require(x.dim() == 2, name, "2 dimensions", x)
 
 
+def _check_units(name: str, x: Tensor) -> None:
+    expected = "1 to 2^31 - 1 units in the last dimension"
+    _require(x.dim() >= 1, name, expected, x)
+    _require(x.shape[-1] >= 1, name, expected, x)
+    _require(x.shape[-1] <= 2**31 - 1, name, expected, x)
+
+
 def _check_packed(name: str, bits: Tensor, k: Any) -> None:
-    _check_k("k", k)
+    _check_tensor(name, bits)
+    _check_k(k)
     expected = f"int64 of shape (rows, {words_for(k)}) for k = {k}"
     _require(bits.dtype == torch.int64 and bits.dim() == 2, name, expected, bits)
     _require(bits.shape[1] == words_for(k), name, expected, bits)
@@ -62,6 +74,7 @@ def _check_gate(name: str, bits: Tensor | None, samples: Any, k: Any) -> None:
 
 
 def _check_seed(seed: Tensor) -> None:
+    _check_tensor("seed", seed)
     _require(seed.device.type == "cpu", "seed", "a CPU tensor", f"one on {seed.device}")
     shaped = seed.dtype == torch.int64 and seed.dim() == 1 and seed.shape[0] == 2
     _require(shaped, "seed", "int64 (2,), the Philox key and offset", seed)
@@ -70,21 +83,22 @@ def _check_seed(seed: Tensor) -> None:
 @torch.library.register_fake("engram_kernels::pack_signs")
 def _(x):
     _check_floats("x", x)
-    _require(x.dim() >= 1, "x", "at least 1 unit in the last dimension", x)
-    _require(x.shape[-1] >= 1, "x", "at least 1 unit in the last dimension", x)
+    _check_units("x", x)
     return x.new_empty((*x.shape[:-1], words_for(x.shape[-1])), dtype=torch.int64)
 
 
 @torch.library.register_fake("engram_kernels::kept_sign_bits")
 def _(weight):
-    return weight.new_empty((weight.shape[0], words_for(weight.shape[1])), dtype=torch.int64)
+    _check_floats("weight", weight)
+    _check_units("weight", weight)
+    return weight.new_empty((*weight.shape[:-1], words_for(weight.shape[-1])), dtype=torch.int64)
 
 
 @torch.library.register_fake("engram_kernels::pack_window")
 def _(x, width=1.0, gate_bits=None):
     _check_same_device(x=x, gate_bits=gate_bits)
     _check_matrix("x", x)
-    _check_k("k", x.shape[1])
+    _check_units("x", x)
     _require(width > 0, "width", "above 0", width)
     _check_gate("gate_bits", gate_bits, *x.shape)
     return x.new_empty((x.shape[0], words_for(x.shape[1])), dtype=torch.int64)
@@ -92,7 +106,7 @@ def _(x, width=1.0, gate_bits=None):
 
 @torch.library.register_fake("engram_kernels::unpack_signs")
 def _(bits, k, dtype):
-    _check_k("k", k)
+    _check_k(k)
     expected = f"int64 of shape (..., {words_for(k)}) for k = {k}"
     _require(bits.dtype == torch.int64 and bits.dim() >= 1, "bits", expected, bits)
     _require(bits.shape[-1] == words_for(k), "bits", expected, bits)
@@ -116,9 +130,11 @@ def _(x_bits, w_bits, k, threshold, flip, gate_bits=None):
     _check_packed("x_bits", x_bits, k)
     _check_packed("w_bits", w_bits, k)
     n = w_bits.shape[0]
-    _check_k("k", n)
+    _require(n >= 1, "w_bits", "1 to 2^31 - 1 rows", w_bits)
+    _require(n <= 2**31 - 1, "w_bits", "1 to 2^31 - 1 rows", w_bits)
     for name, tensor, dtype in (("threshold", threshold, torch.int32), ("flip", flip, torch.bool)):
         expected = f"{dtype} ({n},), one for each row of w_bits"
+        _check_tensor(name, tensor)
         _require(tensor.dtype == dtype and tensor.dim() == 1, name, expected, tensor)
         _require(tensor.shape[0] == n, name, expected, tensor)
     _check_gate("gate_bits", gate_bits, x_bits.shape[0], k)
@@ -137,6 +153,7 @@ def _(a, w_bits, k):
 @torch.library.register_fake("engram_kernels::sign_matmul_t")
 def _(x, w_bits, k):
     _check_same_device(x=x, w_bits=w_bits)
+    _check_tensor("x", x)
     exact = x.dtype == torch.uint8
     if not exact:
         _check_matrix("x", x)
@@ -154,6 +171,7 @@ def _(d, w_bits, x, gate_bits=None):
     _check_matrix("d", d)
     _check_matrix("x", x)
     _require(x.shape[0] == d.shape[0], "x", f"{d.shape[0]} samples like d", x)
+    _check_units("x", x)
     _check_packed("w_bits", w_bits, x.shape[1])
     _require(d.shape[1] == w_bits.shape[0], "d", f"shape (M, {w_bits.shape[0]}) to meet the rows of w_bits", d)
     _check_gate("gate_bits", gate_bits, *x.shape)
@@ -166,6 +184,7 @@ def _(d, w_bits, k, mask_bits):
     _check_matrix("d", d)
     _check_packed("w_bits", w_bits, k)
     _require(d.shape[1] == w_bits.shape[0], "d", f"shape (M, {w_bits.shape[0]}) to meet the rows of w_bits", d)
+    _check_tensor("mask_bits", mask_bits)
     _check_gate("mask_bits", mask_bits, d.shape[0], k)
     return d.new_empty((d.shape[0], k))
 
@@ -188,7 +207,7 @@ def _():
 @torch.library.register_fake("engram_kernels::sample_engram")
 def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0):
     _check_matrix("score", score)
-    _check_k("k", score.shape[1])
+    _check_units("score", score)
     _check_seed(seed)
     _require(0 < rate <= 1, "rate", "in (0, 1]", rate)
     _require(temperature == 0 or temperature >= 1e-6, "temperature", "0 or at least 1e-6", temperature)
@@ -207,10 +226,12 @@ def _check_update(
     seed=None,
     **_numbers,  # compiled graphs hold these, and the operator checks them when it runs
 ):
+    for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _check_tensor(name, tensor)
     _require(weight.dtype in (torch.float32, torch.bfloat16), "weight", "float32 or bfloat16", weight)
     _require(weight.dim() == 2, "weight", "2 dimensions", weight)
+    _check_units("weight", weight)
     n, k = weight.shape
-    _check_k("k", k)
     scaled, blocks = exp_avg.dtype == torch.int8, -(-k // SCALE_BLOCK)
     _require(
         exp_avg.dtype in (torch.float32, torch.bfloat16, torch.int8), "exp_avg", "float32, bfloat16 or int8", exp_avg
@@ -242,6 +263,7 @@ def _(weight, grad, exp_avg, exp_avg_sq, sign_bits, *, exp_avg_scale=None, exp_a
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "sign_bits": sign_bits}
     _check_same_device(weight=weight, grad=grad, **state, **scales)
     _check_update(weight, **state, **scales, **settings)
+    _check_tensor("grad", grad)
     alike = grad.dtype in (torch.float32, weight.dtype) and grad.shape == weight.shape
     _require(alike, "grad", f"float32 or the weight's dtype, in the weight's shape {tuple(weight.shape)}", grad)
 

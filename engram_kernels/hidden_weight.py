@@ -110,11 +110,11 @@ class HiddenWeight(nn.Parameter):
         """Packed signs of the current values, int64 (N, words). Not to be written to."""
         with torch._C.DisableTorchFunctionSubclass():
             if self.device.type == "meta":
-                return ops.pack_signs(self.detach())
+                return _pack(self.detach())
             if not self._is_fresh():
                 self._exposed, version = False, self._writes()  # before packing: another thread may write meanwhile
                 with torch.inference_mode(False), torch.no_grad():
-                    self._bits = ops.pack_signs(self)
+                    self._bits = _pack(self)
                 self._mark_fresh(version)
             assert self._bits is not None
             return self._bits
@@ -140,6 +140,14 @@ class HiddenWeight(nn.Parameter):
         """Pickles values only; the signs are packed again when needed."""
         with torch._C.DisableTorchFunctionSubclass():
             return _rebuild, (self.detach(), self.requires_grad)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """Signs of a weight (N, K), or of a batch of them. Raises: RuntimeError that names the weight."""
+    try:
+        return ops.pack_signs(weight)
+    except RuntimeError as error:
+        raise RuntimeError(str(error).replace("x:", "weight:", 1)) from None
 
 
 def _rebuild(values: Tensor, requires_grad: bool) -> HiddenWeight:
@@ -170,13 +178,13 @@ def sign_bits_of(weight: Tensor) -> Tensor:
     """Packed signs (N, words) of a layer's weight (N, K), in whose place torch.func puts plain tensors."""
     if torch.compiler.is_compiling():
         return operators.kept_sign_bits(weight)
-    return weight.sign_bits() if isinstance(weight, HiddenWeight) else ops.pack_signs(weight.detach())
+    return weight.sign_bits() if isinstance(weight, HiddenWeight) else _pack(weight.detach())
 
 
 def _kept_sign_bits(weight: Tensor) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         if not isinstance(weight, nn.Parameter):
-            return ops.pack_signs(weight)
+            return _pack(weight)
         return as_hidden_weight(weight).sign_bits().clone()  # compiled graphs may write to what their operators return
 
 

@@ -283,5 +283,5 @@ def test_parameters_of_a_hidden_weight(weight):
 
 def test_a_nan_weight_is_refused(weight):
     weight.data[2, 3] = float("nan")
-    with pytest.raises(RuntimeError, match="NaN, which has no sign"):
+    with pytest.raises(RuntimeError, match="^weight: expected numbers, got NaN, which has no sign"):
         weight.sign_bits()

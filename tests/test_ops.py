@@ -666,7 +666,21 @@ def bad_calls():
     return {
         "pack float64": (lambda: ops.pack_signs(x.double()), r"x: expected float32.*got float64 \(4, 70\)"),
         "pack int": (lambda: ops.pack_signs(x.int()), r"x: expected float32.*got int32"),
-        "pack scalar": (lambda: ops.pack_signs(torch.tensor(1.0)), "x: expected at least 1 unit"),
+        "pack scalar": (lambda: ops.pack_signs(torch.tensor(1.0)), "x: expected 1 to .* units in the last dim"),
+        "pack nothing": (lambda: ops.pack_window(x[:, :0]), r"x: expected 1 to .* units .* got float32 \(4, 0\)"),
+        "None": (lambda: ops.binary_matmul(None, w_bits, k), "x_bits: expected a tensor, got None"),
+        "None among others": (
+            lambda: ops.masked_input_grad(d, w_bits, k, None),
+            "mask_bits: expected a tensor, got None",
+        ),
+        "None on meta": (
+            lambda: ops.binary_matmul(None, w_bits.to("meta"), k),
+            "x_bits: expected a tensor, got None",
+        ),
+        "None to update": (
+            lambda: ops.metaplastic_adam_(update[0], None, *update[2:], **ADAM),
+            "grad: expected a tensor, got None",
+        ),
         "pack NaN": (lambda: ops.pack_signs(nan), "x: .*NaN"),
         "pack NaN bf16": (lambda: ops.pack_signs(nan.bfloat16()), "x: .*NaN"),
         "unpack k": (lambda: ops.unpack_signs(x_bits, 300), r"bits: .*\(\.\.\., 6\).*got int64 \(4, 2\)"),
