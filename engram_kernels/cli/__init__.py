@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..continual.compare import end_with_parent
+from ..continual.progress import JsonProgress
 from ..continual.streams import readable, standard_streams
 from . import compare, info, train
 from .console import EXIT_INTERRUPTED, EXIT_USER_ERROR, PROGRAM, Parser, message_of, print_error
@@ -31,14 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, *, for_comparison: bool = False) -> int:
+def main(arguments: Sequence[str] | None = None, *, reports: JsonProgress | None = None) -> int:
     """Run the command line; returns the exit code (argparse itself exits with 0 or 2).
 
-    ``for_comparison`` is True in a process that `compare` began, see :func:`train_for_comparison`.
+    ``reports`` is the progress of a process that `compare` began, see :func:`train_for_comparison`.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with standard_streams() as (stdout, _):
-        code = _run(arguments, for_comparison)
+        code = _run(arguments, reports)
         stdout.flush()
         if stdout.failure is not None:
             print_error(f"standard output can't be written ({stdout.failure})")
@@ -47,20 +49,25 @@ def main(arguments: Sequence[str] | None = None, *, for_comparison: bool = False
 
 
 def train_for_comparison(arguments: Sequence[str]) -> int:
-    """``train`` in a process that `compare` began: it ends with that, and speaks to it in UTF-8.
+    """``train`` in a process that `compare` began and that ends with it.
 
-    What it may resume and can't read it begins anew, since nobody is there to ask.
+    Its standard output is the channel of its reports (see `JsonProgress`) and carries nothing else. Damaged files of an
+    earlier run make it begin anew, since nobody is there to ask.
     """
     end_with_parent()
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
-    return main(["train", *arguments], for_comparison=True)
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        return main(["train", *arguments], reports=JsonProgress(channel))
 
 
-def _run(arguments: list[str], for_comparison: bool) -> int:
+def _run(arguments: list[str], reports: JsonProgress | None) -> int:
     options = build_parser().parse_args(arguments)
     options.command_line = readable(shlex.join([PROGRAM, *arguments]))
-    options.for_comparison = for_comparison
+    options.reports = reports
     try:
         code: int = options.run(options)
         return code
@@ -70,5 +77,7 @@ def _run(arguments: list[str], for_comparison: bool) -> int:
     except Exception as error:
         if (message := message_of(error)) is None:
             raise
+        if reports is not None:
+            reports.failed(message)
         print_error(message)
         return EXIT_USER_ERROR

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         plan.output,
         own="output" in options,
         of=lambda output: {plan.folder(seed, output): plan.config_of(seed) for seed in plan.seeds},
-        wait_seconds=_WAIT_SECONDS if options.for_comparison else 0.0,
+        wait_seconds=_WAIT_SECONDS if options.reports is not None else 0.0,
     )
     with claim:
         if output != plan.output:
@@ -153,7 +153,7 @@ class _Training(NamedTuple):
             try:
                 metrics = _complete(self.plan, seed, self.options)
             except DamagedFileError:
-                if not self.options.for_comparison:
+                if self.options.reports is None:
                     raise
                 continue
             if metrics is not None:
@@ -175,7 +175,7 @@ class _Training(NamedTuple):
         try:
             return self._train(seed, self.options.resume)
         except DamagedFileError as error:
-            if not self.options.for_comparison:
+            if self.options.reports is None:
                 raise
             warn(f"{error}; it begins anew")
             return self._train(seed, resume=False)
@@ -197,7 +197,7 @@ class _Training(NamedTuple):
         method, result = training.run(
             plan.datasets,
             seed=seed,
-            progress=NoProgress() if self.options.quiet else default_progress(),
+            progress=self.options.reports or (NoProgress() if self.options.quiet else default_progress()),
             memory=self.memory,
             checkpoint=checkpoint,
             **plan.arguments,
