@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..continual import folders, report, training
+from ..continual import folders, plots, report, training
 from ..continual.checkpoint import Checkpoint
 from ..continual.files import DamagedFileError, sweep, write_atomically
 from ..continual.memory import MemoryMeter
@@ -166,7 +166,7 @@ class _Training(NamedTuple):
         print(f"{folder} is complete: nothing is left to train", flush=True)
         result = report.result_of(metrics)
         self._print(result)
-        if not (folder / report.PICTURE_FILE).exists():
+        if not (folder / plots.PICTURE_FILE).exists():
             self._draw(folder, metrics)
         return result
 
@@ -234,9 +234,9 @@ class _Training(NamedTuple):
         if not self.picture:
             return
         try:
-            print(f"wrote {report.write_picture(folder, metrics, chance=self.plan.chance)}")
+            print(f"wrote {plots.write_picture(folder, metrics, chance=self.plan.chance)}")
         except Exception as error:  # matplotlib has as many kinds as there are surroundings
-            warn(f"{folder / report.PICTURE_FILE} can't be drawn ({one_line(error)}); its numbers are written")
+            warn(f"{folder / plots.PICTURE_FILE} can't be drawn ({one_line(error)}); its numbers are written")
 
 
 def _complete(plan: Plan, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -261,7 +261,7 @@ def _complete(plan: Plan, seed: int, options: argparse.Namespace) -> dict[str, A
 def can_draw() -> bool:
     """Whether matplotlib works; a warning says why not, since the numbers are worth having without a picture."""
     try:
-        report.require_matplotlib()
+        plots.require_matplotlib()
     except Exception as error:  # of whatever a broken installation raises
         warn(f"{one_line(error)}; going on without the picture")
         return False
