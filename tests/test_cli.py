@@ -435,7 +435,7 @@ def test_a_finished_run_is_complete(npz, capsys, monkeypatch):
     assert "out is complete: nothing is left to train" in printed
     assert table in printed
     assert Path("out/metrics.json").read_bytes() == before
-    assert cli._can_draw() == Path("out/report.png").exists()
+    assert cli.train.can_draw() == Path("out/report.png").exists()
     assert train(npz, "--output", "out", "--resume", "--save-model") == 2
     refused(capsys, ["save_model", "out"])
 
@@ -620,7 +620,7 @@ def test_options_of_a_comparison_reach_every_run_as_they_are():
     ]  # fmt: skip
     own = ["--hidden", "7", "--balanced", "--ste-window", "2.5"]
     options = cli.build_parser().parse_args(["compare", *common, "--methods", f"x=engram {' '.join(own)}"])
-    plan = cli._plans(options)["x"]
+    plan = cli.compare.plans_of(options)["x"]
     run = ["train", *plan.arguments, "--threads", str(plan.threads), "--seed", "0"]
     wanted, got = (
         vars(cli.build_parser().parse_args(a)) for a in (["train", *common, *own, "--method", "engram"], run)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import math
 import os
 import platform
 import queue
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,14 +23,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from . import html, report
 from .checkpoint import Checkpoint, OtherOptionsError, check_same_options, plain
+from .extras import MissingExtraError
 from .files import write_atomically
 from .folders import check_free, numbered
-from .progress import Told, told
-from .streams import cells, fitted, padded, readable, terminal_width
+from .progress import ProgressState, replay, step_bar
+from .streams import cells, fitted, padded, readable
 
 COMPARISON_FILE = "compare.json"
 PAGE_FILE = "report.html"
@@ -55,7 +54,7 @@ _TRAIN = (sys.executable, "-c", _LAUNCHER, str(Path(__file__).parents[1]))
 _EXIT_INTERRUPTED = 130
 _EXIT_ORPHANED = 137
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-_KEPT_LINES = 20  # of what a failed process said last
+_KEPT_LINES = 20  # of a failed process's stderr
 
 
 @dataclass
@@ -72,9 +71,9 @@ class Run:
         status: ``waiting``, ``running``, ``complete``, ``interrupted`` or ``failed``.
         kept: whether it was complete before.
         error: why it failed, in one line.
-        output: what its process said last.
+        output: the last lines of its process's stderr.
         metrics: the content of its ``metrics.json``, if complete or interrupted.
-        told: where it was when it last told, at ``told_at``.
+        progress: the state that its process reported last.
     """
 
     label: str
@@ -88,8 +87,7 @@ class Run:
     error: str = ""
     output: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
     metrics: dict[str, Any] | None = None
-    told: Told | None = None
-    told_at: float = 0.0
+    progress: ProgressState = field(default_factory=ProgressState)
     started: float = 0.0
     process: subprocess.Popen[str] | None = None
 
@@ -102,17 +100,6 @@ class Run:
     def seconds(self) -> float:
         """Since its process began."""
         return time.monotonic() - self.started
-
-    @property
-    def remaining_seconds(self) -> float | None:
-        """By what it told; None before that."""
-        if self.told is None or self.told.remaining_seconds is None:
-            return None
-        return max(0.0, self.told.remaining_seconds - (time.monotonic() - self.told_at))
-
-    def hear(self, news: Told) -> None:
-        """Takes up where it is."""
-        self.told, self.told_at = news, time.monotonic()
 
     def keep(self) -> None:
         """Takes over the numbers that an earlier comparison with the same options left complete."""
@@ -127,10 +114,11 @@ class Run:
             check_same_options(metrics["config"], plain(self.config), self.folder)
         return metrics
 
-    def start(self, tell: Callable[[str | None], None]) -> None:
+    def start(self, put: Callable[[str, str], None]) -> None:
         """Starts its process, which goes on from a checkpoint with the same options.
 
-        ``tell`` gets its lines and at last None, from another thread.
+        ``put`` gets, from other threads, ``("report", line)`` for every line of the process's stdout (see `replay`),
+        ``("text", line)`` for one of its stderr, and at last ``("end", "")``.
         """
         resume = False
         with contextlib.suppress(ValueError, OSError):  # damaged or of other options: it begins anew
@@ -140,7 +128,7 @@ class Run:
         process = self.process = subprocess.Popen(
             [*command, "--resume"] if resume else command,
             stdin=subprocess.PIPE,  # open as long as this process lives, see `end_with_parent`
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
@@ -148,14 +136,33 @@ class Run:
             start_new_session=True,
         )
 
-        def listen() -> None:
-            assert process.stderr is not None
-            with process.stderr:
-                for line in process.stderr:
-                    tell(line)
-            tell(None)
+        def read(stream: IO[str], kind: str) -> None:
+            with stream:
+                for line in stream:
+                    put(kind, line)
 
-        threading.Thread(target=listen, daemon=True).start()
+        assert process.stdout is not None and process.stderr is not None
+        reports = threading.Thread(target=read, args=(process.stdout, "report"), daemon=True)
+        errors = process.stderr
+
+        def read_all() -> None:
+            reports.start()
+            read(errors, "text")
+            reports.join()
+            put("end", "")
+
+        threading.Thread(target=read_all, daemon=True).start()
+
+    def report(self, line: str) -> str | None:
+        """Takes a report of its process; returns the kind of report, None for a line that is none."""
+        try:
+            fields = replay(line, self.progress)
+        except (ValueError, TypeError, KeyError):
+            self.output.append(line)
+            return None
+        if fields["event"] == "failed":
+            self.error = str(fields["message"])
+        return str(fields["event"])
 
     def command(self) -> list[str]:
         """The arguments of ``engram-kernels train``."""
@@ -163,7 +170,7 @@ class Run:
         return [*self.arguments, *threads, "--seed", str(self.seed), "--output", str(self.folder)]
 
     def end(self, interrupted: bool) -> None:
-        """Takes up what its process left, once that has said its last."""
+        """Takes the results of its process, which has closed its streams."""
         assert self.process is not None and self.process.stdin is not None
         code = self.process.wait()
         self.process.stdin.close()
@@ -176,13 +183,12 @@ class Run:
             except (ValueError, OSError) as error:  # of an earlier run perhaps, if this one wrote nothing
                 if self.status == "complete":
                     self.status, self.error = "failed", str(error)
-        elif self.status == "failed":
-            said = [line for line in self.output if line.strip()]
-            named = [line for line in said if "error:" in line] or said or ["it said nothing"]
-            self.error = re.sub(r"^engram-kernels: error: ", "", named[-1].strip())
-            if code < 0:
-                with contextlib.suppress(ValueError):
-                    self.error = f"killed by {signal.Signals(-code).name}"
+        elif code < 0 and self.status == "failed":
+            self.error = f"killed by signal {-code}"
+            with contextlib.suppress(ValueError):
+                self.error = f"killed by {signal.Signals(-code).name}"
+        elif self.status == "failed" and not self.error:  # a fault of the program: the last line of its traceback
+            self.error = next((line.strip() for line in reversed(self.output) if line.strip()), "it gave no reason")
 
     def send(self, number: int) -> None:
         """Sends its process a signal, if it still runs."""
@@ -205,7 +211,7 @@ def run_all(runs: Sequence[Run], jobs: int, display: Display, changed: Callable[
     Returns:
         False if it was interrupted.
     """
-    events: queue.SimpleQueue[tuple[Run, str | None] | None] = queue.SimpleQueue()  # None: interrupted
+    events: queue.SimpleQueue[tuple[Run, str, str] | None] = queue.SimpleQueue()  # None: interrupted
     waiting, running = deque[Run](), list[Run]()
     interrupts = 0
     display.begin(runs)
@@ -220,7 +226,7 @@ def run_all(runs: Sequence[Run], jobs: int, display: Display, changed: Callable[
             while running or (waiting and not interrupts):
                 while waiting and len(running) < jobs and not interrupts:
                     run = waiting.popleft()
-                    run.start(lambda line, run=run: events.put((run, line)))  # type: ignore[misc]
+                    run.start(lambda kind, line, run=run: events.put((run, kind, line)))  # type: ignore[misc]
                     running.append(run)
                 display.redraw(running)
                 try:
@@ -233,17 +239,16 @@ def run_all(runs: Sequence[Run], jobs: int, display: Display, changed: Callable[
                     for run in running:
                         run.send(signal.SIGINT if interrupts == 1 else signal.SIGKILL)
                     continue
-                run, line = event
-                if line is None:
+                run, kind, line = event
+                if kind == "end":
                     run.end(interrupts > 0)
                     running.remove(run)
                     display.over(run)
                     changed()
-                elif (news := told(line)) is not None:
-                    run.hear(news)
-                    display.news(run)
-                else:
+                elif kind == "text":
                     run.output.append(line)
+                elif run.report(line) in ("resumed", "learned"):
+                    display.learned(run)
         finally:
             for run in running:  # only if something here went wrong
                 run.send(signal.SIGKILL)
@@ -267,26 +272,23 @@ def _interrupts(put: Callable[[], None]) -> Iterator[None]:
 
 
 class Display:
-    """Tells a person, a line for every event: for logs.
+    """Progress of a comparison for a person, a line for every event: for logs.
 
     Args:
         stream: by default stderr.
-        quiet: only failures and interrupts are told.
+        quiet: only failures and interrupts are shown.
     """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._quiet = quiet
-        self._runs: Sequence[Run] = ()
 
     def begin(self, runs: Sequence[Run]) -> None:
         """All runs there are."""
-        self._runs = runs
 
-    def news(self, run: Run) -> None:
-        """A run has learned a task."""
-        if run.told is not None:
-            self._write(f"{run.name}: {_where(run.told)}; {_time(run)}")
+    def learned(self, run: Run) -> None:
+        """A run has learned a task, or goes on after one."""
+        self._write(f"{run.name}: {_tasks(run.progress)}; {_time(run)}")
 
     def over(self, run: Run) -> None:
         """A run has come to its end, or was complete before."""
@@ -301,68 +303,74 @@ class Display:
             self._write(f"{run.name}: {when}{result}")
 
     def interrupted(self) -> None:
-        """The user asked to stop."""
-        self._write("interrupted: waiting for what runs to write what it has learned (interrupt again to kill)", True)
+        """The comparison was asked to stop."""
+        self._write("interrupted: waiting for the runs to write what they have learned (interrupt again to kill)", True)
 
     def redraw(self, running: Sequence[Run]) -> None:
         """Called several times a second."""
 
     def end(self) -> None:
-        """Nothing more will be told."""
+        """Nothing more will be shown."""
 
     def _write(self, line: str, always: bool = False) -> None:
         if always or not self._quiet:
             print(line, file=self._stream, flush=True)
 
 
-class LiveDisplay(Display):
-    """For terminals: a bar for every run in progress and one over all, drawn in place; what is over stays above."""
+class BarDisplay(Display):
+    """For terminals: a tqdm bar for every run in progress and one over all; the lines of ended runs stay above.
+
+    Raises:
+        MissingExtraError: without tqdm.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__(stream)
-        self._drawn = 0
+        self._all = step_bar(self._stream, None, unit="run")
+        self._bars: dict[str, Any] = {}
 
-    def news(self, run: Run) -> None:
+    def begin(self, runs: Sequence[Run]) -> None:
+        """Draws the bar over all runs."""
+        self._all.reset(total=len(runs))
+        self._all.set_description("runs")
+
+    def learned(self, run: Run) -> None:
         """The bar shows it."""
 
     def redraw(self, running: Sequence[Run]) -> None:
         """Draws the bars."""
-        # a full last column would make some terminals break the line
-        width = (terminal_width(self._stream) or shutil.get_terminal_size().columns) - 1
-        over = sum(run.status not in ("waiting", "running") for run in self._runs)
-        failed = sum(run.status == "failed" for run in self._runs)
-        share = sum(_share(run) for run in running)
-        lines = [
-            f"{_bar((over + share) / max(1, len(self._runs)))} {over} of {len(self._runs)} runs"
-            + (f", {failed} failed" if failed else "")
-        ]
-        name = max((cells(run.name) for run in running), default=0)
         for run in running:
-            where = "starting" if run.told is None else _where(run.told)
-            lines.append(f"{_bar(_share(run))} {padded(run.name, name)}  {where}; {_time(run)}")
-        self._clear()
-        self._stream.write("".join(f"{fitted(line, width)}\n" for line in lines))
-        self._stream.flush()
-        self._drawn = len(lines)
+            if run.name not in self._bars:
+                self._bars[run.name] = step_bar(self._stream, None)
+                self._bars[run.name].set_description(run.name, refresh=False)
+            bar = self._bars[run.name]
+            bar.total, bar.initial = run.progress.steps or None, run.progress.steps_before
+            bar.n = run.progress.steps_taken
+            bar.set_postfix_str(_tasks(run.progress) if run.progress.tasks else "starting")  # which draws it
+
+    def over(self, run: Run) -> None:
+        """Takes the run's bar away and writes its line."""
+        if (bar := self._bars.pop(run.name, None)) is not None:
+            bar.close()
+        super().over(run)
+        self._all.update()
+        self._all.refresh()
 
     def end(self) -> None:
-        """Takes the bars away."""
-        self._clear()
-        self._stream.flush()
-
-    def _clear(self) -> None:
-        if self._drawn:
-            self._stream.write(f"\x1b[{self._drawn}F\x1b[J")  # up so many lines, and erase from there on
-            self._drawn = 0
+        """Takes all bars away."""
+        for bar in (*self._bars.values(), self._all):
+            bar.close()
 
     def _write(self, line: str, always: bool = False) -> None:
-        self._clear()
-        super()._write(line, always)
+        self._all.write(line, file=self._stream)
 
 
 def default_display(quiet: bool = False) -> Display:
-    """Bars on a terminal, lines elsewhere."""
-    return LiveDisplay() if not quiet and sys.stderr.isatty() else Display(quiet=quiet)
+    """Bars on a terminal, lines elsewhere or without tqdm."""
+    if not quiet and sys.stderr.isatty():
+        with contextlib.suppress(MissingExtraError):
+            return BarDisplay()
+    return Display(quiet=quiet)
 
 
 def content_of(runs: Sequence[Run], about: dict[str, Any]) -> dict[str, Any]:
@@ -508,30 +516,20 @@ def table(content: dict[str, Any], width: int | None = None) -> str:
     )
 
 
-def _where(news: Told) -> str:
-    accuracy = "" if news.accuracy is None else f", {news.accuracy:.1%} on them"
-    return f"{news.learned} of {news.tasks} tasks{accuracy}"
-
-
-def _share(run: Run) -> float:
-    return 0.0 if run.told is None else run.told.learned / run.told.tasks
+def _tasks(progress: ProgressState) -> str:
+    accuracy = "" if progress.accuracy is None else f", {progress.accuracy:.1%} on them"
+    return f"{progress.tasks_learned} of {progress.tasks} tasks{accuracy}"
 
 
 def _time(run: Run) -> str:
-    remaining = run.remaining_seconds
-    if remaining is None:
-        return _duration(run.seconds)
-    if run.told is not None and run.told.learned == run.told.tasks:
+    if run.progress.tasks_learned == run.progress.tasks:
         return f"{_duration(run.seconds)}, writing its results"
-    return f"{_duration(run.seconds)}, {_duration(remaining)} remain"
+    if run.progress.steps_taken == run.progress.steps_before:  # it has learned nothing yet
+        return _duration(run.seconds)
+    return f"{_duration(run.seconds)}, {_duration(run.progress.remaining_seconds)} remain"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _bar(share: float, cells: int = 20) -> str:
-    full = math.floor(cells * min(1.0, max(0.0, share)))
-    return f"[{'#' * full}{'.' * (cells - full)}]"

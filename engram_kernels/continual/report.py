@@ -1,40 +1,31 @@
-"""What a run leaves: ``metrics.json``, one picture ``report.png``, and a table for the terminal.
+"""The results of a run: ``metrics.json``, and a table for the terminal. The picture is drawn by `plots`.
 
 Files are written beside their place and renamed into it (see `files`), so that a reader never sees half of one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
 import platform
 import statistics
-import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from .checkpoint import plain
-from .extras import require
 from .files import DamagedFileError, read_within, reason, write_atomically
 from .metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting, forward_transfer
+from .plots import percent
 from .training import TrainingResult
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 METRICS_FILE = "metrics.json"
-PICTURE_FILE = "report.png"
 
 _LARGEST_METRICS_BYTES = 2**28  # a matrix of 3000 tasks
 _NUMBER = (float, int, type(None))
@@ -62,9 +53,6 @@ _OF_MATRIX = {
     "forgetting": forgetting,
 }
 
-# Up to so many tasks every cell of the heat map carries its number, and every line its label.
-_ANNOTATED_TASKS = 20
-_LABELLED_TASKS = 12
 _TABLE_TASKS = 12
 
 
@@ -180,9 +168,9 @@ def table(matrix: AccuracyMatrix, tasks_completed: int | None = None, width: int
         if all(value is None or math.isnan(value) for value in row):
             break
         average = average_accuracy(matrix[: i + 1])
-        cells = "".join(f"{_percent(value):>9}" for value in (row if every else row[i : i + 1]))
+        cells = "".join(f"{percent(value):>9}" for value in (row if every else row[i : i + 1]))
         when = "after" if tasks_completed is None or i < tasks_completed else "in"
-        lines.append(f"{f'{when} task {i + 1}':<16}{cells}  {_percent(average):>{len(last)}}")
+        lines.append(f"{f'{when} task {i + 1}':<16}{cells}  {percent(average):>{len(last)}}")
     return "\n".join(lines)
 
 
@@ -190,9 +178,9 @@ def summary(result: TrainingResult, width: int | None = None) -> str:
     """The numbers below the table, one a line, folded where a terminal has fewer than that many columns."""
     matrix = result.accuracy_matrix
     rows = [
-        ("average accuracy", f"{_percent(average_accuracy(matrix))} %"),
-        ("backward transfer", f"{_percent(backward_transfer(matrix), signed=True)} points"),
-        ("forgetting", f"{_percent(forgetting(matrix))} points"),
+        ("average accuracy", f"{percent(average_accuracy(matrix))} %"),
+        ("backward transfer", f"{percent(backward_transfer(matrix), signed=True)} points"),
+        ("forgetting", f"{percent(forgetting(matrix))} points"),
         ("time per step", f"{result.step_milliseconds:.2f} ms (median of {result.steps} steps)"),
         ("peak memory", _memory(result)),
     ]
@@ -239,234 +227,6 @@ def seeds_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_picture(directory: str | os.PathLike[str], metrics: dict[str, Any], chance: float | None = None) -> Path:
-    """Draw ``report.png``: the accuracy matrix as a heat map and the accuracy curve of each task.
-
-    Args:
-        directory: an existing one.
-        metrics: as from `metrics_of`, or read from ``metrics.json``.
-        chance: accuracy of guessing (0 to 1), drawn as a line.
-
-    Drawn in matplotlib's own style, whatever style the surroundings have set.
-
-    Raises:
-        MissingExtraError: without matplotlib.
-        OSError: the file can't be written.
-        Exception: any, of matplotlib, where it can't draw.
-    """
-    matplotlib = require_matplotlib()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name; the picture has a box there
-        content = _picture(metrics, chance)
-    path = Path(directory) / PICTURE_FILE
-    write_atomically(path, content)
-    return path
-
-
-def require_matplotlib() -> ModuleType:
-    """Matplotlib, also where the environment names a backend that there is only elsewhere (in a notebook).
-
-    Raises:
-        MissingExtraError: it is missing.
-    """
-    loaded = "matplotlib" in sys.modules
-    backend = None if loaded else os.environ.pop("MPLBACKEND", None)
-    try:
-        matplotlib = require("matplotlib", "matplotlib", f"the picture {PICTURE_FILE}")
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:
-        with contextlib.suppress(ValueError):  # there is none of that name here, and the picture needs none
-            matplotlib.rcParams["backend"] = backend
-    return matplotlib
-
-
-def _picture(metrics: dict[str, Any], chance: float | None) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    matrix = np.array(
-        [[math.nan if value is None else value for value in row] for row in metrics["accuracy_matrix"]],
-        dtype=float,
-    )
-    tasks = len(matrix)
-    side = 4.6 if tasks <= 6 else 5.6
-    height = side + 1.3
-    figure = Figure(figsize=(2.3 * side + 1.4, height), dpi=150)
-    FigureCanvasAgg(figure)  # no window system is asked for, and pyplot's global state is left alone
-    figure.set_layout_engine("constrained", rect=(0.01, 0.01, 0.98, 0.98 - 0.7 / height))  # 0.7 inch for the titles
-    left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.2))
-    title = {"fontsize": 14, "fontweight": "bold", "va": "center", "parse_math": False}  # a name may hold dollars
-    figure.text(0.02, 1 - 0.3 / height, _title(metrics), title)
-    figure.text(0.02, 1 - 0.56 / height, _subtitle(metrics), fontsize=9, color="0.35", va="center")
-    _draw_matrix(left, matrix)
-    _draw_curves(right, matrix, chance)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "engram-kernels"})
-    return buffer.getvalue()
-
-
-def _draw_matrix(axes: Axes, matrix: np.ndarray) -> None:
-    """Heat map, in percent; cividis reads alike with every kind of colour vision and in grey."""
-    tasks = len(matrix)
-    image = axes.imshow(100 * matrix, cmap="cividis", vmin=0, vmax=100, aspect="equal")
-    axes.set_facecolor("0.93")
-    labels = [str(task + 1) for task in range(tasks)]
-    step = max(1, math.ceil(tasks / _ANNOTATED_TASKS))
-    axes.set_xticks(range(0, tasks, step), labels[::step])
-    axes.set_yticks(range(0, tasks, step), labels[::step])
-    axes.tick_params(length=0)
-    axes.set_xlabel("accuracy on task")
-    axes.set_ylabel("after learning task")
-    axes.set_title("Accuracy matrix (%)", fontsize=11, loc="left")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_xticks(np.arange(-0.5, tasks), minor=True)
-    axes.set_yticks(np.arange(-0.5, tasks), minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="minor", length=0)
-    if tasks <= _ANNOTATED_TASKS:
-        size = 11 if tasks <= 6 else 8.5 if tasks <= 10 else 6
-        for (i, j), value in np.ndenumerate(matrix):
-            if math.isnan(value):
-                continue
-            # Above the diagonal a task is not learned yet: the number stands back.
-            axes.text(
-                j,
-                i,
-                f"{100 * value:.0f}",
-                ha="center",
-                va="center",
-                fontsize=size if j <= i else 0.8 * size,
-                fontweight="bold" if i == j else "normal",
-                color="white" if value < 0.55 else "black",
-                alpha=1.0 if j <= i else 0.6,
-            )
-    else:
-        axes.figure.colorbar(image, ax=axes, shrink=0.8)
-
-
-def _draw_curves(axes: Axes, matrix: np.ndarray, chance: float | None) -> None:
-    """A line per task from the time it is learned, and the average over the tasks so far."""
-    import matplotlib
-
-    tasks = len(matrix)
-    learned = int(np.sum(~np.isnan(matrix).all(axis=1)))
-    colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, tasks))
-    markers = "osD^vP*X<>hp"
-    ends: list[tuple[float, str, Any]] = []
-    for j in range(learned):
-        when = np.arange(j, learned)
-        axes.plot(
-            when + 1,
-            100 * matrix[j:learned, j],
-            color=colors[j],
-            marker=markers[j % len(markers)] if tasks <= _ANNOTATED_TASKS else None,
-            markersize=5,
-            linewidth=1.3,
-            alpha=0.9,
-        )
-        ends.append((float(100 * matrix[learned - 1, j]), f"task {j + 1}", colors[j]))
-    if learned:
-        average = [100 * matrix[i, : i + 1].mean() for i in range(learned)]
-        axes.plot(
-            range(1, learned + 1), average, color="#D55E00", linewidth=3, marker="o", markersize=6, zorder=5,
-            solid_capstyle="round",
-        )  # fmt: skip
-        ends.append((float(average[-1]), "average so far", "#D55E00"))
-    if chance is not None:
-        axes.axhline(100 * chance, color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        axes.annotate(
-            "chance", (0, 100 * chance), xycoords=("axes fraction", "data"), xytext=(4, 2),
-            textcoords="offset points", ha="left", va="bottom", fontsize=8, color="0.35",
-        )  # fmt: skip
-    axes.set_ylim(-3, 103)
-    axes.set_xlim(0.8, max(1, tasks) + 0.2)
-    step = max(1, math.ceil(tasks / 12))
-    axes.set_xticks(range(1, tasks + 1, step))
-    axes.set_xlabel("tasks learned")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title("Accuracy of each task as later ones are learned", fontsize=11, loc="left")
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    _label_ends(axes, ends if tasks <= _LABELLED_TASKS else ends[-1:], x=learned)
-
-
-def _label_ends(axes: Axes, ends: list[tuple[float, str, Any]], x: int) -> None:
-    """Name each line at its right end, labels pushed apart so that none covers another."""
-    ordered = sorted(ends, key=lambda end: end[0])
-    placed = spread([value for value, _, _ in ordered], gap=5.0, lowest=0.0, highest=100.0)
-    for (value, name, color), y in zip(ordered, placed, strict=True):
-        axes.annotate(
-            f"{name}: {value:.0f}",
-            xy=(x, value),
-            xytext=(1.03, y),
-            textcoords=("axes fraction", "data"),
-            annotation_clip=False,
-            va="center",
-            fontsize=9,
-            fontweight="bold" if name.startswith("average") else "normal",
-            color=color if name.startswith("average") else "0.15",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": color,
-                "linewidth": 0.8,
-                "shrinkA": 1,
-                "relpos": (0, 0.5),
-            },
-        )
-
-
-def spread(values: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
-    """Move ascending values as little as needed for neighbours to be ``gap`` apart, within the two bounds."""
-    groups: list[tuple[float, int]] = []  # (centre, members), each a run of values exactly a gap apart
-    for value in values:
-        centre, members = value, 1
-        while True:
-            reach = (members - 1) / 2 * gap
-            centre = max(lowest + reach, min(highest - reach, centre))
-            if not groups or groups[-1][0] + (groups[-1][1] - 1) / 2 * gap + gap <= centre - reach:
-                break
-            other, others = groups.pop()
-            centre, members = (centre * members + other * others) / (members + others), members + others
-        groups.append((centre, members))
-    return [centre + (k - (members - 1) / 2) * gap for centre, members in groups for k in range(members)]
-
-
-def _title(metrics: dict[str, Any]) -> str:
-    config = metrics["config"]
-    given = config.get("dataset", "?")
-    names = [Path(name).stem for name in ([given] if isinstance(given, str) else given)]
-    data = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more data sets"
-    average = metrics["average_accuracy"]
-    tasks = len(metrics["accuracy_matrix"])
-    stopped = "" if metrics["completed"] else f" (interrupted after {metrics['tasks_completed']} of {tasks} tasks)"
-    return (
-        f"{config.get('method', '?')} on {data}, {config.get('scenario', '?')} scenario: "
-        f"average accuracy {_percent(average)} %{stopped}"
-    )
-
-
-def _subtitle(metrics: dict[str, Any]) -> str:
-    config = metrics["config"]
-    parts = [
-        f"backward transfer {_percent(metrics['backward_transfer'], signed=True)} points",
-        f"forgetting {_percent(metrics['forgetting'])} points",
-    ]
-    if config.get("hidden"):
-        parts.append("hidden " + "-".join(map(str, config["hidden"])))
-    for name in ("epochs", "rate", "seed"):
-        if config.get(name) is not None:
-            parts.append(f"{name} {config[name]}")
-    if metrics.get("step_milliseconds") is not None:
-        parts.append(f"{metrics['step_milliseconds']:.1f} ms per step")
-    return "   ·   ".join(parts)
-
-
 def _memory(result: TrainingResult) -> str:
     if result.peak_memory_bytes is None or result.total_memory_bytes is None:
         return "unknown on this system"
@@ -474,12 +234,6 @@ def _memory(result: TrainingResult) -> str:
         f"{result.peak_memory_bytes / 2**20:.0f} MiB above the start of training "
         f"({result.total_memory_bytes / 2**20:.0f} MiB for the whole process)"
     )
-
-
-def _percent(value: float | None, signed: bool = False) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
 
 def _json_number(value: float | None) -> float | None:

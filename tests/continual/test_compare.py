@@ -14,7 +14,6 @@ import pytest
 
 from engram_kernels.continual import compare, report
 from engram_kernels.continual.checkpoint import Checkpoint
-from engram_kernels.continual.progress import Told
 from engram_kernels.continual.training import TrainingResult
 
 # In place of engram-kernels train: quick, and it does what its label says.
@@ -31,8 +30,14 @@ what = folder.parent.name
 def say(line):
     print(line, file=sys.stderr, flush=True)
 
+def report(event, **fields):
+    print(json.dumps({"event": event, **fields}), flush=True)
+
 def learned(tasks):
-    say(f"task {tasks}/2 learned: accuracy on this task 90.0%, on the tasks so far 80.0%; 3 s, 4 s remain")
+    report("step", task=tasks - 1, loss=None, accuracy=None, count=5)
+    report("learned", task=tasks - 1, accuracies=[0.8, 0.8])
+
+report("begin", tasks=2, steps=10)
 
 def write(completed):
     metrics = json.loads(pathlib.Path(os.environ["METRICS"]).read_text())
@@ -52,6 +57,7 @@ if what.startswith("stop"):
 learned(1)
 if what == "error":
     say("a warning: error: of no weight")
+    report("failed", message="loss: expected a finite number, got nan")
     say("engram-kernels: error: loss: expected a finite number, got nan")
     sys.exit(2)
 if what == "crash":
@@ -106,19 +112,19 @@ def calls(run):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_every_run_is_made_and_told(tmp_path, stand_in):
+def test_every_run_is_made_and_shown(tmp_path, stand_in):
     runs = runs_of(tmp_path, "a", "b", seeds=(0, 1))
-    done, told, changes = run_all(runs)
+    done, shown, changes = run_all(runs)
     assert done
     assert changes == 4
     assert [run.status for run in runs] == ["complete"] * 4
     assert calls(runs[1]) == [f"--method a --seed 1 --output {runs[1].folder}"]
     for piece in (
-        "a, seed 0: 1 of 2 tasks, 80.0% on them; 0 s, 4 s remain",
+        "a, seed 0: 1 of 2 tasks, 80.0% on them; 0 s, 0 s remain",
         "b, seed 1: complete in",
         "accuracy 80.0%",
     ):
-        assert piece in told
+        assert piece in shown
 
 
 @pytest.mark.parametrize(
@@ -127,16 +133,16 @@ def test_every_run_is_made_and_told(tmp_path, stand_in):
         ("error", "loss: expected a finite number, got nan"),
         ("crash", "RuntimeError: at the end"),
         ("killed", "killed by SIGKILL"),
-        ("silent", "it said nothing"),
+        ("silent", "it gave no reason"),
     ],
 )
 def test_a_failing_run_stops_no_other(tmp_path, stand_in, label, error):
     runs = runs_of(tmp_path, label, "fine")
-    done, told, _ = run_all(runs)
+    done, shown, _ = run_all(runs)
     assert done
     assert [run.status for run in runs] == ["failed", "complete"]
     assert runs[0].error == error
-    assert f"{label}, seed 0: failed: {error}" in told
+    assert f"{label}, seed 0: failed: {error}" in shown
     (failed, fine) = compare.content_of(runs, {})["methods"]
     assert failed["runs"][0]["error"] == error
     assert failed["summary"]["average_accuracy"]["mean"] is None
@@ -171,11 +177,11 @@ def test_jobs_run_side_by_side(tmp_path, stand_in):
 def test_what_is_complete_is_not_run_again(tmp_path, stand_in):
     run_all(runs_of(tmp_path, "a", "error", threads=1))
     runs = runs_of(tmp_path, "a", "error", "b")
-    _, told, changes = run_all(runs)
+    _, shown, changes = run_all(runs)
     assert changes == 2
     assert [len(calls(run)) for run in runs] == [1, 2, 1]
     assert [run.kept for run in runs] == [True, False, False]
-    assert "a, seed 0: complete from before, average accuracy 80.0%" in told
+    assert "a, seed 0: complete from before, average accuracy 80.0%" in shown
 
 
 def test_with_other_options_or_damaged_it_is_run_again(tmp_path, stand_in):
@@ -214,7 +220,7 @@ class Interrupter(compare.Display):
         self.left, self.wanted = times, running
 
     def redraw(self, running):
-        if self.left and len(running) == self.wanted and all(run.told for run in running):
+        if self.left and len(running) == self.wanted and all(run.progress.tasks_learned for run in running):
             self.left -= 1
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -246,32 +252,44 @@ def test_without_the_main_thread_it_runs_too(tmp_path, stand_in):
     assert runs[0].status == "complete"
 
 
-def test_bars_are_drawn_in_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 20)))
+def test_bars_are_drawn_for_what_runs_and_lines_for_what_ended(tmp_path):
+    pytest.importorskip("tqdm")
     stream = io.StringIO()
-    display = compare.LiveDisplay(stream)
-    runs = runs_of(tmp_path, "a", "a much longer label than the line of a terminal has room for")
+    display = compare.BarDisplay(stream)
+    runs = runs_of(tmp_path, "a", "b")
     display.begin(runs)
     for run in runs:
         run.status, run.started = "running", time.monotonic()
-    runs[0].hear(Told(1, 4, 0.5, 9.0))
     display.redraw(runs)
-    first = stream.getvalue()
-    assert first.count("\n") == 3
-    assert all(len(line) < 60 for line in first.splitlines())
-    assert "0 of 2 runs" in first
-    assert "[#####...............] a, seed 0" in first
+    assert "starting" in stream.getvalue()
+    for line in (
+        '{"event": "begin", "tasks": 4, "steps": 40}',
+        '{"event": "step", "task": 0, "loss": 0.1, "accuracy": null, "count": 10}',
+        '{"event": "learned", "task": 0, "accuracies": [0.5, null, null, null]}',
+    ):
+        runs[0].report(line)
+    display.redraw(runs)
+    shown = stream.getvalue()
+    for piece in ("a, seed 0:  25%", "10/40", "1 of 4 tasks, 50.0% on them", "runs:   0%", "0/2"):
+        assert piece in shown
     runs[0].status, runs[0].error = "failed", "why"
     display.over(runs[0])
     display.redraw(runs[1:])
-    second = stream.getvalue()[len(first) :]
-    assert second.startswith("\x1b[3F\x1b[Ja, seed 0: failed: why\n")
-    assert "1 of 2 runs, 1 failed" in second
+    ended = stream.getvalue()[len(shown) :]
+    assert "a, seed 0: failed: why\n" in ended
+    assert "1/2" in ended
     display.end()
-    assert stream.getvalue().endswith("\x1b[2F\x1b[J")
 
 
-def test_quiet_tells_failures_only(tmp_path, stand_in):
+@pytest.mark.parametrize("line", ["Traceback", "[1]", '{"event": "fly"}', '{"event": "begin", "tasks": 2}', "task 1/2"])
+def test_a_line_that_is_no_report_is_kept_as_text(tmp_path, line):
+    (run,) = runs_of(tmp_path, "a")
+    assert run.report(line) is None
+    assert list(run.output) == [line]
+    assert run.progress.tasks == 0
+
+
+def test_quiet_shows_failures_only(tmp_path, stand_in):
     stream = io.StringIO()
     run_all(runs_of(tmp_path, "a", "error"), display=compare.Display(stream, quiet=True))
     assert stream.getvalue() == "error, seed 0: failed: loss: expected a finite number, got nan\n"
@@ -300,7 +318,7 @@ def test_folders_have_names_that_file_systems_take():
     assert all(name and "/" not in name and not name.startswith(".") and len(name) < 80 for name in names)
 
 
-def test_only_the_end_of_what_is_said_is_kept(tmp_path):
+def test_only_the_last_lines_are_kept(tmp_path):
     (run,) = runs_of(tmp_path, "a")
     assert isinstance(run.output, deque)
     assert run.output.maxlen == 20

@@ -2,12 +2,8 @@
 
 import json
 import math
-import os
-from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from engram_kernels.continual import report
 from engram_kernels.continual.files import DamagedFileError
@@ -135,39 +131,6 @@ def test_a_file_larger_than_any_metrics_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_LARGEST_METRICS_BYTES", 100)
     with pytest.raises(DamagedFileError, match=r"metrics\.json has more than 100 bytes"):
         report.read_metrics(tmp_path)
-
-
-@pytest.mark.parametrize(("tasks", "learned"), [(5, 5), (10, 10), (2, 1), (1, 1), (3, 0), (30, 30)])
-def test_a_picture_of_any_run(tmp_path, tasks, learned):
-    pytest.importorskip("matplotlib")
-    path = report.write_picture(tmp_path, report.metrics_of(result_of(tasks, learned), CONFIG), chance=0.1)
-    content = path.read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    assert int.from_bytes(content[16:20], "big") > 800
-    assert os.listdir(tmp_path) == ["report.png"]
-
-
-@pytest.mark.parametrize(
-    ("dataset", "wanted"),
-    [
-        ("mnist", "on mnist, class"),
-        ("folder/own.npz", "on own, class"),
-        (["mnist", "folder/own.npz"], "on mnist, own, class"),
-        (["a.npz", "b.npz", "c.npz", "d.npz"], "on a and 3 more data sets, class"),
-    ],
-)
-def test_the_title_names_the_data(dataset, wanted):
-    assert wanted in report._title(report.metrics_of(result_of(2), {**CONFIG, "dataset": dataset}))
-
-
-@given(st.lists(st.floats(0, 100), max_size=15).map(sorted))
-def test_labels_are_spread_in_order_and_within_bounds(values):
-    placed = report.spread(values, gap=5.0, lowest=0.0, highest=100.0)
-    assert len(placed) == len(values)
-    assert all(low + 5.0 <= high + 1e-9 for low, high in pairwise(placed))
-    assert all(-1e-9 <= y <= 100 + 1e-9 for y in placed)
-    if all(low + 5.0 <= high for low, high in pairwise(values)):
-        assert placed == pytest.approx(values)
 
 
 def test_the_table_shows_the_matrix():

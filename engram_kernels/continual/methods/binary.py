@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import engram_kernels as ek
 
+from ..parameters import PerLayer
 from .base import LOSSES, Method
-from .config import BinaryConfig, PerLayer, values
+from .config import BinaryConfig, values
 
 
 class DendriticMethod(Method):
