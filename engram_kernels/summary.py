@@ -27,7 +27,8 @@ class LayerSummary:
         buffers: bytes of counts and statistics.
         binary_operations: of signs with signs.
         real_operations: of real numbers, with signs or not.
-        saved: what its backward pass keeps of the input, in a binary layer bits.
+        saved: what its backward pass keeps of the input, in a binary layer bits; in a first layer nothing where its
+            weight takes no gradient.
     """
 
     name: str
@@ -181,7 +182,7 @@ def _layer_summary(name: str, module: nn.Module, x: Tensor, output: Tensor) -> L
         if module.binary_input:
             binary, saved = products, samples * words * (2 + gates)
         else:
-            real, saved = products, x.nbytes
+            real, saved = products, x.nbytes * module.weight.requires_grad
     elif isinstance(module, DendriticReadout):
         binary, saved = samples * hidden, 2 * samples * words
     elif isinstance(module, PrototypeReadout):

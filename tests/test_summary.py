@@ -50,8 +50,8 @@ def test_operations_and_shapes():
 @pytest.mark.parametrize("readout", ["dendritic", "prototype", "ridge", "linear"])
 def test_networks_print_a_table(readout):
     model = ek.EngramMLP((64, 128, 10), readout=readout)
-    before = torch.get_rng_state()
-    text = str(ek.summary(model, torch.randn(5, 64)))
+    x, before = torch.randn(5, 64), torch.get_rng_state()
+    text = str(ek.summary(model, x))
     assert torch.equal(torch.get_rng_state(), before) and all(module.training for module in model.modules())
     lines = text.splitlines()
     assert lines[0].startswith("layer") and "layers.0" in text and "training, in all" in lines[-1]
