@@ -1080,13 +1080,15 @@ def until(deadline: float, current: Any) -> Iterator[int]:
         case += 1
 
 
+FOUND = 3  # exit status of a process that reported a case; those of crashes, Python and sanitizers are others
+
+
 def worker(seed: int, cases: Iterable[int], names: list[str], current: Any) -> None:
-    """Exits with 1 if a case fails."""
     faulthandler.enable()
     tally = Tally()
     report = find_failure(seed, cases, names, tally)
     print(report or f"seed {seed}, {current.value + 1} cases\n{tally}", flush=True)
-    sys.exit(1 if report else 0)
+    sys.exit(FOUND if report else 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1104,7 +1106,7 @@ def main(arguments: list[str] | None = None) -> int:
     process = context.Process(target=worker, args=(seed, cases, options.operators, current))
     process.start()
     process.join()
-    if process.exitcode not in (0, 1):
+    if process.exitcode not in (0, FOUND):
         print(f"the process ended with {process.exitcode}\n{repeat(seed, current.value)}")
     return 1 if process.exitcode else 0
 
