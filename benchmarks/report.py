@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engram_kernels.continual import plots
+
 JSON_FILE, PICTURE_FILE = "kernels.json", "kernels.png"
 HEADINGS = ["what", "ISA", "threads", "ms", "rate", "% of the bound", "peak MiB", "times faster than"]
 
@@ -122,7 +124,7 @@ def write(folder: Path, environment: dict[str, Any], rows: list[Row], notes: lis
 
 # ---- the picture: a line per measurement, a dot per baseline
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
+COLORS = [*plots.COLORS[:6], "black"]
 MARKERS = "osD^vPX"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .checks import check_flag, check_number, check_size
+from .reference import recruited_units
 
 
 class Recruitment(NamedTuple):
@@ -43,7 +44,7 @@ class Engram(nn.Module):
 
     def recruited(self, k: int) -> int:
         """Units recruited per sample out of ``k``: ``max(1, round(rate * k))`` (the mean, for Bernoulli gates)."""
-        return max(1, round(self.rate * k))
+        return recruited_units(self.rate, k)
 
     def forward(self, x: Tensor) -> Recruitment:
         """Recruits units for the samples ``x``, floats (M, K)."""

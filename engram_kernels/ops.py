@@ -19,6 +19,33 @@ from torch import Tensor
 from . import batching, fakes, library, triton_kernels  # noqa: F401  the first two register what torch asks for
 from .library import operators
 
+__all__ = [
+    "available_isas",
+    "binary_matmul",
+    "binary_threshold",
+    "build_info",
+    "check_numbers",
+    "draw_seed",
+    "gated_input_grad",
+    "gated_metaplastic_adam_",
+    "gated_weight_grad",
+    "isa",
+    "masked_input_grad",
+    "metaplastic_adam_",
+    "pack_signs",
+    "pack_window",
+    "sample_engram",
+    "set_isa",
+    "sign_matmul",
+    "sign_matmul_t",
+    "unpack_signs",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # ---- instruction sets
 
 

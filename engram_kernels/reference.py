@@ -143,6 +143,11 @@ def gumbel(draws: Tensor) -> Tensor:
     return -natural_log(-natural_log(u))
 
 
+def recruited_units(rate: float, k: int) -> int:
+    """Units that a share ``rate`` of ``k`` units is: at least one, halves to even (csrc/bindings.cpp rounds alike)."""
+    return max(1, round(rate * k))
+
+
 def sample_engram(
     score: Tensor,
     seed: Tensor,
@@ -160,7 +165,7 @@ def sample_engram(
     rows, k = score.shape
     if rule == "bernoulli":
         return _pack(philox(seed, rows, k, first_row) < round(rate * 2**32)).to(score.device)
-    count = max(1, round(rate * k))
+    count = recruited_units(rate, k)
     key = score.float().cpu()
     if temperature > 0:
         noise = gumbel(philox(seed, rows, k, first_row))

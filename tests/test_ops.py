@@ -981,3 +981,10 @@ def test_every_tensor_has_its_place_checked():
 def test_a_result_too_large_for_any_memory_is_named():
     with pytest.raises(RuntimeError, match="result: expected at most"):
         ops.sign_matmul(torch.zeros(2**62, 0), torch.zeros(0, 2, dtype=torch.int64), 100)
+
+
+def test_the_module_shows_its_functions_and_nothing_else():
+    assert dir(ops) == sorted(dir(ops))
+    assert all(getattr(ops, name).__module__ == ops.__name__ for name in dir(ops))
+    public = {name for name, value in vars(ops).items() if getattr(value, "__module__", None) == ops.__name__}
+    assert set(dir(ops)) == {name for name in public if not name.startswith("_")}

@@ -14,8 +14,10 @@ from jobs import RESULTS
 from matplotlib.figure import Figure
 from search import GRIDS
 
+from engram_kernels.continual import plots
+
 HERE = Path(__file__).parent
-OURS, BINARY, FULL, BOUND = "#0072B2", "#56B4E9", "#E69F00", "#999999"  # Okabe and Ito: for every kind of colour vision
+OURS, BINARY, FULL, BOUND = plots.BLUE, plots.SKY, plots.ORANGE, plots.GREY
 Rows = dict[str, list[dict[str, Any]]]
 PERMUTED_PENALTIES = "82 to 97, by protocol"
 PUBLISHED = {

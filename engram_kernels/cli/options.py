@@ -12,7 +12,7 @@ from ..continual.data import Dataset
 from ..continual.methods import METHODS, MethodConfig, check_build, method_config
 from ..continual.methods.config import HYPER_PARAMETER_GROUP, MEMORY_GROUP, READOUT_GROUP
 from ..continual.parameters import add_options, given, merged
-from ..continual.scenarios import Scenario
+from ..continual.scenarios import SCENARIOS, Scenario
 
 HYPER_PARAMETERS = merged(type(preset.config) for preset in METHODS.values())
 _GROUPS = {
@@ -27,7 +27,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
     group = parser.add_argument_group("data and network")
     group.add_argument(
         "--dataset", nargs="+", default=["digits"], metavar="NAME",
-        help=f"{', '.join(data.names())}, or the path of an .npz file with x_train, y_train, x_test, y_test; "
+        help=f"{', '.join(data.DATASETS)}, or the path of an .npz file with x_train, y_train, x_test, y_test; "
         "with --scenario domain two or more",
     )  # fmt: skip
     group.add_argument(
@@ -35,10 +35,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
         help="where the IDX files are (default: $ENGRAM_DATA_DIR, else ./data)",
     )  # fmt: skip
     group.add_argument(
-        "--scenario", choices=scenarios.SCENARIOS, default="class",
-        help="class: every task brings new classes; permuted: every task has its own order of the pixels; "
-        "rotated: every task turns the images by another angle; domain: every task is another data set with the same "
-        "labels",
+        "--scenario", choices=tuple(SCENARIOS), default="class",
+        help="; ".join(f"{name}: {kind.help}" for name, kind in SCENARIOS.items()),
     )  # fmt: skip
     _add_hyper_parameters(group, READOUT_GROUP)
     group.add_argument("--hidden", type=int, nargs="+", default=[2048, 2048], metavar="N", help="hidden layer widths")
@@ -176,9 +174,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
             "tasks": len(scenario),
             "classes_per_task": len(scenario.test_stream[0].classes),
             "shuffle_classes": options.shuffle_classes,
-            "max_degrees": chosen.get("max_degrees", scenarios.DEFAULT_MAX_DEGREES)
-            if options.scenario == "rotated"
-            else None,
+            "max_degrees": chosen.get("max_degrees", SCENARIOS[options.scenario].defaults.get("max_degrees")),
             "samples_per_task": chosen.get("samples_per_task"),
             "validation": validation,
             "evaluation": options.evaluation,

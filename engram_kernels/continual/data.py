@@ -7,11 +7,12 @@ a time into the float input of the network.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import math
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,12 +26,6 @@ from .extras import require
 from .files import DamagedFileError, reason
 from .memory import available_bytes
 
-IDX_DATASETS = {
-    # name: folders looked in below the data directory, first match wins; the second one is torchvision's
-    # layout
-    "mnist": ("mnist", "MNIST/raw", "."),
-    "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "."),
-}
 _IDX_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -158,20 +153,18 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         FileNotFoundError: a file is missing; the message says which names were looked for, and where.
         MissingExtraError: ``digits`` without scikit-learn.
     """
-    if name == "digits":
-        return load_digits()
-    if name in IDX_DATASETS:
-        return load_idx(name, data_dir if data_dir is not None else os.environ.get("ENGRAM_DATA_DIR", "data"))
+    if name in DATASETS:
+        return DATASETS[name](data_dir if data_dir is not None else os.environ.get("ENGRAM_DATA_DIR", "data"))
     if name.endswith(".npz"):
         return load_npz(name)
-    raise ValueError(f"dataset: expected digits, {', '.join(IDX_DATASETS)} or the path of an .npz file, got {name!r}")
+    raise ValueError(f"dataset: expected {', '.join(DATASETS)} or the path of an .npz file, got {name!r}")
 
 
-def load_digits() -> Dataset:
+def load_digits(data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """Scikit-learn's 1797 handwritten digits, 8 x 8 pixels with values 0 to 16.
 
     A fifth of each class is the test set. Scikit-learn defines no split, so ours is fixed here: stratified,
-    drawn once with its own seed, independent of the seed of a run.
+    drawn once with its own seed, independent of the seed of a run. They need no ``data_dir``.
     """
     digits = require("sklearn.datasets", "scikit-learn", "dataset digits").load_digits()
     x, y = digits.images.astype(np.uint8), digits.target.astype(np.int64)
@@ -183,14 +176,14 @@ def load_digits() -> Dataset:
     return from_arrays("digits", x[~is_test], y[~is_test], x[is_test], y[is_test])
 
 
-def load_idx(name: str, data_dir: str | os.PathLike[str]) -> Dataset:
-    """MNIST or Fashion-MNIST from their four IDX files, gzipped or not.
+def load_idx(data_dir: str | os.PathLike[str], name: str, torchvision_name: str) -> Dataset:
+    """A data set of images from its four IDX files, gzipped or not.
 
-    Looked for in ``data_dir``/mnist, ``data_dir``/MNIST/raw (torchvision's layout) and ``data_dir`` itself,
-    and alike for Fashion-MNIST.
+    The files of MNIST are looked for in ``data_dir``/mnist, ``data_dir``/MNIST/raw (torchvision's layout) and
+    ``data_dir`` itself, and alike for others.
     """
     root = Path(data_dir)
-    folders = [root / folder for folder in IDX_DATASETS[name]]
+    folders = [root / name, root / torchvision_name / "raw", root]
     missing: list[str] = list(_IDX_FILES)
     for folder in folders:
         found = {file: path for file in _IDX_FILES if (path := _find_idx(folder, file)) is not None}
@@ -441,6 +434,9 @@ def _owned(array: npt.NDArray[np.generic], dtype: npt.DTypeLike) -> npt.NDArray[
     return result if result.flags.writeable else result.copy()
 
 
-def names() -> Sequence[str]:
-    """The data sets that have a name; any .npz file is one too."""
-    return ("digits", *IDX_DATASETS)
+# A data set by its name on the command line, from the folder of data. Any .npz file is one too.
+DATASETS: dict[str, Callable[[str | os.PathLike[str]], Dataset]] = {
+    "digits": load_digits,
+    "mnist": functools.partial(load_idx, name="mnist", torchvision_name="MNIST"),
+    "fashion-mnist": functools.partial(load_idx, name="fashion-mnist", torchvision_name="FashionMNIST"),
+}

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 PICTURE_FILE = "report.png"
 
 # Okabe and Ito 2008, "Color Universal Design": told apart with every kind of colour vision, on light and dark paper.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080", "#B07D00")
-AVERAGE_COLOR = "#D55E00"
+COLORS = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, OCHRE = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#B07D00",
+)  # fmt: skip
 INK = "#15191f"  # of text and axes; a page has its own
 # Lines are told apart without their colours too. A mark, and the character that looks like it.
 MARKS = (("o", "\u25cf"), ("s", "\u25a0"), ("^", "\u25b2"), ("D", "\u25c6"), ("v", "\u25bc"))
@@ -358,7 +359,7 @@ def curves_of(matrix: np.ndarray) -> list[Curve]:
     ]  # fmt: skip
     if learned:
         average = [float(matrix[i, : i + 1].mean()) for i in range(learned)]
-        lines.append(Curve("average so far", range(1, learned + 1), average, color=AVERAGE_COLOR, strong=True))
+        lines.append(Curve("average so far", range(1, learned + 1), average, color=VERMILION, strong=True))
     return lines
 
 

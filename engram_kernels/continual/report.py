@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import __version__, ops
 from .checkpoint import plain
 from .files import DamagedFileError, read_within, reason, write_atomically
 from .metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting, forward_transfer
@@ -64,8 +65,6 @@ def metrics_of(result: TrainingResult, config: dict[str, Any], chance: float | N
     of the run), and what a reader needs to judge them: completed, tasks_completed, steps, train_seconds,
     total_memory_bytes, seed, threads, isa, versions.
     """
-    import engram_kernels as ek
-
     matrix = result.accuracy_matrix
     return {
         "accuracy_matrix": [[_json_number(value) for value in row] for row in matrix],
@@ -83,9 +82,9 @@ def metrics_of(result: TrainingResult, config: dict[str, Any], chance: float | N
         "total_memory_bytes": result.total_memory_bytes,
         "seed": config.get("seed"),
         "threads": torch.get_num_threads(),
-        "isa": ek.ops.isa(),
+        "isa": ops.isa(),
         "versions": {
-            "engram_kernels": str(getattr(ek, "__version__", "unknown")),
+            "engram_kernels": __version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "numpy": np.__version__,

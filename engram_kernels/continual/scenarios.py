@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -383,14 +383,48 @@ def domain_scenario(datasets: Sequence[Dataset], *, samples_per_task: int | None
     return _domains("domain", datasets, [None] * len(datasets), samples_per_task, seed)
 
 
-_SCENARIOS: dict[str, tuple[Callable[..., Scenario], tuple[str, ...]]] = {
-    # name: (what makes it, the options it takes besides the seed)
-    "class": (class_scenario, ("tasks", "classes_per_task", "shuffle_classes")),
-    "permuted": (permuted_scenario, ("tasks", "samples_per_task")),
-    "rotated": (rotated_scenario, ("tasks", "max_degrees", "samples_per_task")),
-    "domain": (domain_scenario, ("samples_per_task",)),
+class ScenarioKind(NamedTuple):
+    """A row of `SCENARIOS`.
+
+    Attributes:
+        make: builds it of its data set, its options and a seed.
+        help: one sentence about its tasks.
+        defaults: of the options it takes besides the seed; None for one that follows from the data.
+        several: whether it is built of a list of data sets.
+        splits_classes: whether a task has some of the classes alone.
+    """
+
+    make: Callable[..., Scenario]
+    help: str
+    defaults: dict[str, Any]
+    several: bool = False
+    splits_classes: bool = False
+
+
+SCENARIOS: dict[str, ScenarioKind] = {
+    "class": ScenarioKind(
+        class_scenario,
+        "every task brings new classes",
+        {"tasks": None, "classes_per_task": DEFAULT_CLASSES_PER_TASK, "shuffle_classes": False},
+        splits_classes=True,
+    ),
+    "permuted": ScenarioKind(
+        permuted_scenario,
+        "every task has its own order of the pixels",
+        {"tasks": DEFAULT_PERMUTED_TASKS, "samples_per_task": None},
+    ),
+    "rotated": ScenarioKind(
+        rotated_scenario,
+        "every task turns the images by another angle",
+        {"tasks": DEFAULT_ROTATED_TASKS, "max_degrees": DEFAULT_MAX_DEGREES, "samples_per_task": None},
+    ),
+    "domain": ScenarioKind(
+        domain_scenario,
+        "every task is another data set with the same labels",
+        {"samples_per_task": None},
+        several=True,
+    ),
 }
-SCENARIOS = tuple(_SCENARIOS)
 
 
 def make_scenario(
@@ -412,9 +446,9 @@ def make_scenario(
         ValueError: unknown name, several data sets for a scenario of one, an option of another scenario, or a value
             out of range.
     """
-    if name not in _SCENARIOS:
+    if name not in SCENARIOS:
         raise ValueError(f"scenario: expected one of {', '.join(SCENARIOS)}, got {name!r}")
-    make, takes = _SCENARIOS[name]
+    kind = SCENARIOS[name]
     given: dict[str, Any] = {
         "tasks": tasks,
         "classes_per_task": classes_per_task,
@@ -424,22 +458,22 @@ def make_scenario(
     }
     given = {option: value for option, value in given.items() if value is not None}
     for option in given:
-        if option not in takes:
-            takers = [other for other, (_, options) in _SCENARIOS.items() if option in options]
+        if option not in kind.defaults:
+            takers = [other for other, each in SCENARIOS.items() if option in each.defaults]
             raise ValueError(f"{option}: expected only with scenario {', '.join(takers)}, got it with scenario {name}")
     datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
-    if name == "domain":
-        return make(datasets, seed=seed, **given)
+    if kind.several:
+        return kind.make(datasets, seed=seed, **given)
     if len(datasets) != 1:
         raise ValueError(f"dataset: expected one with scenario {name}, got {len(datasets)} (several: scenario domain)")
-    return make(datasets[0], seed=seed, **given)
+    return kind.make(datasets[0], seed=seed, **given)
 
 
 def task_samples(name: str, dataset: Dataset | Sequence[Dataset], classes_per_task: int | None = None) -> int:
     """Training samples of a task of a scenario, on average, whatever the seed and before any cap of them."""
     datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
     samples = min(len(dataset.y_train) for dataset in datasets)
-    if name != "class":
+    if not SCENARIOS[name].splits_classes:
         return samples
     classes = datasets[0].num_classes
     return round(samples * min(1.0, (classes_per_task or DEFAULT_CLASSES_PER_TASK) / classes))

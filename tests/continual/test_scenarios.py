@@ -270,7 +270,7 @@ def test_a_longer_stream_begins_with_the_shorter_one(name):
     assert not torch.equal(long.train_stream[0].indices, long.train_stream[1].indices)
 
 
-@given(st.integers(1, 4), st.integers(1, 60), st.booleans(), st.sampled_from(SCENARIOS), st.booleans())
+@given(st.integers(1, 4), st.integers(1, 60), st.booleans(), st.sampled_from(sorted(SCENARIOS)), st.booleans())
 @settings(deadline=None)
 def test_a_joint_experience_holds_every_sample_of_each_once(tasks, batch_size, shuffled, name, capped):
     options = {"samples_per_task": 7} if capped and name != "class" else {}
@@ -338,7 +338,7 @@ def test_bad_transforms(transform, wanted):
         transform()
 
 
-@given(st.integers(1, 60), st.booleans(), st.sampled_from(SCENARIOS))
+@given(st.integers(1, 60), st.booleans(), st.sampled_from(sorted(SCENARIOS)))
 @settings(deadline=None)
 def test_batches_hold_every_sample_once(batch_size, shuffled, name):
     dataset = small_dataset()
@@ -469,3 +469,10 @@ def test_bad_options(name, options, wanted):
 def test_bad_data_sets(name, datasets, wanted):
     with pytest.raises(ValueError, match=wanted):
         make_scenario(name, datasets)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_table_has_the_options_and_defaults_of_what_builds_a_scenario(name):
+    signature = inspect.signature(SCENARIOS[name].make).parameters.values()
+    keywords = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY and p.name != "seed"}
+    assert SCENARIOS[name].defaults == keywords

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import binary, full_precision
+from . import binary
 from .base import Method, TrainingError
 from .config import (
     LOSS_NAMES,
@@ -40,6 +40,13 @@ from .config import (
     ReplayConfig,
     values,
 )
+from .engram_fp import FloatTwinMethod
+from .ewc import EWC
+from .finetune import FullPrecisionMethod
+from .joint import JointTraining
+from .lwf import LwF
+from .replay import Replay
+from .si import SynapticIntelligence
 
 __all__ = [
     "ENOUGH_STEPS",
@@ -93,13 +100,13 @@ METHODS: dict[str, Preset] = {
     ),
     "mbnn": Preset(BinaryConfig(lr=5e-3, metaplasticity=1.35), binary.build),
     "bnn": Preset(BinaryConfig(lr=5e-3, metaplasticity=0.0), binary.build),
-    "finetune": Preset(FullPrecisionConfig(lr=1e-3, batch_size=128), full_precision.FullPrecisionMethod.build),
-    "ewc": Preset(EWCConfig(lr=1e-3, batch_size=128, strength=100.0), full_precision.EWC.build),
-    "si": Preset(PenaltyConfig(lr=1e-3, batch_size=128, strength=10.0), full_precision.SynapticIntelligence.build),
-    "lwf": Preset(LwFConfig(lr=1e-3, batch_size=128), full_precision.LwF.build),
-    "replay": Preset(ReplayConfig(lr=1e-3, batch_size=128), full_precision.Replay.build),
-    "joint": Preset(FullPrecisionConfig(lr=1e-3, batch_size=128), full_precision.JointTraining.build),
-    "engram-fp": Preset(FloatTwinConfig(lr=5e-3, batch_size=64, loss="local"), full_precision.FloatTwinMethod.build),
+    "finetune": Preset(FullPrecisionConfig(lr=1e-3, batch_size=128), FullPrecisionMethod.build),
+    "ewc": Preset(EWCConfig(lr=1e-3, batch_size=128, strength=100.0), EWC.build),
+    "si": Preset(PenaltyConfig(lr=1e-3, batch_size=128, strength=10.0), SynapticIntelligence.build),
+    "lwf": Preset(LwFConfig(lr=1e-3, batch_size=128), LwF.build),
+    "replay": Preset(ReplayConfig(lr=1e-3, batch_size=128), Replay.build),
+    "joint": Preset(FullPrecisionConfig(lr=1e-3, batch_size=128), JointTraining.build),
+    "engram-fp": Preset(FloatTwinConfig(lr=5e-3, batch_size=64, loss="local"), FloatTwinMethod.build),
 }
 # Fewer steps than this on a task, and what the hyper-parameters were chosen for is not reached: on 200 digits, and on
 # tables of 130 to 430 samples, accuracy rises until there are 20 to 40. MNIST has 43 in the smallest of its tasks.

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-import engram_kernels as ek
-
+from ...engrams import StochasticEngram
+from ...networks import EngramMLP
+from ...optim import MetaplasticAdam
+from ...readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 from ..parameters import PerLayer
 from .base import LOSSES, Method
 from .config import BinaryConfig, values
@@ -22,7 +24,7 @@ class DendriticMethod(Method):
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Local loss, with its share of the batch's cross-entropy, or one of the other losses."""
         readout = self.model.readout
-        assert isinstance(self.model, ek.EngramMLP) and isinstance(readout, ek.DendriticReadout)
+        assert isinstance(self.model, EngramMLP) and isinstance(readout, DendriticReadout)
         features = self.model.features(x)
         if self.config.loss != "local":
             scores = readout(features)
@@ -43,8 +45,8 @@ class CountingMethod(Method):
     @torch.no_grad()
     def observe(self, x: Tensor, y: Tensor) -> tuple[float | None, float | None]:
         """Counts a minibatch. No loss; the accuracy would cost more than the counting."""
-        assert isinstance(self.model, ek.EngramMLP)
-        assert isinstance(self.model.readout, (ek.PrototypeReadout, ek.RidgeReadout))
+        assert isinstance(self.model, EngramMLP)
+        assert isinstance(self.model.readout, (PrototypeReadout, RidgeReadout))
         self.model.readout.observe(self.model.features(x), y)
         return None, None
 
@@ -59,13 +61,13 @@ def build(config: BinaryConfig, features: int, hidden: Sequence[int], num_classe
     dtype = getattr(torch, config.weight_dtype)
     engram = None
     if config.rate is not None:
-        engram = ek.StochasticEngram(config.rate, temperature=1.0 if config.temperature is None else config.temperature)
+        engram = StochasticEngram(config.rate, temperature=1.0 if config.temperature is None else config.temperature)
     kind: type[Method] = Method
     readout: nn.Module | str = "linear"
     if config.readout == "dendritic":
         assert engram is not None
         kind = DendriticMethod
-        readout = ek.DendriticReadout(
+        readout = DendriticReadout(
             hidden[-1], num_classes, config.segments,
             engram=engram, top_segments=config.top_segments,
             conscience=config.conscience, ste_window=config.ste_window,
@@ -76,10 +78,10 @@ def build(config: BinaryConfig, features: int, hidden: Sequence[int], num_classe
             raise ValueError(f"train_hidden: expected False with readout {config.readout}, whose units are counted")
         kind = CountingMethod
         if config.readout == "prototype":
-            readout = ek.PrototypeReadout(hidden[-1], num_classes, engram=engram)
+            readout = PrototypeReadout(hidden[-1], num_classes, engram=engram)
         else:
-            readout = ek.RidgeReadout(hidden[-1], num_classes, engram=engram, penalty=config.penalty)
-    model = ek.EngramMLP(
+            readout = RidgeReadout(hidden[-1], num_classes, engram=engram, penalty=config.penalty)
+    model = EngramMLP(
         [features, *hidden, num_classes],
         engram=engram,
         train_hidden=config.train_hidden,
@@ -114,7 +116,7 @@ def build_optimizer(config: BinaryConfig, model: nn.Module) -> torch.optim.Optim
     ]
     if all(own == of_groups[0] for own in of_groups):
         groups, of_groups = [[p for group in groups for p in group]], of_groups[:1]
-    return ek.MetaplasticAdam(
+    return MetaplasticAdam(
         [{"params": group, **own} for group, own in zip(groups, of_groups, strict=True)],
         weight_decay=config.weight_decay,
         state_dtype=getattr(torch, config.state_dtype),

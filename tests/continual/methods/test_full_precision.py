@@ -19,22 +19,15 @@ from engram_kernels.continual.methods import (
     LwFConfig,
     PenaltyConfig,
     ReplayConfig,
-    full_precision,
 )
-from engram_kernels.continual.methods.full_precision import (
-    EWC,
-    MLP,
-    SI_DAMPING,
-    FloatTwin,
-    FloatTwinMethod,
-    JointTraining,
-    LwF,
-    Replay,
-    ReplayBuffer,
-    SeenClassesMLP,
-    SynapticIntelligence,
-    fisher_diagonal,
-)
+from engram_kernels.continual.methods import ewc as ewc_module
+from engram_kernels.continual.methods.engram_fp import FloatTwin, FloatTwinMethod
+from engram_kernels.continual.methods.ewc import EWC, fisher_diagonal
+from engram_kernels.continual.methods.finetune import MLP, FullPrecisionMethod
+from engram_kernels.continual.methods.joint import JointTraining
+from engram_kernels.continual.methods.lwf import LwF, SeenClassesMLP
+from engram_kernels.continual.methods.replay import Replay, ReplayBuffer
+from engram_kernels.continual.methods.si import SI_DAMPING, SynapticIntelligence
 from engram_kernels.continual.scenarios import SCENARIOS, Experience, class_scenario, make_scenario, permuted_scenario
 
 seeds = st.integers(0, 2**31)
@@ -121,15 +114,15 @@ def test_fisher_of_an_experience_and_of_those_before(loss):
 
 
 def test_fisher_looks_at_a_bounded_number_of_samples(monkeypatch):
-    monkeypatch.setattr(full_precision, "FISHER_SAMPLES", 40)
-    monkeypatch.setattr(full_precision, "_CHUNK", 15)
+    monkeypatch.setattr(ewc_module, "FISHER_SAMPLES", 40)
+    monkeypatch.setattr(ewc_module, "_CHUNK", 15)
     seen = []
 
     def count(model, x, classes):
         seen.append(x)
         return [torch.ones_like(p) for p in model.parameters()]
 
-    monkeypatch.setattr(full_precision, "fisher_diagonal", count)
+    monkeypatch.setattr(ewc_module, "fisher_diagonal", count)
     method = EWC.build(EWCConfig(lr=0.1), 7, [8], 6)
     method.after_training_exp(permuted_scenario(random_dataset(), tasks=1).train_stream[0])
     assert [len(x) for x in seen] == [15, 15, 10]
@@ -171,7 +164,7 @@ def test_nothing_is_held_before_an_experience_has_ended(kind):
     torch.manual_seed(0)
     method = kind.build(config, 7, [8], 6)
     torch.manual_seed(0)
-    plain = full_precision.FullPrecisionMethod.build(FullPrecisionConfig(lr=0.1), 7, [8], 6)
+    plain = FullPrecisionMethod.build(FullPrecisionConfig(lr=0.1), 7, [8], 6)
     experience = class_scenario(random_dataset()).train_stream[0]
     for learner in (method, plain):
         for x, y in learner.before_training_exp(experience).batches(5):
