@@ -16,6 +16,35 @@ _SAME_UNIT = 0.25  # median range over the largest from which on all features sh
 _CLIP = 3.0  # ranges from the mean: a feature may leave by far the range of the first samples
 
 
+def inputs_of(features: int) -> int:
+    """Input units that so many features get: one each, or several each where they are few."""
+    return features * -(-_FEWEST_INPUTS // features)
+
+
+def scale_of(mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What features are divided by, from their mean, smallest and largest values, all (features,)."""
+    spread = high - low
+    # what has not varied yet: its own magnitude is all that is known of its unit
+    own = torch.where(spread > 0, spread, torch.where(mean != 0, mean.abs(), torch.ones_like(mean)))
+    if inputs_of(len(mean)) > len(mean):
+        return own
+    largest = spread.max()
+    varying = torch.where(spread > 0, spread, torch.full_like(spread, math.nan))
+    alike = (largest > 0) & (varying.nanmedian() >= _SAME_UNIT * largest)
+    return torch.where(alike, largest, own)
+
+
+def as_inputs(z: Tensor) -> Tensor:
+    """Scaled features, float32 (M, features) -> inputs (M, `inputs_of` features): clipped, or coded where few."""
+    features = z.shape[1]
+    units = inputs_of(features) // features
+    if units == 1:
+        return z.clamp(-_CLIP, _CLIP)
+    u = (torch.arange(units, dtype=torch.float32, device=z.device) + 0.5) / units
+    thresholds = torch.tan(math.pi * (u - 0.5))
+    return (2.0 * (z[:, :, None] - 0.3 * thresholds)).clamp(-1.0, 1.0).flatten(1)
+
+
 class InputEncoding(nn.Module):
     """Scales features by their mean and range, and gives few features several input units each.
 
@@ -50,8 +79,7 @@ class InputEncoding(nn.Module):
     def __init__(self, features: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.features = check_size("features", features)
-        self.units_per_feature = -(-_FEWEST_INPUTS // features)
-        self.inputs = features * self.units_per_feature
+        self.inputs = inputs_of(features)
         self._seen = 0  # that of ``samples``, which a compiled graph could not branch on
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
         for name, value in (("mean", 0.0), ("low", 0.0), ("high", 0.0), ("scale", 1.0)):
@@ -61,22 +89,13 @@ class InputEncoding(nn.Module):
         """Floats or uint8 (M, features) -> (M, inputs)."""
         if x.dim() != 2 or x.shape[1] != self.features:
             raise RuntimeError(f"input: expected shape (M, {self.features}), got {tuple(x.shape)}")
-        if x.dtype == torch.uint8 and self.units_per_feature == 1:
+        if x.dtype == torch.uint8 and self.inputs == self.features:
             return x
         values = x.float()
         if self.training and self._seen < FIRST_SAMPLES and x.shape[0]:
             self._observe(values.detach())
-        z = (values - self.mean) / self.scale
-        if self.units_per_feature == 1:
-            z = z.clamp(-_CLIP, _CLIP)
-        else:
-            z = (2.0 * (z[:, :, None] - 0.3 * self._thresholds(x.device))).clamp(-1.0, 1.0).flatten(1)
+        z = as_inputs((values - self.mean) / self.scale)
         return z if x.dtype == torch.uint8 else z.to(x.dtype)
-
-    def _thresholds(self, device: torch.device) -> Tensor:
-        n = self.units_per_feature
-        u = (torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n
-        return torch.tan(math.pi * (u - 0.5))
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -88,16 +107,10 @@ class InputEncoding(nn.Module):
             mean = self.mean + (mean - self.mean) * (new / (seen + new))
         if not torch.compiler.is_compiling() and not bool((high - low).isfinite().all()):
             raise RuntimeError("input: expected finite numbers, got NaN, infinity or a range beyond float32")
-        spread = high - low
-        # what has not varied yet: its own magnitude is all that is known of its unit
-        own = torch.where(spread > 0, spread, torch.where(mean != 0, mean.abs(), torch.ones_like(mean)))
-        largest = spread.max()
-        varying = torch.where(spread > 0, spread, torch.full_like(spread, float("nan")))
-        alike = (largest > 0) & (varying.nanmedian() >= _SAME_UNIT * largest) & (self.units_per_feature == 1)
         self.mean.copy_(mean)
         self.low.copy_(low)
         self.high.copy_(high)
-        self.scale.copy_(torch.where(alike, largest, own))
+        self.scale.copy_(scale_of(mean, low, high))
         self._seen = seen + new
         self.samples.fill_(self._seen)
 

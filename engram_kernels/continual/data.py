@@ -74,6 +74,11 @@ class Dataset:
         return self.x_train.shape[1]
 
     @property
+    def is_table(self) -> bool:
+        """Whether its features may have different units: rows of numbers, but bytes of at least 64, as of an image."""
+        return len(self.sample_shape) == 1 and (self.x_train.dtype != torch.uint8 or self.features < 64)
+
+    @property
     def num_classes(self) -> int:
         """Output units of a network for this data."""
         return len(self.classes)

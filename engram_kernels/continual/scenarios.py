@@ -11,7 +11,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..encoding import FIRST_SAMPLES, as_inputs, inputs_of, scale_of
 from .data import Dataset, common_shape, standardize
 
 DEFAULT_CLASSES_PER_TASK = 2
@@ -129,9 +130,11 @@ class Experience(Samples):
     Shapes: ``x`` (n, features) uint8 or float32 and ``y`` (n,) int64 are the whole data set; ``indices``
     (samples,) int64 selects this experience's rows, None all of them; ``transform`` maps a raw minibatch
     (B, features) to one of the same shape, None leaves it. ``classes`` are the labels (indices into
-    ``Dataset.classes``) that occur in it.
+    ``Dataset.classes``) that occur in it. Images are standardised per sample; of a table, whose features have units of
+    their own, ``offset`` and ``scale`` (features,) say how each is scaled before the transform
+    (`engram_kernels.InputEncoding`), which its inputs then code.
 
-    Transform and standardisation are done on the minibatch: no task ever has a copy of the data.
+    All this is done on the minibatch: no task ever has a copy of the data.
     """
 
     x: Tensor
@@ -139,6 +142,14 @@ class Experience(Samples):
     classes: tuple[int, ...]
     indices: Tensor | None = None
     transform: Transform | None = None
+    offset: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def features(self) -> int:
+        """Values of a sample as `samples` gives it."""
+        raw = self.x.shape[1]
+        return raw if self.scale is None else inputs_of(raw)
 
     def __len__(self) -> int:
         """Samples in this experience."""
@@ -149,9 +160,11 @@ class Experience(Samples):
         if self.indices is not None:
             rows = self.indices[rows]
         x = self.x[rows]
+        if self.offset is not None and self.scale is not None:
+            x = (x.float() - self.offset) / self.scale
         if self.transform is not None:
             x = self.transform(x)
-        return standardize(x), self.y[rows]
+        return standardize(x) if self.scale is None else as_inputs(x), self.y[rows]
 
 
 # What a method remembers of experiences is part of its state, which is loaded with weights_only=True.
@@ -176,7 +189,7 @@ class Joint(Samples):
         """Raises ValueError."""
         if not self.experiences:
             raise ValueError("experiences: expected at least one, got none")
-        features = [experience.x.shape[1] for experience in self.experiences]
+        features = [experience.features for experience in self.experiences]
         if len(set(features)) > 1:
             raise ValueError(f"experiences: expected the same number of features in each, got {features}")
         classes = sorted({label for experience in self.experiences for label in experience.classes})
@@ -189,7 +202,7 @@ class Joint(Samples):
 
     def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Samples.samples`."""
-        x = torch.empty(len(rows), self.experiences[0].x.shape[1], dtype=torch.float32, device=_CPU)
+        x = torch.empty(len(rows), self.experiences[0].features, dtype=torch.float32, device=_CPU)
         y = torch.empty(len(rows), dtype=torch.int64, device=_CPU)
         source = torch.bucketize(rows, self._ends, right=True)
         for index in source.unique().tolist():
@@ -462,11 +475,24 @@ def make_scenario(
             takers = [other for other, each in SCENARIOS.items() if option in each.defaults]
             raise ValueError(f"{option}: expected only with scenario {', '.join(takers)}, got it with scenario {name}")
     datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
-    if kind.several:
-        return kind.make(datasets, seed=seed, **given)
-    if len(datasets) != 1:
+    if not kind.several and len(datasets) != 1:
         raise ValueError(f"dataset: expected one with scenario {name}, got {len(datasets)} (several: scenario domain)")
-    return kind.make(datasets[0], seed=seed, **given)
+    scenario = kind.make(datasets if kind.several else datasets[0], seed=seed, **given)
+    return _scaled(scenario) if any(dataset.is_table for dataset in datasets) else scenario
+
+
+def _scaled(scenario: Scenario) -> Scenario:
+    """Has all experiences scale their features by the first samples of the stream, whatever their labels."""
+    first = scenario.train_stream[0]
+    x = first.x[:FIRST_SAMPLES] if first.indices is None else first.x[first.indices[:FIRST_SAMPLES]]
+    x = x.float()
+    offset = x.mean(dim=0)
+    scale = scale_of(offset, x.amin(dim=0), x.amax(dim=0))
+    train, test = (
+        tuple(replace(experience, offset=offset, scale=scale) for experience in stream)
+        for stream in (scenario.train_stream, scenario.test_stream)
+    )
+    return replace(scenario, features=inputs_of(len(offset)), train_stream=train, test_stream=test)
 
 
 def task_samples(name: str, dataset: Dataset | Sequence[Dataset], classes_per_task: int | None = None) -> int:
