@@ -40,14 +40,14 @@ def split(dataset: str) -> dict[str, Experiment]:
         ),
         "engram, prototypes": engram("prototype"),
         "engram, ridge": engram("ridge", "4096"),
-        "engram, two trained hidden layers": "--method engram",
+        "engram, two trained hidden layers": "--method engram --hidden 2048 2048 --readout linear",
         "engram, two trained hidden layers, 100 segments": (
-            "--method engram --readout dendritic --train-hidden --cross-entropy-weight 1 --lr 1e-6 3e-6 5e-3 "
-            "--ste-window inf --logit-scale 0.3"
+            "--method engram --hidden 2048 2048 --readout dendritic --train-hidden --cross-entropy-weight 1 "
+            "--lr 1e-6 3e-6 5e-3 --ste-window inf --logit-scale 0.3"
         ),
-        "mbnn": "--method mbnn",
-        "mbnn, loss over the batch's classes": "--method mbnn --loss batch",
-        "bnn": "--method bnn",
+        "mbnn": "--method mbnn --hidden 2048 2048",
+        "mbnn, loss over the batch's classes": "--method mbnn --hidden 2048 2048 --loss batch",
+        "bnn": "--method bnn --hidden 2048 2048",
     }
     twin = {
         "engram-fp, 10-way output": "--method engram-fp --hidden 2048 --segments 1 --rate 0.05",
@@ -55,13 +55,13 @@ def split(dataset: str) -> dict[str, Experiment]:
         "engram-fp, 100 segments, two speak": "--method engram-fp --hidden 2048 --segments 100 --top-segments 2",
     }
     full = {
-        "finetune": "--method finetune",
-        "finetune, loss over the batch's classes": "--method finetune --loss batch",
-        "ewc": "--method ewc",
-        "si": "--method si",
-        "lwf": "--method lwf --strength 3",
-        "replay, 200 samples": "--method replay --buffer-size 200",
-        "joint": "--method joint",
+        "finetune": "--method finetune --hidden 2048 2048",
+        "finetune, loss over the batch's classes": "--method finetune --hidden 2048 2048 --loss batch",
+        "ewc": "--method ewc --hidden 2048 2048",
+        "si": "--method si --hidden 2048 2048",
+        "lwf": "--method lwf --hidden 2048 2048 --strength 3",
+        "replay, 200 samples": "--method replay --hidden 2048 2048 --buffer-size 200",
+        "joint": "--method joint --hidden 2048 2048",
     }
     jobs = [Job(label, f"{common} {options}") for label, options in (binary | twin | full).items()]
     return {f"split-{dataset}": Experiment(jobs, FIVE)}
@@ -76,13 +76,13 @@ def permuted() -> dict[str, Experiment]:
         "engram, 100 segments, fixed hidden layer": (
             f"{engram('dendritic')} --no-train-hidden --lr 2e-3 --metaplasticity 0"
         ),
-        "engram, two trained hidden layers": "--method engram",
-        "finetune": "--method finetune",
-        "ewc": "--method ewc --strength 300",
-        "si": "--method si --strength 100",
-        "bnn": "--method bnn",
-        "mbnn": "--method mbnn --metaplasticity 20",
-        "joint": "--method joint",
+        "engram, two trained hidden layers": "--method engram --hidden 2048 2048 --readout linear",
+        "finetune": "--method finetune --hidden 2048 2048",
+        "ewc": "--method ewc --hidden 2048 2048 --strength 300",
+        "si": "--method si --hidden 2048 2048 --strength 100",
+        "bnn": "--method bnn --hidden 2048 2048",
+        "mbnn": "--method mbnn --hidden 2048 2048 --metaplasticity 20",
+        "joint": "--method joint --hidden 2048 2048",
     }
     return {"permuted": Experiment([Job(label, f"{common} {options}") for label, options in rows.items()], THREE)}
 
@@ -91,10 +91,10 @@ def domain() -> dict[str, Experiment]:
     """MNIST and Fashion-MNIST one after the other, same ten outputs."""
     rows = {
         "engram, segments": engram("dendritic --segments 100"),
-        "mbnn": "--method mbnn --metaplasticity 100",
-        "finetune": "--method finetune",
-        "ewc": "--method ewc --strength 100000",
-        "si": "--method si --strength 100",
+        "mbnn": "--method mbnn --hidden 2048 2048 --metaplasticity 100",
+        "finetune": "--method finetune --hidden 2048 2048",
+        "ewc": "--method ewc --hidden 2048 2048 --strength 100000",
+        "si": "--method si --hidden 2048 2048 --strength 100",
     }
     return {
         f"domain-{first}-first": Experiment(
@@ -183,7 +183,10 @@ def ablation() -> dict[str, Experiment]:
         "100 segments, cross-entropy beside": "--cross-entropy-weight 1",
         "100 segments, two fixed hidden layers": "--hidden 2048 2048",
     }
-    jobs = [Job(label, f"{common} --method engram {options}") for label, options in trained.items()]
+    jobs = [
+        Job(label, f"{common} --method engram --hidden 2048 2048 --readout linear {options}")
+        for label, options in trained.items()
+    ]
     jobs += [
         # what is said again later on a command line counts
         Job(label, f"{common} {engram('dendritic --segments 100')} {options}")
@@ -204,7 +207,8 @@ def compact() -> dict[str, Experiment]:
     jobs = [
         Job(
             f"moments {state}, hidden weights {weight}",
-            f"--dataset mnist --evaluation seen --method engram --state-dtype {state} --weight-dtype {weight}",
+            "--dataset mnist --evaluation seen --method engram --hidden 2048 2048 --readout linear "
+            f"--state-dtype {state} --weight-dtype {weight}",
         )
         for state, weight in kinds
     ]
@@ -221,16 +225,16 @@ def memory() -> dict[str, Experiment]:
         "engram, 100 segments, compact": f"{engram('dendritic --segments 100')} {compact}",
         "engram, prototypes": engram("prototype"),
         "engram, ridge": engram("ridge", "4096"),
-        "engram, two trained hidden layers": "--method engram",
-        "engram, two trained hidden layers, compact": f"--method engram {compact}",
-        "bnn": "--method bnn",
-        "mbnn": "--method mbnn",
+        "engram, two trained hidden layers": "--method engram --hidden 2048 2048 --readout linear",
+        "engram, two trained hidden layers, compact": f"--method engram --hidden 2048 2048 --readout linear {compact}",
+        "bnn": "--method bnn --hidden 2048 2048",
+        "mbnn": "--method mbnn --hidden 2048 2048",
         "engram-fp, 100 segments": "--method engram-fp --hidden 2048 --segments 100",
-        "finetune": "--method finetune",
-        "ewc": "--method ewc",
-        "si": "--method si",
-        "lwf": "--method lwf",
-        "replay, 200 samples": "--method replay --buffer-size 200",
+        "finetune": "--method finetune --hidden 2048 2048",
+        "ewc": "--method ewc --hidden 2048 2048",
+        "si": "--method si --hidden 2048 2048",
+        "lwf": "--method lwf --hidden 2048 2048",
+        "replay, 200 samples": "--method replay --hidden 2048 2048 --buffer-size 200",
     }
     return {"memory": Experiment([Job(label, f"{common} {options}") for label, options in rows.items()], THREE)}
 

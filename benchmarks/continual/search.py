@@ -30,12 +30,12 @@ def grid(common: str, option: str, values: list[float]) -> list[Job]:
 
 ENGRAM = f"{SPLIT} --method engram --hidden 2048 --readout"
 GRIDS: dict[str, list[Job]] = {
-    "permuted-ewc": grid(f"{PERMUTED} --method ewc", "strength", [10, 100, 300, 1000, 10000]),
-    "permuted-si": grid(f"{PERMUTED} --method si", "strength", [1, 10, 100, 1000]),
-    "domain-ewc": grid(f"{DOMAIN} --method ewc", "strength", [100, 1000, 10000, 100000, 1000000]),
-    "domain-si": grid(f"{DOMAIN} --method si", "strength", [10, 100, 1000, 10000]),
-    "permuted-mbnn": grid(f"{PERMUTED} --method mbnn", "metaplasticity", [5, 20, 50, 100, 500]),
-    "domain-mbnn": grid(f"{DOMAIN} --method mbnn", "metaplasticity", [1.35, 5, 20, 100, 500]),
+    "permuted-ewc": grid(f"{PERMUTED} --method ewc --hidden 2048 2048", "strength", [10, 100, 300, 1000, 10000]),
+    "permuted-si": grid(f"{PERMUTED} --method si --hidden 2048 2048", "strength", [1, 10, 100, 1000]),
+    "domain-ewc": grid(f"{DOMAIN} --method ewc --hidden 2048 2048", "strength", [100, 1000, 10000, 100000, 1000000]),
+    "domain-si": grid(f"{DOMAIN} --method si --hidden 2048 2048", "strength", [10, 100, 1000, 10000]),
+    "permuted-mbnn": grid(f"{PERMUTED} --method mbnn --hidden 2048 2048", "metaplasticity", [5, 20, 50, 100, 500]),
+    "domain-mbnn": grid(f"{DOMAIN} --method mbnn --hidden 2048 2048", "metaplasticity", [1.35, 5, 20, 100, 500]),
     "long-hidden": [
         Job(label, f"{LONG} {options}")
         for label, options in (
@@ -96,9 +96,9 @@ GRIDS: dict[str, list[Job]] = {
         Job(f"{units} units", f"{SPLIT} --method engram --hidden {units} --readout ridge")
         for units in (1024, 2048, 4096)
     ],
-    "split-ewc": grid(f"{SPLIT} --method ewc", "strength", [1, 100, 10000]),
-    "split-si": grid(f"{SPLIT} --method si", "strength", [1, 10, 100]),
-    "split-lwf": grid(f"{SPLIT} --method lwf", "strength", [0.3, 1, 3, 10, 30, 100]),
+    "split-ewc": grid(f"{SPLIT} --method ewc --hidden 2048 2048", "strength", [1, 100, 10000]),
+    "split-si": grid(f"{SPLIT} --method si --hidden 2048 2048", "strength", [1, 10, 100]),
+    "split-lwf": grid(f"{SPLIT} --method lwf --hidden 2048 2048", "strength", [0.3, 1, 3, 10, 30, 100]),
 }
 
 

@@ -39,7 +39,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
         help="; ".join(f"{name}: {kind.help}" for name, kind in SCENARIOS.items()),
     )  # fmt: skip
     _add_hyper_parameters(group, READOUT_GROUP)
-    group.add_argument("--hidden", type=int, nargs="+", default=[2048, 2048], metavar="N", help="hidden layer widths")
+    group.add_argument("--hidden", type=int, nargs="+", default=[2048], metavar="N", help="hidden layer widths")
     group.add_argument(
         "--tasks", type=int, metavar="N", default=argparse.SUPPRESS,
         help=f"number of tasks (default: all classes; permuted: {scenarios.DEFAULT_PERMUTED_TASKS}; "

@@ -187,7 +187,7 @@ def run(
     *,
     scenario: str = "class",
     method: str = "engram",
-    hidden: Sequence[int] = (2048, 2048),
+    hidden: Sequence[int] = (2048,),
     seed: int = 0,
     tasks: int | None = None,
     classes_per_task: int | None = None,

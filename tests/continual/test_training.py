@@ -188,7 +188,7 @@ def test_a_nan_that_the_loss_does_not_see_is_found():
 def test_a_nan_that_an_operator_refuses_is_a_training_error():
     dataset = clusters()
     method = build("engram", METHODS["engram"].config, dataset.features, [16], dataset.num_classes)
-    method.model.layers[1].weight.data[0, 0] = math.nan
+    method.model.readout.weight.data[0, 0] = math.nan
     with pytest.raises(TrainingError, match=r"NaN.* in task 1, epoch 1; a lower lr may help"):
         train(class_scenario(dataset), method)
 

@@ -30,7 +30,8 @@ def test_compact_methods_learn(state_dtype, weight_dtype, fuse_backward):
 @pytest.mark.parametrize("hidden", [[33], [40, 24]])
 def test_every_layer_learns(name, hidden):
     torch.manual_seed(0)
-    method = build(name, dataclasses.replace(METHODS[name].config, train_hidden=True), 9, hidden, 4)
+    config = method_config(name, "class", "mnist", readout="linear", lr=0.01)
+    method = build(name, config, 9, hidden, 4)
     before = {key: value.clone() for key, value in method.model.state_dict().items()}
     method.observe(torch.randn(12, 9), torch.arange(12) % 4)
     after = method.model.state_dict()

@@ -54,7 +54,11 @@ def test_overrides_win_and_none_keeps_the_default():
         ("engram", {"state_dtype": "int4"}, "state_dtype: expected one of float32, bfloat16, int8, got 'int4'"),
         ("engram", {"weight_dtype": "int8"}, "weight_dtype: expected one of float32, bfloat16, got 'int8'"),
         ("engram", {"loss": "hinge"}, "loss: expected one of all, batch, local, got 'hinge'"),
-        ("engram", {"loss": "local"}, "loss: expected local only with readout dendritic, got it with linear"),
+        (
+            "engram",
+            {"readout": "linear", "loss": "local"},
+            "loss: expected local only with readout dendritic, got it with linear",
+        ),
         ("engram", {"strength": 1.0}, "strength: expected only with methods that have it, got it with method engram"),
         ("mbnn", {"rate": 0.1}, "rate: expected only with a method that has engram gates, .* method mbnn"),
         ("bnn", {"temperature": 1.0}, "temperature: expected only with a method that has engram gates"),
