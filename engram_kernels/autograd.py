@@ -18,6 +18,7 @@ from .fused_backward import gradient_consumer
 from .hidden_weight import HiddenWeight
 
 _BLOCK_ELEMENTS = 1 << 18  # of a gradient that is consumed block by block
+_BLOCK_SAMPLES = 128  # of a sum over samples
 
 
 class _Function(torch.autograd.Function):
@@ -105,6 +106,17 @@ def _update_by_blocks(gradient_of_rows, weight, exp_avg, exp_avg_sq, sign_bits, 
         )
 
 
+def _product_over_samples(d: Tensor, x: Tensor) -> Tensor:
+    """``d.T @ x`` with factors rounded to the dtype of x: (M, N), (M, K) -> (N, K) in the dtype of d.
+
+    A block of samples at a time: sums over more BLAS shares out among threads, whose number would show in the result.
+    """
+    if torch.compiler.is_compiling() or d.shape[0] <= _BLOCK_SAMPLES:
+        return (d.T.to(x.dtype) @ x).to(d.dtype)
+    blocks = zip(d.split(_BLOCK_SAMPLES), x.split(_BLOCK_SAMPLES), strict=True)
+    return functools.reduce(Tensor.add_, ((own.T.to(x.dtype) @ part).float() for own, part in blocks)).to(d.dtype)
+
+
 class GatedSignProduct(_Function):
     """Gated product of signs, ``y[m, n] = sum_k g[m, k] s(x[m, k]) s(W[n, k])``; keeps bits only.
 
@@ -178,8 +190,7 @@ class SignProduct(_Function):
             x = x.detach().to(d.dtype if dtype is None else dtype)
 
             def gradient_of_rows(rows: slice) -> Tensor:
-                factor = own[:, rows].T
-                return factor @ x if dtype is None else (factor.to(dtype) @ x).to(d.dtype)
+                return _product_over_samples(own[:, rows], x)
 
             if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
                 dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
@@ -225,7 +236,9 @@ class CodeProduct(_Function):
 
             def gradient_of_rows(rows: slice) -> Tensor:
                 block = own[:, rows].float().contiguous()
-                return ops.gated_weight_grad(block, gate_bits, ctx.k, gate_bits) - ctx.rate * block.sum(0)[:, None]
+                # torch's sum over samples depends on the number of threads
+                sums = ops.gated_weight_grad(block, ops.pack_signs(block.new_ones(block.shape[0], 1)), 1)
+                return ops.gated_weight_grad(block, gate_bits, ctx.k, gate_bits) - ctx.rate * sums
 
             if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
                 dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)

@@ -11,8 +11,10 @@ is the *centred engram code* ``h = g - rate``, the gate less its mean, so that w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -292,10 +294,11 @@ class RidgeReadout(_Readout):
             variance = covariance.diagonal()
             variance += self.penalty * float(variance.mean()) + 1e-12  # a unit that all samples share has none
             class_means = self.counts.double() / self.samples.clamp(min=1)[:, None]
-            factor = torch.linalg.cholesky(covariance)
-            del covariance, variance  # before the solution copies the factor
-            weight = torch.cholesky_solve(class_means.T, factor).T
-            bias = -0.5 * (weight * class_means).sum(1)
+            with _one_thread():
+                factor = torch.linalg.cholesky(covariance)
+                del covariance, variance  # before the solution copies the factor
+                weight = torch.cholesky_solve(class_means.T, factor).T
+                bias = -0.5 * (weight * class_means).sum(1)
             self._solution = _Solution(
                 weight.float(), bias.float(), self.penalty, weakref.ref(self.gram), _version(self.gram),
                 self.gram.diagonal().clone(), self.counts.clone(), self.samples.clone(),
@@ -341,6 +344,17 @@ class RidgeReadout(_Readout):
         # a gate is half the sum of its sign and 1
         y = 0.5 * (ops.sign_matmul_t(weight, gate_bits, self.in_features).T + weight.sum(1)) + bias
         return y.to(x.dtype).masked_fill(self.samples == 0, -math.inf)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For LAPACK, the last bits of whose results depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _version(tensor: Tensor) -> int:

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import engram_kernels as ek
 from engram_kernels import cli
+from engram_kernels.cli.train import can_draw
+from engram_kernels.continual.files import FolderLock
 from engram_kernels.continual.methods import METHODS
 
 KEYS = {
@@ -62,7 +65,7 @@ def read(path):
 
 def refused(capsys, wanted):
     """Exit code 2 goes with one line on stderr that names the argument."""
-    error = capsys.readouterr().err
+    error = capsys if isinstance(capsys, str) else capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("engram-kernels: error:")]
     assert len(lines) == 1
     assert error.splitlines()[-1] == lines[0]
@@ -192,6 +195,36 @@ def test_a_picture_is_drawn(npz):
     assert Path("out/report.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_picture_that_fails_is_a_warning_and_later_seeds_run(npz, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no font\nanywhere")
+
+    monkeypatch.setattr("engram_kernels.continual.plots.write_picture", fail)
+    assert train(npz, "--seeds", "0", "1", "--output", "out", "--quiet") == 0
+    warnings = [f"out/seed{seed}/report.png can't be drawn (no font anywhere)" for seed in (0, 1)]
+    error = capsys.readouterr().err
+    assert all(f"engram-kernels: warning: {warning}" in error for warning in warnings)
+    assert [read(f"out/seed{seed}/metrics.json")["completed"] for seed in (0, 1)] == [True, True]
+    assert len(read("out/summary.json")["average_accuracy"]["values"]) == 2
+
+
+def test_a_seed_that_fails_leaves_the_others_their_results(npz, capsys, monkeypatch):
+    from engram_kernels.continual import training
+
+    observe = training._step
+
+    def fail(method, *arguments, **named):
+        if torch.initial_seed() == 1:
+            raise training.TrainingError("loss: expected a finite number, got nan")
+        return observe(method, *arguments, **named)
+
+    monkeypatch.setattr(training, "_step", fail)
+    assert train(npz, "--seeds", "0", "1", "2", "--output", "out", "--quiet") == 1
+    assert "engram-kernels: error: loss: expected a finite number, got nan (seed 1)" in capsys.readouterr().err
+    assert [os.path.exists(f"out/seed{seed}/metrics.json") for seed in range(3)] == [True, False, True]
+    assert len(read("out/summary.json")["average_accuracy"]["values"]) == 2
+
+
 def test_without_matplotlib_the_numbers_are_still_written(npz, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert train(npz, "--output", "out") == 0
@@ -220,6 +253,7 @@ def test_without_scikit_learn_digits_say_how_to_get_it(npz, capsys, monkeypatch)
         (["--batch-size", "0"], ["batch_size", "got 0"]),
         (["--threads", "0"], ["threads", "got 0"]),
         (["--hidden", "0"], ["hidden", "[0]"]),
+        (["--hidden", "-5"], ["hidden", "[-5]"]),
         (["--tasks", "9"], ["tasks", "got 9"]),
         (["--classes-per-task", "0"], ["classes_per_task", "got 0"]),
         (["--seed", "-1"], ["seed", "got -1"]),
@@ -239,9 +273,11 @@ def test_without_scikit_learn_digits_say_how_to_get_it(npz, capsys, monkeypatch)
         (["--dataset", "mnist", "--data-dir", "nowhere"], ["train-images-idx3-ubyte", "nowhere/MNIST/raw"]),
     ],
 )
-def test_bad_values(npz, capsys, options, wanted):
+def test_bad_values(npz, capfd, options, wanted):
     assert train(npz, *options) == 2
-    refused(capsys, wanted)
+    printed = capfd.readouterr()
+    assert printed.out == "", "an answer before anything else is printed"
+    refused(printed.err, wanted)
     assert not any(name.endswith(".json") for _, _, names in os.walk(".") for name in names)
 
 
@@ -494,6 +530,58 @@ def test_damaged_metrics(npz, capsys):
     refused(capsys, ["metrics", "out/metrics.json"])
 
 
+def test_a_run_with_other_options_keeps_the_earlier_one(npz, capsys):
+    assert train(npz, "--quiet") == 0
+    folder = Path("runs/small-class-engram-seed0")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    assert train(npz, "--quiet", "--rate", "0.5") == 0
+    other = Path(f"{folder}-2")
+    assert f"{folder} holds a run with other options, or one in progress: this one goes to {other}" in (
+        capsys.readouterr().out
+    )
+    assert read(other / "metrics.json")["config"]["rate"] == 0.5
+    assert train(npz, "--quiet", "--rate", "0.5", "--output", str(folder)) == 2
+    refused(capsys, ["rate: expected", "got 0.5", "another --output", str(folder)])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert train(npz, "--quiet", "--rate", "0.5") == 0, "the same options again write over their own"
+    assert sorted(os.listdir("runs")) == [folder.name, other.name]
+
+
+def test_a_folder_in_use_is_left_to_its_user(npz, capsys):
+    """One that was named is refused, another one gets a number."""
+    folder = Path("runs/small-class-engram-seed0")
+    folder.mkdir(parents=True)
+    with FolderLock(folder) as lock:
+        assert lock.acquire()
+        assert train(npz, "--quiet", "--output", str(folder)) == 2
+        refused(capsys, ["output", f"{folder} is in use by another run"])
+        assert train(npz, "--quiet") == 0
+    assert os.listdir(folder) == []
+    assert read(f"{folder}-2/metrics.json")["completed"]
+    Path("out").mkdir()
+    with FolderLock(Path("out")) as lock:
+        assert lock.acquire()
+        assert compare(npz, "--methods", "bnn", "--output", "out") == 2
+        refused(capsys, ["output", "out is in use by another run"])
+    assert os.listdir("out") == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX limits")
+def test_a_full_disk_names_the_file(npz, capsys):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for options, file in (([], "checkpoint.pt"), (["--classes-per-task", "4"], "metrics.json")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            assert train(npz, "--quiet", "--output", "out", *options) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        refused(capsys, f"out/{file} can't be written")
+        assert os.listdir("out") == []
+
+
 def test_resuming_several_seeds_skips_the_finished(npz, capsys, monkeypatch):
     seeds = ["--seeds", "0", "1", "2"]
     assert interrupted(npz, monkeypatch, "--output", "out", *seeds, step=64 + 40) == 130
@@ -515,6 +603,7 @@ def compare(npz, *options):
 
 
 def test_compare_runs_methods_and_shows_them_on_one_page(npz, capsys):
+    Path("gzip.py").write_text("open('EXECUTED', 'w'); raise ImportError('not the standard gzip')")
     methods = ["--methods", "few=engram --readout dendritic --segments 3", "wild=bnn --lr 1e38"]
     assert compare(npz, *methods, "--seeds", "0", "3", "--output", "out") == 1
     printed = capsys.readouterr()
@@ -530,6 +619,7 @@ def test_compare_runs_methods_and_shows_them_on_one_page(npz, capsys):
     assert content["methods"][0]["runs"][1]["metrics"] == alone
     assert alone["config"]["readout"] == "dendritic"
     assert alone["threads"] == 1
+    assert not Path("EXECUTED").exists(), "a file of the current folder is no module of a run"
     page = Path("out/report.html").read_text()
     for piece in ("few", "wild", f"{100 * content['methods'][0]['summary']['average_accuracy']['mean']:.1f}"):
         assert piece in page
@@ -574,6 +664,44 @@ def test_an_interrupted_comparison_goes_on(npz, capsys):
     assert cli.main(["train", *whole]) == 0
     assert read("whole/metrics.json")["accuracy_matrix"] == before["mbnn"]["accuracy_matrix"]
     assert before["bnn"]["threads"] == 1
+
+
+def children_of(process):
+    return [int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def running(number):
+    """Whether a process is there and not only its exit code."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
+def test_a_comparison_that_is_killed_takes_its_runs_along(npz):
+    """For real: SIGKILL to the one process that was started by hand."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engram_kernels.cli", "compare", "--methods", "bnn", "--dataset", npz, "--hidden", "32",
+         "--batch-size", "2", "--epochs", "1", "--scenario", "permuted", "--tasks", "500", "--evaluation", "new",
+         "--output", "out"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stderr:
+            if " of 500 tasks" in line:
+                break
+        children = children_of(process)
+        assert len(children) == 1 and running(*children)
+    finally:
+        process.kill()
+        process.wait()
+    until = time.monotonic() + 20
+    while any(map(running, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(running, children))
+    with FolderLock(Path("out")) as lock:
+        assert lock.acquire()
 
 
 @pytest.mark.parametrize(
@@ -643,6 +771,86 @@ def test_help(capsys, arguments):
         cli.main(arguments)
     assert caught.value.code == 0
     assert "usage: engram-kernels" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"engram-kernels {ek.__version__}\n"
+
+
+COMMAND = [sys.executable, "-m", "engram_kernels.cli", "train", "--hidden", "32", "--epochs", "1", "--threads", "1"]
+
+
+def in_surroundings(redirections="", variables=(), dataset="日本.npz"):
+    """A shell's ``engram-kernels train`` of two seeds; what it printed is what comes out of its pipes."""
+    write_npz(dataset)
+    arguments = [*COMMAND, "--dataset", dataset, "--seeds", "0", "1", "--output", "out"]
+    return subprocess.run(
+        ["bash", "-c", f'"$@" {redirections}', "bash", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(ek.__file__).parents[1])} | dict(variables),
+        capture_output=True,
+        timeout=120,
+    )
+
+
+def learned():
+    return [read(f"out/seed{seed}/metrics.json")["completed"] for seed in (0, 1)] == [True, True]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX shells and locales")
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}, r"\u65e5\u672c"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "日本"),
+    ],
+    ids=["ascii and Jupyter", "C locale"],
+)
+def test_encodings_and_locales_stop_nothing(npz, variables, name):
+    result = in_surroundings(variables=variables)
+    assert result.returncode == 0, result.stderr
+    assert learned()
+    assert f"{name}: 80 training and 40 test samples" in result.stdout.decode()
+    assert b"warning" not in result.stderr
+    assert Path("out/seed1/report.png").exists() == can_draw()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX shells")
+def test_a_reader_that_has_gone_stops_nothing(npz):
+    result = in_surroundings("--quiet | head -1; exit ${PIPESTATUS[0]}")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert len(result.stdout.splitlines()) == 1
+    assert learned()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_standard_output_that_is_full_is_told_and_stops_nothing(npz, capsys, monkeypatch):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert train(npz, "--quiet", "--seeds", "0", "1", "--output", "out") == 2
+    refused(capsys, "standard output can't be written (No space left on device)")
+    assert learned()
+
+
+@pytest.mark.parametrize("missing", [["stderr"], ["stdout"], ["stdout", "stderr"]])
+def test_without_standard_streams_a_run_is_a_run(npz, monkeypatch, missing):
+    for name in missing:
+        monkeypatch.setattr(sys, name, None)
+    assert train(npz, "--output", "out") == 0
+    assert read("out/metrics.json")["completed"]
+    assert train(npz, "--output", "out", "--rate", "7") == 2
+
+
+@pytest.mark.parametrize("width", [36, 50, 80])
+def test_tables_fit_narrow_terminals(npz, capsys, monkeypatch, width):
+    monkeypatch.setattr("engram_kernels.cli.train.terminal_width", lambda stream: width)
+    assert train(npz, "--scenario", "permuted", "--tasks", "12", "--epochs", "1", "--quiet", "--output", "out") == 0
+    _, table, summary, _ = capsys.readouterr().out.split("\n\n")
+    lines = [line for line in (table + "\n" + summary).splitlines() if not line.startswith("wrote ")]
+    assert len(lines) > 10
+    assert max(map(len, lines)) <= width
 
 
 def test_importing_the_command_loads_no_optional_package():

@@ -1,10 +1,11 @@
 // Shares the work of each operator out among threads. No result depends on how: every output element is computed whole
-// by one thread, in an order that the split does not change.
+// by one thread, in an order that the split does not change and in one floating-point mode.
 #include "cpu/launch.h"
 
 #include <atomic>
 
 #include "core/bits.h"
+#include "cpu/float_mode.h"
 
 namespace engram::cpu {
 
@@ -54,7 +55,11 @@ void share(const Runtime& rt, int64_t count, int64_t work_per_item, const F& f) 
   if (count <= 0) return;
   const int64_t grain = work_per_item >= kGrainWork ? 1 : ceil_div(kGrainWork, work_per_item < 1 ? 1 : work_per_item);
   rt.parallel_for(
-      count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      count, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        const DefaultFloatMode mode;
+        (*static_cast<const F*>(context))(begin, end);
+      },
       const_cast<F*>(&f));
 }
 
