@@ -1,7 +1,7 @@
 """The command ``engram-kernels``: train a network on task after task; describe the installation.
 
 Exit codes: 0 done; 1 some runs of a comparison or some of several seeds failed; 2 the user's input can't be used (one
-line on stderr says what was got and what is needed); 130 interrupted (what was learned so far is written).
+line on stderr has the value and what was expected); 130 interrupted (the results so far are written).
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def plans_of(options: argparse.Namespace) -> dict[str, _MethodPlan]:
     """Every method by its label, checked before the first of them runs.
 
     Raises:
-        ValueError: names the method, and the option, what it got and what it needs.
+        ValueError: names the method, the option, what was expected and what was got.
     """
     parser = Parser(prog=f"{PROGRAM} compare", add_help=False, allow_abbrev=False)
     parser.add_argument("method", choices=tuple(METHODS))

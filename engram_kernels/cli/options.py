@@ -1,4 +1,4 @@
-"""The options of a run, which `train` and every method of `compare` have, and what they ask for."""
+"""The options of a run, which `train` and every method of `compare` have, and the plan that follows from them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     """The plan that parsed options ask for; everything that can be wrong is found before the first minute of training.
 
     Raises:
-        ValueError: names the option, what it got and what it needs.
+        ValueError: names the option, what was expected and what was got.
     """
     chosen = vars(options)
     seeds: list[int] = chosen.get("seeds") or [options.seed]

@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
                 print(f"\nseed {seed}", flush=True)
             try:
                 results[seed] = runs.show(seed, complete[seed]) if seed in complete else runs.train(seed)
-            except Exception as error:  # the other seeds are not to blame
+            except Exception as error:  # of this seed alone: the others are trained
                 if len(plan.seeds) == 1 or (message := message_of(error)) is None:
                     raise
                 print_error(f"{message} (seed {seed})")

@@ -17,12 +17,12 @@ from .streams import readable
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
-# Where files lie says nothing about what is learned from them, and data may move between two parts of a run.
+# The folder of the data has no part in the results, and may change between two parts of a run.
 _FREE_OPTIONS = ("data_dir",)
 
 
 class OtherOptionsError(ValueError):
-    """What lies there is of a run with other options; the message names the first of them."""
+    """A folder holds a run with other options; the message names the first that differs."""
 
 
 class Checkpoint:
@@ -34,7 +34,7 @@ class Checkpoint:
     Args:
         directory: the run's, which exists.
         options: every option that a run's numbers follow from; those of the file must be the same.
-        resume: whether :meth:`load` gives what an earlier process left.
+        resume: whether :meth:`load` gives the state of an earlier process.
     """
 
     def __init__(self, directory: str | os.PathLike[str], options: dict[str, Any], *, resume: bool = False) -> None:
@@ -54,20 +54,20 @@ class Checkpoint:
         return None if state is None else int(state["tasks_completed"])
 
     def load(self) -> dict[str, Any] | None:
-        """What :meth:`save` was given last; None without a file, and unless ``resume``.
+        """The state that :meth:`save` was given last; None without a file, and unless ``resume``.
 
         Raises: as :meth:`tasks_completed`.
         """
         return self._read() if self.resume else None
 
     def damaged(self, why: str) -> DamagedFileError:
-        """The error for a file that is no checkpoint of this run, whoever finds out."""
+        """The error for a file that is no checkpoint of this run."""
         return DamagedFileError(
             f"checkpoint: {self.path} is damaged or of another version ({why}); without --resume training begins anew"
         )
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write tensors and plain values, with ``tasks_completed`` among them, in place of what was written before.
+        """Write tensors and plain values, with ``tasks_completed`` among them, in place of the state before.
 
         Raises:
             OSError: the directory is missing, not writable or full; the message names the file.
@@ -77,7 +77,7 @@ class Checkpoint:
                 try:
                     # By its name: torch copies a tensor on its way to a Python stream.
                     torch.save({**state, "options": self._options}, partial)
-                except RuntimeError as error:  # how torch tells that a file can't be written, but not why
+                except RuntimeError as error:  # torch's error for a file that can't be written does not name the reason
                     full = self.path.parent.is_dir() and shutil.disk_usage(self.path.parent).free < 2**16
                     raise OSError("No space left on device" if full else str(error).splitlines()[0]) from None
         except OSError as error:
@@ -99,14 +99,14 @@ class Checkpoint:
             raise OSError(f"checkpoint: {self.path} can't be read ({reason(error)})") from None
         except MemoryError:
             raise
-        except Exception as error:  # zipfile, pickle and torch have many kinds for what they can't make out
+        except Exception as error:  # zipfile, pickle and torch have many kinds of errors for damaged files
             raise self.damaged(reason(error).split(". ")[0]) from None
         check_same_options(state["options"], self._options, self.path)
         return dict(state)
 
 
 def _check_archive(path: Path) -> None:
-    """torch neither looks at checksums nor asks how large a member says it is, before it reads it.
+    """Checks sizes and checksums, which torch does not look at before it reads a file.
 
     Raises:
         zipfile.BadZipFile: a checksum is wrong, or a member is packed, as torch's never are.
@@ -144,10 +144,10 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_options(earlier: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Whether a run may go on from what one with ``earlier`` options left at ``path``, or write over it.
+    """Checks that a run may go on from one with ``earlier`` options at ``path``, or write over it.
 
     Raises:
-        OtherOptionsError: names the first option that differs, what it was and what it is.
+        OtherOptionsError: names the first option that differs, with both values.
     """
     for name in (*earlier, *(name for name in now if name not in earlier)):
         if name not in _FREE_OPTIONS and earlier.get(name) != now.get(name):

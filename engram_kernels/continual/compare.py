@@ -1,7 +1,7 @@
 """Methods side by side: every run a process of its own, so that its memory and its time are its own.
 
 A comparison leaves ``compare.json`` and ``report.html`` (see `html`), written anew after every run, and below them each
-run's own folder. What lies there complete is not run again; what was interrupted goes on (see `checkpoint`).
+run's own folder. A complete run is kept; an interrupted one goes on (see `checkpoint`).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Label and seed."""
         return f"{self.label}, seed {self.seed}"
 
     @property
@@ -132,7 +132,7 @@ class Run:
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-            # Ctrl-C reaches this process alone, which hands it on: twice would mean to skip the evaluation.
+            # Ctrl-C reaches this process alone, which forwards it: twice would mean to skip the evaluation.
             start_new_session=True,
         )
 
@@ -198,14 +198,14 @@ class Run:
 
 
 def run_all(runs: Sequence[Run], jobs: int, display: Display, changed: Callable[[], object]) -> bool:
-    """Runs what is not complete, ``jobs`` processes at a time; a failure stops no other run.
+    """Runs all that are not complete, ``jobs`` processes at a time; a failure stops no other run.
 
-    The first Ctrl-C is handed on: what runs writes what it has learned. The second one kills.
+    The first Ctrl-C is forwarded: the running ones write their results so far. The second one kills.
 
     Args:
         runs: in the order to run them.
         jobs: processes at once, at least 1.
-        display: told what happens.
+        display: shows the progress.
         changed: called whenever a run is over.
 
     Returns:
@@ -258,7 +258,7 @@ def run_all(runs: Sequence[Run], jobs: int, display: Display, changed: Callable[
 
 @contextlib.contextmanager
 def _interrupts(put: Callable[[], None]) -> Iterator[None]:
-    """Has Ctrl-C, and what else asks to end, call ``put``; an exception could come between any two lines."""
+    """Has Ctrl-C, and other signals that ask to end, call ``put``; an exception could come between any two lines."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
@@ -272,7 +272,7 @@ def _interrupts(put: Callable[[], None]) -> Iterator[None]:
 
 
 class Display:
-    """Progress of a comparison for a person, a line for every event: for logs.
+    """Progress of a comparison, a line for every event: for logs.
 
     Args:
         stream: by default stderr.
@@ -376,7 +376,7 @@ def default_display(quiet: bool = False) -> Display:
 def content_of(runs: Sequence[Run], about: dict[str, Any]) -> dict[str, Any]:
     """The content of ``compare.json``.
 
-    ``about`` (what is compared, by which command), and ``methods``: for each its label, its ``summary`` (mean and
+    ``about`` (data set, seeds, command), and ``methods``: for each its label, its ``summary`` (mean and
     deviation over the complete seeds of average_accuracy, backward_transfer, forgetting, step_milliseconds,
     peak_memory_bytes) and its ``runs`` (seed, status, error, command, metrics).
     """
@@ -413,7 +413,7 @@ def content_of(runs: Sequence[Run], about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment(runs: Sequence[Run], processor: str) -> dict[str, str]:
-    """Where the runs were made; what differs between them is listed."""
+    """The machine and versions of the runs; values that differ between them are listed."""
     known = [run.metrics for run in runs if run.metrics is not None]
 
     def all_of(values: Iterable[Any]) -> str:

@@ -98,7 +98,7 @@ def from_arrays(
     ``x_*`` may hold any real numbers; integers from 0 to 255 are kept as uint8, all else becomes float32.
 
     Raises:
-        ValueError: one line that names the array, what it got and what it needs.
+        ValueError: one line that names the array, what was expected and what was got.
     """
     inputs = {"x_train": _check_inputs("x_train", x_train), "x_test": _check_inputs("x_test", x_test)}
     labels = {"y_train": _check_labels("y_train", y_train), "y_test": _check_labels("y_test", y_test)}
@@ -135,9 +135,9 @@ def from_arrays(
 
 
 def common_shape(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...] | None:
-    """The shape of samples of as many values that come in two shapes; None if they say different things.
+    """The shape of samples of as many values that come in two shapes; None if they differ.
 
-    Axes of extent 1 say nothing, and a row of values says nothing about how they are arranged: beside it all is a row.
+    Axes of extent 1 do not count, and a row of values has no arrangement: beside it every shape is a row.
     """
     shapes = [tuple(extent for extent in shape if extent != 1) for shape in (one, other)]
     if shapes[0] == shapes[1]:
@@ -154,8 +154,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         data_dir: where the IDX files are; by default the environment variable ENGRAM_DATA_DIR, else ``data``.
 
     Raises:
-        ValueError: unknown name, or a file that is not what it should be; the message names it.
-        FileNotFoundError: a file is missing; the message says which names were looked for, and where.
+        ValueError: unknown name, or a damaged file; the message names it.
+        FileNotFoundError: a file is missing; the message has the names that were looked for, and the folders.
         MissingExtraError: ``digits`` without scikit-learn.
     """
     if name in DATASETS:
@@ -308,7 +308,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) ->
         with archive.open(member) as stream:
             shape, dtype = _read_header(stream)
             held = member.file_size - stream.tell()
-    except Exception as error:  # zipfile, zlib and NumPy have many kinds for what they can't make out
+    except Exception as error:  # zipfile, zlib and NumPy have many kinds of errors for bytes they can't read
         raise DamagedFileError(f"{name}: damaged {where} ({reason(error)}); save it again") from None
     if dtype.hasobject:
         raise ValueError(f"{name}: expected an array of numbers, got Python objects {where}")
@@ -434,7 +434,7 @@ def _check_labels(name: str, array: npt.NDArray[np.generic]) -> Tensor:
 
 
 def _owned(array: npt.NDArray[np.generic], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
-    """A contiguous, writable array of ``dtype``: what torch.from_numpy can share safely."""
+    """A contiguous, writable array of ``dtype``, as torch.from_numpy can share it safely."""
     result: npt.NDArray[np.generic] = np.ascontiguousarray(array, dtype=dtype)
     return result if result.flags.writeable else result.copy()
 

@@ -1,4 +1,4 @@
-"""Optional dependencies: what the operators never need and training from the command line does."""
+"""Optional dependencies, which training from the command line needs and the operators do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def require(module: str, package: str, purpose: str) -> ModuleType:
     """Import ``module`` where it is used, so that importing this package never pays for it.
 
     Raises:
-        MissingExtraError: names the package, what it was needed for and the command that installs it.
+        MissingExtraError: names the package, its purpose and the command that installs it.
     """
     try:
         return importlib.import_module(module)

@@ -22,7 +22,7 @@ _LOCK_RETRY_SECONDS = 0.05
 
 
 class DamagedFileError(ValueError):
-    """A file holds something else than it should; the message names it and what to do about it."""
+    """A file holds something else than it should; the message names it and a remedy."""
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed processes were writing into a directory; whoever calls this holds its :class:`FolderLock`."""
+    """Remove partial files of killed processes from a directory; the caller holds its :class:`FolderLock`."""
     for path in directory.glob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
@@ -82,9 +82,9 @@ def read_within(path: Path, largest: int) -> bytes:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
-    said = getattr(error, "strerror", None) or str(error)
-    return " ".join(str(said).split()) or type(error).__name__
+    """The message of an error, in one line."""
+    message = getattr(error, "strerror", None) or str(error)
+    return " ".join(str(message).split()) or type(error).__name__
 
 
 class FolderLock:
@@ -146,7 +146,7 @@ def _open_and_lock(directory: Path) -> int:
         if sys.platform == "win32":
             try:
                 msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-            except PermissionError:  # how Windows tells that another process has it
+            except PermissionError:  # on Windows: another process has it
                 raise BlockingIOError(f"{directory} is locked") from None
         else:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

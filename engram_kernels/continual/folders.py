@@ -23,7 +23,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def check_free(folder: Path, config: dict[str, Any]) -> None:
-    """Whether a run with the options ``config`` may write to a folder; what is too damaged to tell is in nobody's way.
+    """Whether a run with the options ``config`` may write to a folder; files too damaged to tell are no hindrance.
 
     Raises:
         OtherOptionsError: it holds a run with other options.
@@ -105,12 +105,12 @@ def claim(
     of: Callable[[Path], Mapping[Path, dict[str, Any] | None]],
     wait_seconds: float = 0.0,
 ) -> tuple[Path, Claim]:
-    """A folder and what is claimed of it: the one that was named, or the first of its numbers that nothing is in.
+    """A folder and the claim on it: the one that was named, or the first free one of its numbers.
 
     Args:
         folder: the one to begin with.
-        own: whether its user named it, who will look for the results there and nowhere else.
-        of: what to claim of a folder, as for :class:`Claim`.
+        own: whether it was named on the command line: the results then go there or nowhere.
+        of: the folders to claim of a folder, as for :class:`Claim`.
         wait_seconds: as for :class:`Claim`.
 
     Raises: as :class:`Claim` for a folder that was named, ValueError for one that can't be written.

@@ -226,7 +226,7 @@ def _costs(methods: Sequence[_Method], title: str, name: str, form: Any) -> tupl
 
 
 def _tiles(methods: Sequence[_Method]) -> list[dict[str, Any]]:
-    """The best of each number, for those who read nothing else."""
+    """The best method by each number, and by how much."""
     tiles = []
     for title, name, form in (
         ("Most accurate", "average_accuracy", lambda value: f"{_percent(value)} %"),

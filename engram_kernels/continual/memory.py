@@ -1,4 +1,4 @@
-"""Resident memory of this process, and what the system has left, in bytes."""
+"""Resident memory of this process, and the free memory of the system, in bytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _RESET_PEAK = Path("/proc/self/clear_refs")
 class MemoryMeter:
     """Peak resident memory above that at its creation.
 
-    On Linux the kernel's high-water mark (VmHWM) is reset at creation where that is allowed, so that what
-    loading the data took for a moment is not mistaken for what training took. Elsewhere the process's overall
+    On Linux the kernel's high-water mark (VmHWM) is reset at creation where that is allowed, so that
+    the momentary memory of loading the data does not count as that of training. Elsewhere the process's overall
     peak is used, which can only hide a peak lower than an earlier one.
     """
 
@@ -42,18 +42,18 @@ class MemoryMeter:
             self.can_reset = False
 
     def peak_above_start(self) -> int | None:
-        """Bytes; None where the system does not tell."""
+        """Bytes; None where the system does not provide it."""
         peak = _peak_bytes()
         return None if peak is None or self._start is None else max(0, peak - self._start)
 
     def peak_total(self) -> int | None:
-        """Bytes of the whole process, from its start; None where the system does not tell."""
+        """Bytes of the whole process, from its start; None where the system does not provide it."""
         peaks = [peak for peak in (self._earlier_peak, _peak_bytes()) if peak is not None]
         return max(peaks, default=None)
 
 
 def available_bytes() -> int | None:
-    """Memory that could be had now without swapping; None where the system does not tell."""
+    """Memory that could be had now without swapping; None where the system does not provide it."""
     return _field_bytes(_SYSTEM, "MemAvailable")
 
 

@@ -1,9 +1,9 @@
-"""What a continual run is judged by. All follow from the accuracy matrix ``a``.
+"""The metrics of a continual run. All follow from the accuracy matrix ``a``.
 
 ``a[i][j]`` is the accuracy on the test set of task j after learning task i, from 0 to 1 (Lopez-Paz and
 Ranzato 2017, "Gradient Episodic Memory", call it R). Rows and columns count from 0. A run that was
 interrupted leaves its last rows empty (None or nan): every metric is then that of the L tasks learned, on the
-first L columns. Long streams are not evaluated on every task after every task: what is missing besides the diagonal
+first L columns. Long streams are not evaluated on every task after every task: entries missing besides the diagonal
 is nan, and so is a metric that needs it. A metric that is not defined (no task learned; one task, hence nothing to
 forget) is nan too.
 
@@ -28,8 +28,8 @@ def average_accuracy(matrix: AccuracyMatrix) -> float:
 def backward_transfer(matrix: AccuracyMatrix) -> float:
     """``mean over j < L-1 of (a[L-1][j] - a[j][j])``: BWT of Lopez-Paz and Ranzato 2017.
 
-    What later learning did to each earlier task since it was learned; negative where it was harmed. Avalanche's
-    StreamBWT; its StreamForgetting is the same with the sign turned.
+    The change of each earlier task's accuracy since it was learned; negative where later learning harmed it.
+    Avalanche's StreamBWT; its StreamForgetting is the same with the sign turned.
     """
     rows = _learned_rows(matrix)
     return _mean([rows[-1][j] - rows[j][j] for j in range(len(rows) - 1)])
@@ -38,7 +38,7 @@ def backward_transfer(matrix: AccuracyMatrix) -> float:
 def forward_transfer(matrix: AccuracyMatrix, chance: float) -> float:
     """``mean over 0 < j < L of (a[j-1][j] - chance)``: FWT of Lopez-Paz and Ranzato 2017.
 
-    What the tasks before it did to each task not yet learned. Both they and Avalanche's StreamForwardTransfer
+    The effect of the tasks before it on each task not yet learned. Both they and Avalanche's StreamForwardTransfer
     subtract the accuracy of the untrained network on task j, a random number; ``chance`` (0 to 1), which is 1 / number
     of classes, is its expectation. Missing values above the diagonal (never evaluated) do not count.
     """

@@ -1,4 +1,4 @@
-"""The progress of a run: for a person as lines or a bar, for another process as lines of JSON."""
+"""The progress of a run: lines or a bar on a terminal, lines of JSON for another process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Progress that nobody reads."""
+    """Progress that is not shown."""
 
     def begin(self, tasks: int, steps: int) -> None:
         """Ignored."""

@@ -58,11 +58,11 @@ _TABLE_TASKS = 12
 
 
 def metrics_of(result: TrainingResult, config: dict[str, Any], chance: float | None = None) -> dict[str, Any]:
-    """The content of ``metrics.json``; what is not defined is None there (JSON has no nan).
+    """The content of ``metrics.json``; undefined numbers are None there (JSON has no nan).
 
     accuracy_matrix, average_accuracy, backward_transfer, forgetting, forward_transfer (fractions, see `metrics`;
     the last needs ``chance``, the accuracy of guessing), peak_memory_bytes, step_milliseconds, config (every option
-    of the run), and what a reader needs to judge them: completed, tasks_completed, steps, train_seconds,
+    of the run), and their context: completed, tasks_completed, steps, train_seconds,
     total_memory_bytes, seed, threads, isa, versions.
     """
     matrix = result.accuracy_matrix
@@ -100,7 +100,7 @@ def write_metrics(directory: str | os.PathLike[str], metrics: dict[str, Any], na
 
 
 def read_metrics(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What :func:`write_metrics` wrote of :func:`metrics_of`; None without the file.
+    """The metrics in a file of :func:`write_metrics`; None without the file.
 
     Raises:
         DamagedFileError: the file holds something else, or numbers that do not follow from its matrix.
@@ -127,7 +127,7 @@ def _no_constant(name: str) -> None:
 
 
 def _check_metrics(metrics: dict[str, Any]) -> None:
-    """Raises any exception unless this is what :func:`metrics_of` gives."""
+    """Raises any exception unless these are metrics as from :func:`metrics_of`."""
     for name, wanted in _FIELDS.items():
         if type(metrics[name]) not in wanted:
             raise TypeError(f"{name}: expected {' or '.join(kind.__name__ for kind in wanted)}, got {metrics[name]!r}")
@@ -202,7 +202,7 @@ def summarize_seeds(seeds: Sequence[int], results: Sequence[TrainingResult]) -> 
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation (of a sample, n - 1) and the values; None for what is not defined, as JSON wants it."""
+    """Mean, standard deviation (of a sample, n - 1) and the values; None for an undefined number (JSON has no nan)."""
     return {
         "mean": _json_number(statistics.fmean(numbers)) if numbers else None,
         "deviation": _json_number(statistics.stdev(numbers)) if len(numbers) > 1 else None,

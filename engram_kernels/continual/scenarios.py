@@ -1,8 +1,8 @@
 """Continual-learning scenarios: data sets cut into a stream of experiences.
 
-The words are Avalanche's (Lomonaco et al. 2021): an *experience* is what the learner sees at one time, a
+The terms are Avalanche's (Lomonaco et al. 2021): an *experience* holds the samples available at one time, a
 *stream* is experiences in order. No experience tells a model which one it is: `Samples.batches` yields
-inputs and labels only, and `training.evaluate` hands on the inputs alone.
+inputs and labels only, and `training.evaluate` passes the inputs alone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Permutation:
 class Rotation:
     """Rotates the square images of a minibatch counter-clockwise about their centre.
 
-    Bilinear; what comes from outside the image is 0. Multiples of 90 degrees move pixels and change none.
+    Bilinear; pixels from outside the image are 0. Multiples of 90 degrees move pixels and change none.
 
     Raises:
         ValueError: ``degrees`` not finite, ``side`` < 1; called, other than side * side features.
@@ -96,7 +96,7 @@ class Rotation:
 
 
 class Samples(ABC):
-    """What training may ask of an experience, or of several joined."""
+    """The samples of an experience, or of several joined, as training gets them."""
 
     classes: tuple[int, ...]
 
@@ -167,7 +167,7 @@ class Experience(Samples):
         return standardize(x) if self.scale is None else as_inputs(x), self.y[rows]
 
 
-# What a method remembers of experiences is part of its state, which is loaded with weights_only=True.
+# Experiences may be part of a method's state, which is loaded with weights_only=True.
 torch.serialization.add_safe_globals([Experience, Permutation, Rotation])
 
 
@@ -254,7 +254,7 @@ def class_scenario(
 
     Args:
         dataset: the data to cut.
-        classes_per_task: new classes per task; the last task takes what remains.
+        classes_per_task: new classes per task; the last task takes the rest.
         tasks: stop after so many tasks; by default all classes are used.
         shuffle_classes: order the classes at random by ``seed`` instead of by label.
         seed: used with ``shuffle_classes`` only.
@@ -368,7 +368,7 @@ def domain_scenario(datasets: Sequence[Dataset], *, samples_per_task: int | None
 
     Raises:
         ValueError: fewer than two data sets, one that differs from the first in shape or labels (the message
-            says which, and how), ``samples_per_task`` < 1.
+            names it and the difference), ``samples_per_task`` < 1.
     """
     if len(datasets) < 2:
         raise ValueError(f"dataset: expected at least 2 with scenario domain, got {len(datasets)}")

@@ -15,15 +15,15 @@ from .files import reason
 
 # Nobody reads any more: a pipe or a terminal whose other end is gone, or a handle that was closed.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
-# What this package writes beyond ASCII, for streams that lack it.
+# Characters beyond ASCII that this package writes, for streams that lack them.
 _PLAIN = {"±": "+-"}
 
 
 class Stream(io.TextIOBase):
     r"""A text stream that no character, no closed pipe and no full disk makes raise: results come before messages.
 
-    Characters that the stream's encoding lacks are written as escapes (``\u65e5``). What is written after its reader
-    has gone is dropped.
+    Characters that the stream's encoding lacks are written as escapes (``\u65e5``). Text is dropped once its reader
+    has gone.
 
     Attributes:
         failure: why it could not be written, for another reason than that its reader has gone; None if it could.
@@ -39,7 +39,7 @@ class Stream(io.TextIOBase):
         return self._stream.encoding or "utf-8"
 
     def write(self, text: str) -> int:
-        """Writes what can be written."""
+        """Writes; a character that the encoding lacks becomes an escape."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -49,7 +49,7 @@ class Stream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Hands on what was written."""
+        """Flushes the stream."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -88,7 +88,7 @@ class Stream(io.TextIOBase):
     def _give_up(self, error: Exception) -> None:
         if isinstance(error, OSError) and error.errno not in _GONE and self.failure is None:
             self.failure = reason(error)
-        # What is buffered still goes to the handle, at the latest when Python ends.
+        # Buffered text still goes to the handle, at the latest when Python ends.
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             try:
@@ -114,7 +114,7 @@ def standard_streams() -> Iterator[tuple[Stream, Stream]]:
 
 
 def _occupy_standard_handles() -> None:
-    """Opens what is closed of handles 0 to 2, so that no file of a run gets one of them and a library's messages."""
+    """Opens the closed ones of handles 0 to 2, so that no file of a run gets one of them and a library's messages."""
     handle = os.open(os.devnull, os.O_RDWR)
     while handle <= 2:
         handle = os.open(os.devnull, os.O_RDWR)
@@ -130,7 +130,7 @@ def readable(text: str) -> str:
 
 
 def terminal_width(stream: object) -> int | None:
-    """Columns of the terminal that a stream is, or that COLUMNS says it has; None if it is none."""
+    """Columns of the terminal that a stream is, or the value of COLUMNS; None if it is no terminal."""
     try:
         columns = os.get_terminal_size(stream.fileno()).columns  # type: ignore[attr-defined]
     except (AttributeError, OSError, ValueError):

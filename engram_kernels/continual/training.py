@@ -36,7 +36,7 @@ class Predictor(Protocol):
 
 @dataclass
 class TrainingResult:
-    """What a run leaves behind.
+    """The result of a run.
 
     Attributes:
         accuracy_matrix: T rows of T values, ``[i][j]`` the accuracy (0 to 1) on task j after learning task i;
@@ -47,7 +47,7 @@ class TrainingResult:
         steps: optimizer steps taken.
         step_milliseconds: median time of forward, loss, backward and update of one step; nan without steps.
         peak_memory_bytes: peak resident memory above that at the start of training (model, optimizer state
-            and activations; not the interpreter, torch and the data). None where the system does not tell.
+            and activations; not the interpreter, torch and the data). None where the system does not provide it.
         total_memory_bytes: peak resident memory of the whole process so far; None as above.
         train_seconds: of the whole run, evaluation included.
     """
@@ -88,17 +88,17 @@ def train(
 
     The order of the samples comes from ``seed`` alone; engrams are drawn from torch's global generator. A
     KeyboardInterrupt ends training: the half-learned state is evaluated too (a second interrupt skips that)
-    and what there is is returned with ``completed`` False.
+    and the result so far is returned with ``completed`` False.
 
     Args:
         scenario: the streams.
-        method: what to train; its model is left in evaluation mode.
+        method: the one to train; its model is left in evaluation mode.
         seed: of the order of the samples.
         evaluation: on which tasks after each: ``all``; ``seen``, those learned so far; ``new``, the one just learned,
             and all at the end, since the time of the others grows with the square of the number of tasks.
-        progress: told about steps and results; by default nobody is.
+        progress: gets steps and results; by default they are not shown.
         memory: started before the model was built, to count it too; by default it starts here.
-        checkpoint: written after every task but the last; training goes on from what it loads. The accuracies are
+        checkpoint: written after every task but the last; training goes on from the loaded state. The accuracies are
             then those of a run without a break, to the last bit.
 
     Raises:
@@ -119,8 +119,8 @@ def train(
     if checkpoint is not None and (state := checkpoint.load()) is not None:
         step_seconds = _restore(state, method, result, order, checkpoint)
         del state
-        memory.restart()  # for a moment, what was loaded was there twice
-    # what was loaded shows at the first step whether it fits
+        memory.restart()  # for a moment, the loaded state was there twice
+    # the loaded state shows at the first step whether it fits
     doubted = checkpoint if result.tasks_completed else None
     earlier_seconds, earlier_peaks = result.train_seconds, (result.peak_memory_bytes, result.total_memory_bytes)
 
@@ -203,7 +203,7 @@ def run(
     """Everything from a data set (scenario domain: a list of them) to a result, as ``engram-kernels train`` does it.
 
     Deterministic under ``seed``, whatever the process's default dtype and device. Seeds torch's global generator.
-    Several runs in one process should share ``memory``: a later run reuses what an earlier one gave back, and would
+    Several runs in one process should share ``memory``: a later run reuses memory that an earlier one freed, and would
     seem to need less. ``checkpoint`` is that of `train`. ``overrides`` are fields of `methods.MethodConfig`;
     None keeps the default, which for ``epochs`` rises where a task is small (`methods.method_config`).
 
@@ -235,7 +235,7 @@ def run(
 
 
 def _state(method: Method, result: TrainingResult, order: torch.Generator, step_seconds: list[float]) -> dict[str, Any]:
-    """All that a later process needs to go on as this one does; what is no tensor is small."""
+    """The state from which a later process goes on as this one does; all but the tensors is small."""
     return {
         "method": method.state_dict(),
         "tasks_completed": result.tasks_completed,
@@ -252,7 +252,7 @@ def _state(method: Method, result: TrainingResult, order: torch.Generator, step_
 def _restore(
     state: dict[str, Any], method: Method, result: TrainingResult, order: torch.Generator, checkpoint: Checkpoint
 ) -> list[float]:
-    """Takes up what :func:`_state` gave; returns the times of the steps so far, in seconds."""
+    """Restores the state from :func:`_state`; returns the times of the steps so far, in seconds."""
     with _as_damage(checkpoint):
         method.load_state_dict(state["method"])
         tasks, rows, tasks_in_all = state["tasks_completed"], state["accuracy_matrix"], len(result.accuracy_matrix)
@@ -260,7 +260,7 @@ def _restore(
             raise ValueError(f"accuracy_matrix: expected {tasks} rows of {tasks_in_all} values")
         if any(type(value) not in (float, type(None)) for row in rows for value in row):
             raise TypeError("accuracy_matrix: expected numbers")
-        average_accuracy(rows)  # which refuses what are no accuracies
+        average_accuracy(rows)  # which refuses other numbers
         result.tasks_completed, result.accuracy_matrix[:tasks] = tasks, rows
         result.train_seconds = _kind(state, "train_seconds", float)
         result.peak_memory_bytes = _kind(state, "peak_memory_bytes", int, type(None))

@@ -73,18 +73,26 @@ __all__ = [
 
 
 class Preset(NamedTuple):
-    """A method: its default hyper-parameters, and what makes it of them, features, hidden widths and classes."""
+    """A method: its default hyper-parameters, and its builder from them, features, hidden widths and classes."""
 
     config: MethodConfig
     build: Callable[[Any, int, Sequence[int], int], Method]
 
 
+<<<<<<< HEAD
 # The one place for the numbers. They hold for the class scenario on MNIST-sized data; what another scenario
 # or data set wants different stands in ADJUSTMENTS, later rows winning.
 # engram: chosen on the last 5000 training images of MNIST. With a linear read-out, below, what decides is that the
 # hidden layers learn slowly, the first slowest, so that their code stays what the output layer has learned to read;
 # that the straight-through window is open, since winners lie far outside |z| <= 1; and the loss over the batch's
 # classes.
+=======
+# The one place for the numbers. They hold for the class scenario on MNIST-sized data; values for other
+# scenarios and data sets stand in ADJUSTMENTS, later rows winning.
+# engram: chosen on the last 5000 training images of MNIST. Decisive: the hidden layers learn slowly, the
+# first slowest, so that the output layer can still read their code; that the straight-through window
+# is open, since winners lie far outside |z| <= 1; and the loss over the batch's classes.
+>>>>>>> wt-cli
 # mbnn and bnn: the published settings (Laborieux et al. 2021), normalised per sample instead of per batch.
 METHODS: dict[str, Preset] = {
     "engram": Preset(
@@ -113,10 +121,15 @@ METHODS: dict[str, Preset] = {
     "joint": Preset(FullPrecisionConfig(lr=1e-3, batch_size=128), JointTraining.build),
     "engram-fp": Preset(FloatTwinConfig(lr=5e-3, batch_size=64, loss="local"), FloatTwinMethod.build),
 }
-# Fewer steps than this on a task, and what the hyper-parameters were chosen for is not reached: on 200 digits, and on
-# tables of 130 to 430 samples, accuracy rises until there are 20 to 40. MNIST has 43 in the smallest of its tasks.
+# With fewer steps than this on a task the hyper-parameters do not reach the accuracy they were chosen for: on 200
+# digits, and on tables of 130 to 430 samples, accuracy rises until there are 20 to 40. MNIST has 43 in its smallest
+# task.
 ENOUGH_STEPS = 40
+<<<<<<< HEAD
 # where: any of method, scenario, dataset and read-out; what
+=======
+# where: any of method, scenario, dataset, or a hyper-parameter that was given; the values there
+>>>>>>> wt-cli
 ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
     (
         {"method": "engram", "readout": "linear"},
@@ -172,11 +185,15 @@ def method_config(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     given = {name: value for name, value in overrides.items() if value is not None}
     config = METHODS[method].config
+<<<<<<< HEAD
     readout = given.get("readout", getattr(config, "readout", None))
     here = {"method": method, "scenario": scenario, "dataset": dataset, "readout": readout}
     for where, what in ADJUSTMENTS:
+=======
+    for where, changes in ADJUSTMENTS:
+>>>>>>> wt-cli
         if where.items() <= here.items():
-            config = dataclasses.replace(config, **what)
+            config = dataclasses.replace(config, **changes)
     if unknown := sorted(given.keys() - {field.name for field in dataclasses.fields(config)}):
         raise ValueError(f"{unknown[0]}: expected only with methods that have it, got it with method {method}")
     if isinstance(config, BinaryConfig):
@@ -202,7 +219,7 @@ def steps_of(config: MethodConfig, samples: int) -> int:
 
 
 def check_build(method: str, config: MethodConfig, hidden: Sequence[int]) -> None:
-    """What `build` would refuse is refused, without a network of that size.
+    """Refuses all that `build` would refuse, without a network of that size.
 
     Raises:
         ValueError: as from `build`.

@@ -1,4 +1,4 @@
-"""What the training loop asks of every method, and the losses that methods share."""
+"""The interface between the training loop and every method, and the losses that methods share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class TrainingError(RuntimeError):
 
 
 class Method:
-    """A model with what trains it. ``model`` maps float32 (B, features) to scores (B, classes).
+    """A model and its training. ``model`` maps float32 (B, features) to scores (B, classes).
 
     The loop calls :meth:`before_training_exp`, then :meth:`observe` for every minibatch of the experience that it
-    returned, then :meth:`after_training_exp` (Avalanche's names). None of them is told which task it is.
+    returned, then :meth:`after_training_exp` (Avalanche's names). None of them gets a task label.
 
     Attributes:
         config: the hyper-parameters.
-        model: what is evaluated, by calling it.
+        model: evaluated by calling it.
         optimizer: of its parameters; None for a model that is counted together rather than trained.
     """
 
@@ -34,21 +34,21 @@ class Method:
         self.config, self.model, self.optimizer = config, model, optimizer
 
     def before_training_exp(self, experience: Experience) -> Samples:
-        """What to train on in place of a new experience; by default that experience."""
+        """The samples to train on in place of a new experience; by default that experience."""
         return experience
 
     def samples_of(self, stream: Sequence[Samples]) -> list[int]:
-        """How many samples a pass over each experience of a stream will take, for whoever shows progress."""
+        """How many samples a pass over each experience of a stream will take, for the display of progress."""
         return [len(experience) for experience in stream]
 
     def after_training_exp(self, experience: Samples) -> None:
-        """Called when an experience is learned, with what was trained on."""
+        """Called when an experience is learned, with the samples that were trained on."""
 
     def observe(self, x: Tensor, y: Tensor) -> tuple[float | None, float | None]:
         """One step on a minibatch, x float32 (B, features), y int64 (B,): the loss and accuracy before it.
 
-        None stands for what a method does not compute.
-        Raises: TrainingError if the loss is not finite; the weights are then what they were.
+        None stands for a number that a method does not compute.
+        Raises: TrainingError if the loss is not finite; the weights are then unchanged.
         """
         loss, scores = self.loss(x, y)
         value = float(loss.detach())
@@ -77,7 +77,7 @@ class Method:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores a state from :meth:`state_dict`."""
         self.model.load_state_dict(state["model"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])

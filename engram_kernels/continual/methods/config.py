@@ -161,7 +161,7 @@ class FullPrecisionConfig(MethodConfig):
 @documented
 @dataclass(frozen=True)
 class PenaltyConfig(FullPrecisionConfig):
-    """Hyper-parameters of a method that pulls weights or outputs back to what they were: those of `si`."""
+    """Hyper-parameters of a method that pulls weights or outputs back to their earlier values: those of `si`."""
 
     strength: float = parameter("lambda of ewc, c of si, weight of lwf's distillation", 1.0, at_least=0, below=math.inf)
 

@@ -28,7 +28,7 @@ class FloatTwin(nn.Module):
         sizes: units per layer, input and output included.
         rate: share of the units recruited in each hidden layer.
         segments: S per class.
-        top_segments: how many of the most active ones speak for their class.
+        top_segments: how many of the most active ones give the score of their class.
 
     Attributes: ``hidden_weights`` Gaussian, of variance 1 / inputs, fixed; ``weight`` (C S, sizes[-2]), uniform in
     [-0.05, 0.05] at first; ``wins`` float32 (C, S), how often each segment won in training, from 1.

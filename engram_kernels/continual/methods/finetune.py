@@ -40,7 +40,7 @@ class MLP(nn.Module):
 
 
 class FullPrecisionMethod(Method):
-    """`finetune`: an `MLP` and Adam. What the others start from."""
+    """`finetune`: an `MLP` and Adam, from which the other baselines start."""
 
     config: FullPrecisionConfig
     model: MLP

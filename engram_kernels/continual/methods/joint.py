@@ -1,4 +1,4 @@
-"""`joint`: trains on everything so far each time, which is what could be reached if nothing had to be forgotten."""
+"""`joint`: trains on all experiences so far each time: the ceiling for a continual learner."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .finetune import MLP, FullPrecisionMethod
 
 
 class JointTraining(FullPrecisionMethod):
-    """Goes on training, each time on all experiences so far: what could be reached if nothing had to be forgotten."""
+    """Goes on training, each time on all experiences so far: the ceiling for a continual learner."""
 
     def __init__(self, config: FullPrecisionConfig, model: MLP) -> None:
         super().__init__(config, model)
@@ -32,6 +32,6 @@ class JointTraining(FullPrecisionMethod):
         return super().state_dict() | {"experiences": self.experiences}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores a state from :meth:`state_dict`."""
         super().load_state_dict(state)
         self.experiences = state["experiences"]

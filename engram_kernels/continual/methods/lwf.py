@@ -16,7 +16,7 @@ from .finetune import MLP, FullPrecisionMethod
 
 
 class SeenClassesMLP(MLP):
-    """An `MLP` whose scores are -inf for classes of which it was never told (``seen``, bool (classes,))."""
+    """An `MLP` whose scores are -inf for classes that were never trained (``seen``, bool (classes,))."""
 
     seen: Tensor
 
@@ -30,12 +30,12 @@ class SeenClassesMLP(MLP):
 
 
 class LwF(FullPrecisionMethod):
-    """Learning without forgetting: the outputs for earlier classes stay what the network before would have said.
+    """Learning without forgetting: the outputs for earlier classes stay those of the network before.
 
     ``cross-entropy + strength * mean of -sum_c before_c log now_c``, before and now the softmax of the old and of the
     new network's ``scores / T`` over the classes seen so far, T the distillation temperature (Li and Hoiem 2017). With
-    loss ``all`` the cross-entropy is over these classes too. Of classes new in this experience the old network says 0,
-    as van de Ven et al. 2022 have it; that is what holds the others up, for if both softmaxes were over the earlier
+    loss ``all`` the cross-entropy is over these classes too. The old network's softmax is 0 for classes new in
+    this experience (van de Ven et al. 2022), which keeps the other scores up: if both softmaxes were over the earlier
     classes alone, their scores could sink together. Scores of classes not seen yet are -inf.
 
     Attributes:
@@ -73,7 +73,7 @@ class LwF(FullPrecisionMethod):
         return super().state_dict() | {"teacher": None if self.teacher is None else self.teacher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores a state from :meth:`state_dict`."""
         super().load_state_dict(state)
         self.teacher = None
         if state["teacher"] is not None:

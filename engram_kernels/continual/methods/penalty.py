@@ -12,7 +12,7 @@ from .finetune import MLP, FullPrecisionMethod
 
 
 class QuadraticPenalty(FullPrecisionMethod):
-    """Pulls each weight back to what it was after the last experience, by how much it mattered.
+    """Pulls each weight back to its value after the last experience, in proportion to its importance.
 
     The pull goes straight into the gradients: no graph, and no copy of more than one parameter at a time.
 
@@ -47,7 +47,7 @@ class QuadraticPenalty(FullPrecisionMethod):
         return super().state_dict() | {"anchors": self.anchors, "importance": self.importance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores a state from :meth:`state_dict`."""
         super().load_state_dict(state)
         self.anchors = clones(state["anchors"])
         self.importance = None if state["importance"] is None else clones(state["importance"])

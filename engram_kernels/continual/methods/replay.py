@@ -81,7 +81,7 @@ class Replay(FullPrecisionMethod):
         return super().state_dict() | {"buffer": {"x": buffer.x, "y": buffer.y, "keys": buffer.keys}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores a state from :meth:`state_dict`."""
         super().load_state_dict(state)
         for name, value in state["buffer"].items():
             setattr(self.buffer, name, value.clone())

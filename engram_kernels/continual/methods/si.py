@@ -63,6 +63,6 @@ class SynapticIntelligence(QuadraticPenalty):
         return super().state_dict() | {"path": self.path}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores a state from :meth:`state_dict`."""
         super().load_state_dict(state)
         self.path = clones(state["path"])

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import runpy
 
 import pytest
 import torch
@@ -224,3 +225,10 @@ def test_loading_a_state_shares_no_memory_with_it(name):
     now, saved = method.state_dict(), torch.load(file, weights_only=True)
     assert now.keys() == saved.keys()
     assert all(same(now[key], saved[key]) for key in now if key != "optimizer")
+
+
+def test_the_table_of_hyper_parameters_is_printed_for_the_documentation(capsys):
+    runpy.run_module("engram_kernels.continual.methods", run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    names = dict.fromkeys(field.name for preset in METHODS.values() for field in dataclasses.fields(preset.config))
+    assert [row.split("`")[1] for row in rows] == list(names)
