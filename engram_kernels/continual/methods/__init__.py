@@ -79,20 +79,11 @@ class Preset(NamedTuple):
     build: Callable[[Any, int, Sequence[int], int], Method]
 
 
-<<<<<<< HEAD
-# The one place for the numbers. They hold for the class scenario on MNIST-sized data; what another scenario
-# or data set wants different stands in ADJUSTMENTS, later rows winning.
-# engram: chosen on the last 5000 training images of MNIST. With a linear read-out, below, what decides is that the
-# hidden layers learn slowly, the first slowest, so that their code stays what the output layer has learned to read;
-# that the straight-through window is open, since winners lie far outside |z| <= 1; and the loss over the batch's
-# classes.
-=======
 # The one place for the numbers. They hold for the class scenario on MNIST-sized data; values for other
 # scenarios and data sets stand in ADJUSTMENTS, later rows winning.
-# engram: chosen on the last 5000 training images of MNIST. Decisive: the hidden layers learn slowly, the
-# first slowest, so that the output layer can still read their code; that the straight-through window
-# is open, since winners lie far outside |z| <= 1; and the loss over the batch's classes.
->>>>>>> wt-cli
+# engram: chosen on the last 5000 training images of MNIST. With a linear read-out, below, the decisive points are that
+# the hidden layers learn slowly, the first slowest, so that the output layer can still read their code; that the
+# straight-through window is open, since winners lie far outside |z| <= 1; and the loss over the batch's classes.
 # mbnn and bnn: the published settings (Laborieux et al. 2021), normalised per sample instead of per batch.
 METHODS: dict[str, Preset] = {
     "engram": Preset(
@@ -125,11 +116,7 @@ METHODS: dict[str, Preset] = {
 # digits, and on tables of 130 to 430 samples, accuracy rises until there are 20 to 40. MNIST has 43 in its smallest
 # task.
 ENOUGH_STEPS = 40
-<<<<<<< HEAD
-# where: any of method, scenario, dataset and read-out; what
-=======
-# where: any of method, scenario, dataset, or a hyper-parameter that was given; the values there
->>>>>>> wt-cli
+# where: any of method, scenario, dataset and read-out; the values there
 ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
     (
         {"method": "engram", "readout": "linear"},
@@ -185,13 +172,9 @@ def method_config(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     given = {name: value for name, value in overrides.items() if value is not None}
     config = METHODS[method].config
-<<<<<<< HEAD
     readout = given.get("readout", getattr(config, "readout", None))
     here = {"method": method, "scenario": scenario, "dataset": dataset, "readout": readout}
-    for where, what in ADJUSTMENTS:
-=======
     for where, changes in ADJUSTMENTS:
->>>>>>> wt-cli
         if where.items() <= here.items():
             config = dataclasses.replace(config, **changes)
     if unknown := sorted(given.keys() - {field.name for field in dataclasses.fields(config)}):
