@@ -35,7 +35,7 @@ def loss_of(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 torch.manual_seed(0)
 benchmark = SplitMNIST(5, fixed_class_order=range(10), dataset_root=sys.argv[1])
 readout = ek.DendriticReadout(2048, 10, segments=100, engram=ek.StochasticEngram(rate=0.1, temperature=0))
-model = SegmentNetwork((784, 2048, 10), train_hidden=False, balanced=True, readout=readout)
+model = SegmentNetwork((784, 2048, 10), readout=readout)
 strategy = Naive(
     model=model,
     optimizer=ek.MetaplasticAdam(readout.parameters(), lr=5e-3, metaplasticity=5.0),

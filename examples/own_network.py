@@ -18,22 +18,13 @@ from engram_kernels.continual import evaluate, load, permuted_scenario
 UNITS, RATE, EPOCHS = 1024, 0.1, 3
 
 
-class Scale(nn.Module):
-    """Divides by the root of the number of summed signs, so that logits have unit variance at first."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(M, classes) -> the same shape."""
-        return x / (RATE * UNITS) ** 0.5
-
-
 def network() -> nn.Sequential:
     """64 real pixels -> 1024 binary units, of which each sample recruits a tenth -> 10 classes."""
     engram = ek.StochasticEngram(rate=RATE, temperature=0.1)
     return nn.Sequential(
-        ek.BinaryEngramLinear(64, UNITS, binary_input=False),  # the first layer takes real inputs
+        ek.BinaryEngramLinear(64, UNITS, bias=False, binary_input=False),  # the first layer takes real inputs
         nn.LayerNorm(UNITS, elementwise_affine=False),
-        ek.BinaryEngramLinear(UNITS, 10, engram=engram, ste_window=float("inf")),
-        Scale(),
+        ek.BinaryEngramLinear(UNITS, 10, bias=False, engram=engram, ste_window=float("inf")),
     )
 
 
