@@ -6,13 +6,18 @@ processors round differently.
 """
 
 import contextlib
+import doctest
+import inspect
 import io
+import operator
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+import engram_kernels as ek
 from engram_kernels.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
@@ -162,3 +167,28 @@ def test_every_page_is_in_the_navigation_once():
     for path in PAGES[1:]:
         page = path.relative_to(ROOT / "docs").as_posix()
         assert len(re.findall(rf"[ -]{re.escape(page)}$", config, re.MULTILINE)) == 1, page
+
+
+# ---- docstrings
+
+
+def public_objects():
+    """Every public class and function, by its name below ``ek``."""
+    names = [name for name in ek.__all__ if inspect.isclass(getattr(ek, name)) or inspect.isfunction(getattr(ek, name))]
+    operators = [name for name in dir(ek.ops) if not name.startswith("_") and inspect.isfunction(getattr(ek.ops, name))]
+    return names + [f"ops.{name}" for name in operators]
+
+
+def examples_of(name):
+    found = operator.attrgetter(name)(ek)
+    return doctest.DocTestParser().get_doctest(
+        inspect.getdoc(found) or "", {"torch": torch, "ek": ek, **vars(inspect.getmodule(found))}, f"ek.{name}", None, 0
+    )
+
+
+@pytest.mark.parametrize("name", public_objects())
+def test_every_public_name_has_an_example_that_runs(name):
+    examples = examples_of(name)
+    assert examples.examples, f"ek.{name}: no example (>>>) in its docstring"
+    told = io.StringIO()
+    assert not doctest.DocTestRunner().run(examples, out=told.write).failed, told.getvalue()
