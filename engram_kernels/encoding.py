@@ -68,6 +68,10 @@ class InputEncoding(nn.Module):
 
     Shapes: floats or uint8 (M, F) -> (M, inputs), floats in the input's dtype, float32 for uint8.
     Raises: ValueError for a size below 1; RuntimeError for another shape, or for NaN or infinity in the first samples.
+
+    >>> encoding = ek.InputEncoding(4)
+    >>> encoding(torch.randn(100, 4)).shape
+    torch.Size([100, 64])
     """
 
     samples: Tensor

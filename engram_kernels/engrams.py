@@ -21,7 +21,12 @@ from .reference import recruited_units
 
 
 class Recruitment(NamedTuple):
-    """Who takes part: ``gate_bits`` (M, words) or (words,), None for every unit; ``scale`` multiplies the output."""
+    """Who takes part: ``gate_bits`` (M, words) or (words,), None for every unit; ``scale`` multiplies the output.
+
+    >>> gate_bits, scale = ek.BernoulliEngram(0.5).eval()(torch.zeros(2, 6))
+    >>> gate_bits is None, scale  # every unit takes part
+    (True, 0.5)
+    """
 
     gate_bits: Tensor | None
     scale: float = 1.0
@@ -35,7 +40,14 @@ def check_rate(rate: float) -> float:
 
 
 class Engram(nn.Module):
-    """Base of the gate rules. ``rate`` is the fraction of units recruited; ``first_row`` see the module's text."""
+    """Base of the gate rules. ``rate`` is the fraction of units recruited; ``first_row`` see the module's text.
+
+    >>> class EveryUnit(ek.Engram):
+    ...     def forward(self, x):
+    ...         return ek.Recruitment(None)
+    >>> ek.BinaryEngramLinear(4, 2, engram=EveryUnit(1.0))(torch.zeros(1, 4)).shape
+    torch.Size([1, 2])
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -57,6 +69,10 @@ class BernoulliEngram(Engram):
     At evaluation all units take part and the output is scaled by ``rate``, which preserves its expectation (Srivastava
     et al. 2014); with ``sample_at_eval=True`` gates are drawn there too.
     Raises: ValueError if ``rate`` is outside (0, 1].
+
+    >>> gate_bits = ek.BernoulliEngram(0.3)(torch.zeros(1000, 100)).gate_bits
+    >>> round((ek.ops.unpack_signs(gate_bits, 100) > 0).float().mean().item(), 1)
+    0.3
     """
 
     def __init__(self, rate: float, *, sample_at_eval: bool = False) -> None:
@@ -82,6 +98,10 @@ class StochasticEngram(Engram):
     the unit's pre-activation, or its magnitude with ``score="magnitude"``. ``temperature=inf`` is a uniformly random
     engram, 0 is k-winners-take-all. At evaluation the most excitable units are taken, without noise.
     Raises: ValueError if ``rate`` is outside (0, 1], ``temperature`` is negative or in (0, 1e-6), or ``score`` unknown.
+
+    >>> engram = ek.StochasticEngram(rate=0.5, temperature=0)
+    >>> ek.ops.unpack_signs(engram(torch.tensor([[0.1, 2.0, -3.0, 0.7]])).gate_bits, 4).tolist()  # +1: recruited
+    [[-1.0, 1.0, -1.0, 1.0]]
     """
 
     def __init__(self, rate: float, temperature: float = 1.0, *, score: str = "preactivation") -> None:
@@ -114,6 +134,11 @@ class ContextEngram(Engram):
     per sample. The subsets follow from the ``seed`` buffer, drawn at construction and kept in ``state_dict``.
     Raises: ValueError if ``rate`` is outside (0, 1], ``num_contexts`` below 1 or ``context`` out of range; RuntimeError
     in a forward pass before ``context`` is set.
+
+    >>> engram = ek.ContextEngram(num_contexts=3, rate=0.2)
+    >>> engram.context = 1
+    >>> int((ek.ops.unpack_signs(engram(torch.zeros(1, 100)).gate_bits, 100) > 0).sum())
+    20
     """
 
     seed: Tensor

@@ -63,6 +63,10 @@ class HiddenWeight(nn.Parameter):
     signs are packed anew. While that memory is shared with another process, or belongs to NumPy or another library,
     they are packed at every call. Out of sight, and so out of contract: TorchScript, ``to_dlpack``, and code that
     switches torch's overrides off, where they write through ``.data``.
+
+    >>> weight = ek.HiddenWeight(torch.tensor([[0.3, -0.1, 0.2]]))
+    >>> weight.sign_bits().tolist()  # 1 + 4, and a word of padding
+    [[5, 0]]
     """
 
     _bits: Tensor | None = None

@@ -97,6 +97,11 @@ class BinaryEngramLinear(HiddenWeightModule):
     a real-valued input, or a dtype that is not supported; RuntimeError if the input's last dimension is not
     ``in_features``, its dtype is not one of the three, or it or the weight contains NaN, and if something
     that computes the weight, such as torch.nn.utils.prune, makes zeros, which have no sign.
+
+    >>> layer = ek.BinaryEngramLinear(4, 1, bias=False, scaled=False)
+    >>> _ = layer.load_state_dict({"weight": torch.tensor([[0.3, -0.1, 0.2, -0.4]])})
+    >>> layer(torch.tensor([[2.0, -1.0, 0.0, 5.0]])).tolist()  # 1 + 1 + 1 - 1, since sign(0) = +1
+    [[2.0]]
     """
 
     def __init__(

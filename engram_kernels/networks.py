@@ -49,6 +49,11 @@ class EngramMLP(nn.Module):
     Shapes: floats or uint8 (M, sizes[0]) -> scores (M, sizes[-1]).
     Raises: TypeError for an argument of another type; ValueError for fewer than two sizes, a size below 1, a scale of
     0 or less, an unknown read-out, or one that needs an engram or fixed hidden layers and gets none.
+
+    >>> model = ek.EngramMLP((784, 256, 10))
+    >>> model(torch.randn(5, 784)).shape
+    torch.Size([5, 10])
+    >>> model.loss(torch.randn(5, 784), torch.tensor([0, 1, 0, 1, 0])).backward()
     """
 
     def __init__(

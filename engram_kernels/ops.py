@@ -50,12 +50,20 @@ def __dir__() -> list[str]:
 
 
 def isa() -> str:
-    """Instruction set of the CPU kernels in use: "avx512", "avx2", "neon" or "scalar"."""
+    """Instruction set of the CPU kernels in use: "avx512", "avx2", "neon" or "scalar".
+
+    >>> ek.ops.isa() in ("avx512", "avx2", "neon", "scalar")
+    True
+    """
     return operators._isa()
 
 
 def available_isas() -> list[str]:
-    """Instruction sets that this build has and this machine can run, best first."""
+    """Instruction sets that this build has and this machine can run, best first.
+
+    >>> ek.ops.available_isas()[-1]
+    'scalar'
+    """
     return operators._available_isas().split(",")
 
 
@@ -63,6 +71,8 @@ def set_isa(name: str) -> None:
     """Uses another instruction set from now on, in all threads; ``ENGRAM_ISA`` does so from the start.
 
     Raises: RuntimeError if ``name`` is not in :func:`available_isas`.
+
+    >>> ek.ops.set_isa(ek.ops.isa())
     """
     operators._set_isa(name)
 
@@ -75,7 +85,11 @@ if os.environ.get("ENGRAM_ISA"):
 
 
 def build_info() -> dict[str, str]:
-    """How the loaded library was built: its ``file`` name, the CPU ``isas`` usable here, ``cuda`` kernels yes or no."""
+    """How the loaded library was built: its ``file`` name, the CPU ``isas`` usable here, ``cuda`` kernels yes or no.
+
+    >>> sorted(ek.ops.build_info())
+    ['cuda', 'file', 'isas']
+    """
     return {
         "file": library.FILE.name,
         "isas": ",".join(available_isas()),
@@ -87,17 +101,29 @@ def build_info() -> dict[str, str]:
 
 
 def pack_signs(x: Tensor) -> Tensor:
-    """Signs of ``x``, sign(0) = +1. Floats (..., K) -> bits (..., words). NaN is an error."""
+    """Signs of ``x``, sign(0) = +1. Floats (..., K) -> bits (..., words). NaN is an error.
+
+    >>> ek.ops.pack_signs(torch.tensor([0.5, -2.0, 0.0])).tolist()  # 1 + 4, and a word of padding
+    [5, 0]
+    """
     return operators.pack_signs(x)
 
 
 def pack_window(x: Tensor, width: float = 1.0, gate_bits: Tensor | None = None) -> Tensor:
-    """Straight-through window ``1{|x| <= width} * gate``. Floats (M, K) -> bits (M, words)."""
+    """Straight-through window ``1{|x| <= width} * gate``. Floats (M, K) -> bits (M, words).
+
+    >>> ek.ops.pack_window(torch.tensor([[0.5, -2.0, -1.0]])).tolist()
+    [[5, 0]]
+    """
     return operators.pack_window(x, width, gate_bits)
 
 
 def unpack_signs(bits: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bits (..., words) -> (..., K) of +1 and -1 in ``dtype`` (float32/64, bfloat16, float16, int8, int32)."""
+    """Bits (..., words) -> (..., K) of +1 and -1 in ``dtype`` (float32/64, bfloat16, float16, int8, int32).
+
+    >>> ek.ops.unpack_signs(torch.tensor([5, 0]), 3).tolist()
+    [1.0, -1.0, 1.0]
+    """
     return operators.unpack_signs(bits, k, dtype)
 
 
@@ -106,6 +132,10 @@ def binary_matmul(x_bits: Tensor, w_bits: Tensor, k: int, gate_bits: Tensor | No
 
     Shapes: ``x_bits`` (M, words), ``w_bits`` (N, words), ``gate_bits`` (words,) shared or (M, words) -> int32 (M, N).
     Padding bits do not count.
+
+    >>> x, w = torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[1.0, 1.0, 1.0]])
+    >>> ek.ops.binary_matmul(ek.ops.pack_signs(x), ek.ops.pack_signs(w), 3).tolist()
+    [[1]]
     """
     return operators.binary_matmul(x_bits, w_bits, k, gate_bits)
 
@@ -118,12 +148,21 @@ def binary_threshold(
     Shapes: as :func:`binary_matmul`, ``threshold`` int32 (N,), ``flip`` bool (N,) -> bits (M, words of N). For
     inference: BatchNorm and the sign after it are one such threshold per unit, flipped where BatchNorm's factor is
     negative.
+
+    >>> x = w = ek.ops.pack_signs(torch.ones(1, 3))
+    >>> ek.ops.binary_threshold(x, w, 3, torch.tensor([2], dtype=torch.int32), torch.tensor([False])).tolist()  # 3 >= 2
+    [[1, 0]]
     """
     return operators.binary_threshold(x_bits, w_bits, k, threshold, flip, gate_bits)
 
 
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
-    """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K). Differentiable in ``a``."""
+    """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K). Differentiable in ``a``.
+
+    >>> w_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
+    >>> ek.ops.sign_matmul(torch.tensor([[0.5]]), w_bits, 3).tolist()
+    [[0.5, -0.5, 0.5]]
+    """
     return operators.sign_matmul(a, w_bits, k)
 
 
@@ -132,6 +171,10 @@ def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
 
     Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``. uint8 (M, K), as images come -> int32, exact, for
     K up to 8 421 504.
+
+    >>> w_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
+    >>> ek.ops.sign_matmul_t(torch.tensor([[0.5, 2.0, 4.0]]), w_bits, 3).tolist()
+    [[2.5]]
     """
     return operators.sign_matmul_t(x, w_bits, k)
 
@@ -141,12 +184,21 @@ def gated_input_grad(d: Tensor, w_bits: Tensor, x: Tensor, gate_bits: Tensor | N
 
     Shapes: ``d`` (M, N), ``w_bits`` (N, words), ``x`` (M, K), gate as in :func:`binary_matmul` -> (M, K).
     Cost is proportional to the units that take part.
+
+    >>> w_bits, x = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]])), torch.tensor([[0.5, -0.5, 2.0]])
+    >>> ek.ops.gated_input_grad(torch.tensor([[3.0]]), w_bits, x).tolist()
+    [[3.0, -3.0, 0.0]]
     """
     return operators.gated_input_grad(d, w_bits, x, gate_bits)
 
 
 def masked_input_grad(d: Tensor, w_bits: Tensor, k: int, mask_bits: Tensor) -> Tensor:
-    """:func:`gated_input_grad` where gate and window are already one mask, as :func:`pack_window` makes it."""
+    """:func:`gated_input_grad` where gate and window are already one mask, as :func:`pack_window` makes it.
+
+    >>> w_bits, mask_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]])), torch.tensor([[3, 0]])
+    >>> ek.ops.masked_input_grad(torch.tensor([[3.0]]), w_bits, 3, mask_bits).tolist()
+    [[3.0, -3.0, 0.0]]
+    """
     return operators.masked_input_grad(d, w_bits, k, mask_bits)
 
 
@@ -155,6 +207,10 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
 
     Shapes: ``d`` (M, N), ``x_bits`` (M, words), gate as in :func:`binary_matmul` -> (N, K).
     Cost is proportional to the recruited units.
+
+    >>> x_bits, gate_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]])), torch.tensor([[3, 0]])
+    >>> ek.ops.gated_weight_grad(torch.tensor([[3.0]]), x_bits, 3, gate_bits).tolist()
+    [[3.0, -3.0, 0.0]]
     """
     return operators.gated_weight_grad(d, x_bits, k, gate_bits)
 
@@ -172,6 +228,10 @@ def sample_engram(
     ``seed`` is int64 (2,) on the CPU: the Philox key and an offset below 2^32; :func:`draw_seed` takes one from torch's
     generator. ``first_row`` is the number of this batch's first sample in the whole batch of a data-parallel step.
     The same seed gives the same engram on every device, for any thread count.
+
+    >>> score = torch.tensor([[0.1, 2.0, -3.0, 0.7]])
+    >>> ek.ops.sample_engram(score, ek.ops.draw_seed(), 0.5, temperature=0.0).tolist()  # units 1 and 3: 2 + 8
+    [[10, 0]]
     """
     if rule not in ("gumbel_top_k", "bernoulli"):
         raise RuntimeError(f"rule: expected 'gumbel_top_k' or 'bernoulli', got {rule!r}")
@@ -182,6 +242,9 @@ def draw_seed() -> Tensor:
     """A seed for :func:`sample_engram` from torch's default CPU generator, so that ``torch.manual_seed`` governs it.
 
     Compiled graphs draw from that generator too, and so what the eager code draws.
+
+    >>> ek.ops.draw_seed().shape
+    torch.Size([2])
     """
     return operators.draw_seed()
 
@@ -191,6 +254,8 @@ def check_numbers() -> None:
 
     On CUDA a call returns before it has run, so that NaNs are reported by a later operator, like CUDA's own errors.
     Raises: RuntimeError naming the operator and its argument.
+
+    >>> ek.ops.check_numbers()
     """
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
@@ -231,6 +296,12 @@ def metaplastic_adam_(
     the weight is clipped to ``[-weight_bound, weight_bound]``, in float32 before it is rounded; ``seed`` as in
     :func:`sample_engram`, needed for everything that is not float32. Formula, formats and source in
     :func:`engram_kernels.reference.metaplastic_adam_`.
+
+    >>> weight, mu, v = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.zeros(1, 2)
+    >>> settings = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, metaplasticity=2.0, step=1)
+    >>> ek.ops.metaplastic_adam_(weight, torch.ones(1, 2), mu, v, None, lr=0.1, **settings)
+    >>> [round(w, 3) for w in weight[0].tolist()]  # |W| shrinks less than it grows
+    [0.458, -0.6]
     """
     operators.metaplastic_adam_(
         weight,
@@ -269,6 +340,13 @@ def gated_metaplastic_adam_(
     No (N, K) gradient ever exists. Shapes: ``d`` (M, N), ``x_bits`` (M, words), gate as in :func:`binary_matmul`;
     ``settings`` are the keyword arguments of :func:`metaplastic_adam_`. For float32 ``d`` the result is that of the two
     operators one after the other, bit for bit.
+
+    >>> weight, mu, v = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.zeros(1, 2)
+    >>> settings = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, metaplasticity=2.0, step=1)
+    >>> x_bits = ek.ops.pack_signs(torch.ones(1, 2))
+    >>> ek.ops.gated_metaplastic_adam_(torch.ones(1, 1), x_bits, None, weight, mu, v, None, lr=0.1, **settings)
+    >>> [round(w, 3) for w in weight[0].tolist()]
+    [0.458, -0.6]
     """
     operators.gated_metaplastic_adam_(d, x_bits, gate_bits, weight, exp_avg, exp_avg_sq, sign_bits, **settings)
     scales = settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")

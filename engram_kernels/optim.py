@@ -117,6 +117,11 @@ class MetaplasticAdam(Optimizer):
     sharded parameters (fully_shard, FullyShardedDataParallel, DTensor).
     Warns: UserWarning if no parameter is a hidden weight, which makes this torch's Adam, and if in a distributed
     process a step finds no gradient at all, as where FSDP has replaced the parameters.
+
+    >>> layer = ek.BinaryEngramLinear(8, 4)
+    >>> optimizer = ek.MetaplasticAdam(layer.parameters(), lr=0.01, metaplasticity=1.35)
+    >>> layer(torch.randn(5, 8)).square().mean().backward()
+    >>> optimizer.step()
     """
 
     def __init__(

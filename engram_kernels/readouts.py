@@ -96,6 +96,12 @@ class DendriticReadout(HiddenWeightModule, _Readout):
 
     Shapes: excitabilities, floats (M, K) -> logits (M, C) in the same dtype.
     Raises: ValueError for a setting out of range; RuntimeError if the input is not (M, K), or contains NaN.
+
+    >>> readout = ek.DendriticReadout(256, 10, segments=4, engram=ek.StochasticEngram(0.1, temperature=0))
+    >>> activations = readout.activations(torch.randn(5, 256))
+    >>> readout.local_loss(activations, torch.tensor([0, 1, 2, 3, 4])).backward()
+    >>> activations.shape, readout.scores(activations).shape
+    (torch.Size([5, 10, 4]), torch.Size([5, 10]))
     """
 
     wins: Tensor
@@ -184,6 +190,12 @@ class PrototypeReadout(_Readout):
 
     Shapes: excitabilities, floats (M, K) -> scores (M, C) in the same dtype.
     Raises: ValueError for sizes below 1 or another engram; RuntimeError if the input is not (M, K), or contains NaN.
+
+    >>> readout = ek.PrototypeReadout(4, 2, engram=ek.StochasticEngram(0.5, temperature=0))
+    >>> x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0]])
+    >>> readout.observe(x, torch.tensor([0, 1]))
+    >>> readout(x).argmax(1).tolist()
+    [0, 1]
     """
 
     counts: Tensor
@@ -257,6 +269,12 @@ class RidgeReadout(_Readout):
     Shapes: excitabilities, floats (M, K) -> scores (M, C) in the same dtype; -inf for a class never seen.
     Raises: ValueError for a setting out of range, another engram, or more than 2³¹ - 1 samples; RuntimeError if the
     input is not (M, K), or contains NaN, and for moments that are not of the same samples.
+
+    >>> readout = ek.RidgeReadout(4, 2, engram=ek.StochasticEngram(0.5, temperature=0))
+    >>> x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0]])
+    >>> readout.observe(x, torch.tensor([0, 1]))
+    >>> readout(x).argmax(1).tolist()
+    [0, 1]
     """
 
     gram: Tensor

@@ -56,6 +56,10 @@ class Summary:
         state_bytes: moments of :class:`~engram_kernels.MetaplasticAdam` for the trained parameters.
         saved_bytes: what the binary layers keep for backward.
         buffer_bytes: counts and statistics.
+
+    >>> held = ek.summary(ek.BinaryEngramLinear(128, 10, bias=False), torch.zeros(1, 128))
+    >>> held.hidden_bytes, held.sign_bytes
+    (5120, 160)
     """
 
     layers: list[LayerSummary] = field(default_factory=list)
@@ -117,7 +121,7 @@ def summary(model: nn.Module, x: Tensor, *, state_dtype: torch.dtype = torch.flo
     >>> import engram_kernels as ek
     >>> model = ek.EngramMLP((784, 2048, 10))
     >>> ek.summary(model, torch.zeros(100, 784)).sign_bytes
-    458752
+    485376
     """
     if state_dtype not in _STATE_BITS:
         raise ValueError(f"state_dtype: expected float32, bfloat16 or int8, got {state_dtype}")
