@@ -578,7 +578,7 @@ def test_a_full_disk_names_the_file(npz, capsys):
             assert train(npz, "--quiet", "--output", "out", *options) == 2
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        refused(capsys, f"out/{file} can't be written")
+        refused(capsys, f"out/{file} can't be written (File too large)")
         assert os.listdir("out") == []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -77,9 +76,10 @@ class Checkpoint:
                 try:
                     # By its name: torch copies a tensor on its way to a Python stream.
                     torch.save({**state, "options": self._options}, partial)
-                except RuntimeError as error:  # torch's error for a file that can't be written does not name the reason
-                    full = self.path.parent.is_dir() and shutil.disk_usage(self.path.parent).free < 2**16
-                    raise OSError("No space left on device" if full else str(error).splitlines()[0]) from None
+                except RuntimeError as error:  # of torch, for a file that can't be written; the reason is missing
+                    with open(partial, "ab") as stream:  # a further write names it
+                        stream.write(bytes(2**16))
+                    raise OSError(str(error).splitlines()[0]) from None
         except OSError as error:
             raise OSError(f"checkpoint: {error}") from None
 
