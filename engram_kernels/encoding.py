@@ -21,6 +21,11 @@ def inputs_of(features: int) -> int:
     return features * -(-_FEWEST_INPUTS // features)
 
 
+def mean_of(x: Tensor) -> Tensor:
+    """The mean of samples, float32 (M, features) -> (features,): in float64, whose sums round alike in all threads."""
+    return x.mean(dim=0, dtype=torch.float64).float()
+
+
 def scale_of(mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """What features are divided by, from their mean, smallest and largest values, all (features,)."""
     spread = high - low
@@ -96,16 +101,22 @@ class InputEncoding(nn.Module):
         if x.dtype == torch.uint8 and self.inputs == self.features:
             return x
         values = x.float()
-        if self.training and self._seen < FIRST_SAMPLES and x.shape[0]:
+        if self.training and self._samples_seen() < FIRST_SAMPLES and x.shape[0]:
             self._observe(values.detach())
         z = as_inputs((values - self.mean) / self.scale)
         return z if x.dtype == torch.uint8 else z.to(x.dtype)
+
+    def _samples_seen(self) -> int:
+        """What ``samples`` says, whoever changed it; on other devices, where reading waits, what it said last."""
+        if not torch.compiler.is_compiling() and self.samples.device.type == "cpu":
+            self._seen = int(self.samples)
+        return self._seen
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         seen, new = self._seen, x.shape[0]
         low, high = x.amin(dim=0), x.amax(dim=0)
-        mean = x.mean(dim=0)
+        mean = mean_of(x)
         if seen:
             low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
             mean = self.mean + (mean - self.mean) * (new / (seen + new))

@@ -77,6 +77,10 @@ class BinaryEngramLinear(HiddenWeightModule):
     between calls and never stale. Gradients are straight-through: the weight's passes unchanged, the input's only to
     recruited units with ``|x| <= ste_window`` (``inf``: to all recruited units).
 
+    Outputs and gradients depend neither on the number of threads nor on torch.set_flush_denormal, but for the bias's
+    gradient, which is torch's sum. With ``binary_input=False`` the weight's gradient is torch's product, which
+    torch.set_float32_matmul_precision rounds on some processors.
+
     Args:
         in_features: K, at least 1.
         out_features: N, at least 1.

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -90,3 +92,40 @@ def test_bad_input_is_named_and_changes_nothing():
         with pytest.raises(RuntimeError, match="input: expected finite numbers, got NaN, infinity"):
             encoding(torch.tensor([[1.0, 2.0, bad], [0.0, 0.0, 0.0]]))
         assert int(encoding.samples) == 0 and encoding.scale.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda own, other: own.load_state_dict(other.state_dict()),
+        lambda own, other: own.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
+        lambda own, other: [buffer.copy_(other.get_buffer(name)) for name, buffer in own.named_buffers()],
+        lambda own, other: [buffer.data.copy_(other.get_buffer(name)) for name, buffer in own.named_buffers()],
+        lambda own, other: [setattr(own, name, other.get_buffer(name).clone()) for name in dict(own.named_buffers())],
+        lambda own, other: own.samples.numpy().fill(0),
+    ],
+)
+@pytest.mark.parametrize("seen", [(0, 100), (100, 0), (100, 30), (30, 100)])
+def test_first_samples_are_those_that_the_buffers_count(change, seen):
+    own, other = ek.InputEncoding(70), ek.InputEncoding(70)
+    for encoding, count in zip((own, other), seen, strict=True):
+        encoding(torch.randn(count, 70) * (1 + count))
+    change(own, other)
+    fresh = ek.InputEncoding(70)
+    fresh.load_state_dict(own.state_dict())
+    x = torch.randn(50, 70) * 7
+    assert torch.equal(own(x), fresh(x))
+    for name, buffer in fresh.named_buffers():
+        assert torch.equal(own.get_buffer(name), buffer), name
+
+
+def test_the_mean_of_many_samples_is_the_same_in_any_number_of_threads():
+    x, before, found = torch.randn(4000, 100), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            encoding = ek.InputEncoding(100)
+            found.append((encoding(x), encoding.mean.clone()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoding import FIRST_SAMPLES, as_inputs, inputs_of, scale_of
+from ..encoding import FIRST_SAMPLES, as_inputs, inputs_of, mean_of, scale_of
 from .data import Dataset, common_shape, standardize
 
 DEFAULT_CLASSES_PER_TASK = 2
@@ -486,7 +486,7 @@ def _scaled(scenario: Scenario) -> Scenario:
     first = scenario.train_stream[0]
     x = first.x[:FIRST_SAMPLES] if first.indices is None else first.x[first.indices[:FIRST_SAMPLES]]
     x = x.float()
-    offset = x.mean(dim=0)
+    offset = mean_of(x)
     scale = scale_of(offset, x.amin(dim=0), x.amax(dim=0))
     train, test = (
         tuple(replace(experience, offset=offset, scale=scale) for experience in stream)

@@ -202,9 +202,10 @@ def run(
 ) -> tuple[Method, TrainingResult]:
     """Everything from a data set (scenario domain: a list of them) to a result, as ``engram-kernels train`` does it.
 
-    Deterministic under ``seed``, whatever the process's default dtype and device. Seeds torch's global generator.
-    Several runs in one process should share ``memory``: a later run reuses memory that an earlier one freed, and would
-    seem to need less. ``checkpoint`` is that of `train`. ``overrides`` are fields of `methods.MethodConfig`;
+    Deterministic under ``seed``, whatever the process's default dtype and device and, for binary methods, the number
+    of threads; full-precision methods use torch's products, whose last bits may depend on it. Seeds torch's global
+    generator. Several runs in one process should share ``memory``: a later run reuses memory that an earlier one freed,
+    and would seem to need less. ``checkpoint`` is that of `train`. ``overrides`` are fields of `methods.MethodConfig`;
     None keeps the default, which for ``epochs`` rises where a task is small (`methods.method_config`).
 
     Raises:
