@@ -19,6 +19,8 @@ import torch
 
 import engram_kernels as ek
 from engram_kernels.cli import build_parser, main
+from engram_kernels.continual.methods import METHODS
+from engram_kernels.continual.parameters import markdown_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -167,6 +169,11 @@ def test_every_page_is_in_the_navigation_once():
     for path in PAGES[1:]:
         page = path.relative_to(ROOT / "docs").as_posix()
         assert len(re.findall(rf"[ -]{re.escape(page)}$", config, re.MULTILINE)) == 1, page
+
+
+def test_the_table_of_hyper_parameters_is_that_of_the_configurations():
+    configurations = {name: preset.config for name, preset in METHODS.items()}
+    assert markdown_table(configurations) in (ROOT / "docs/reference/command-line.md").read_text()
 
 
 # ---- docstrings
