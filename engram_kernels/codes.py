@@ -5,6 +5,7 @@ A code turns rows of numbers into packed bits. What it does to a sample may depe
 the order of the samples.
 
     ProjectionCode   the most excited of many random units; blind to a sample's offset and scale: images, embeddings
+    PatchCode        the same from small patches of images, wherever near they lie
     TableCode        each feature by itself, at the resolution that its range so far asks for: tables of any scale
 """
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from . import ops
 from .reference import philox
 
+_FILTERS = 64  # of each size at least: more of them were no better
+_POOL = 3  # places in each direction
+_CONTRAST_FLOOR = 0.1 * 255  # below it a patch is as good as empty
 _CHUNK_VALUES = 1 << 23  # of the largest temporary, so that memory does not grow with the batch
 
 
@@ -84,6 +88,73 @@ class ProjectionCode:
         return ops.sample_engram(self.excitability(x), self._no_noise, self.rate, temperature=0.0)
 
 
+class PatchCode:
+    """The ``rate`` most excited of random units that look at small patches of an image, wherever near they lie.
+
+    A unit is a filter of balanced random signs, of one of several sizes, and a place; its excitability is the largest
+    response of the filter in the 3 x 3 places around, each divided by the contrast of its patch:
+
+        z = max over places of  sum_k w[k] x[k] / (sqrt(sum_k (x[k] - mean)^2) + floor)
+
+    so that a stroke counts wherever exactly it runs, and a faint texture as a strong one. Filters are shared by all
+    places (weight sharing and pooling: LeCun et al. 1998; random filters: Jarrett et al. 2009; units of several
+    channels look at one of them). All sums are of integers and exact.
+
+    Args:
+        image_shape: height and width, or height, width and channels, of the images whose pixels are the features.
+        n_units: N.
+        sizes: side lengths of the patches in turns; those larger than the image less two pixels are left out.
+        seed: of the filters and places.
+        rate: share of the units that fire.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, ...], n_units: int, *, sizes: tuple[int, ...], seed: int, rate: float
+    ) -> None:
+        height, width, self.channels = (*image_shape, 1)[:3]
+        self.image = (height, width)
+        self.n_features, self.n_units, self.rate = math.prod(image_shape), n_units, rate
+        self._no_noise = seed_tensor(0, 0)
+        sizes = tuple(size for size in sizes if size + _POOL - 1 <= min(height, width))
+        if not sizes:
+            raise ValueError(f"patch: expected at most {min(height, width) - _POOL + 1} pixels, for {height}x{width}")
+        self._groups = []
+        for i, size in enumerate(sizes):
+            units = n_units // len(sizes) + (i < n_units % len(sizes))
+            places = (height - size - _POOL + 2) * (width - size - _POOL + 2) * self.channels
+            filters = max(_FILTERS, -(-units // places))
+            signs = _balanced_signs(seed_tensor(seed, 2 * i), filters, size * size)
+            draws = philox(seed_tensor(seed, 2 * i + 1), 1, places * filters)[0]
+            chosen = (draws * len(draws) + torch.arange(len(draws))).argsort()[:units]
+            self._groups.append((size, signs.T.float().contiguous(), chosen.sort().values))
+
+    def encode(self, X: np.ndarray) -> Tensor:
+        """Rows of pixels (M, features) -> bits (M, words)."""
+        step = max(1, _CHUNK_VALUES // 8 // (self.n_features * max(signs.shape[1] for _, signs, _ in self._groups)))
+        parts = [self._recruit(to_bytes(X[i : i + step])) for i in range(0, len(X), step)]
+        return torch.cat(parts)
+
+    def _recruit(self, x: Tensor) -> Tensor:
+        images = x.float().reshape(len(x), *self.image, self.channels)
+        z = torch.cat([self._excitability(images, *group) for group in self._groups], dim=1)
+        return ops.sample_engram(z, self._no_noise, self.rate, temperature=0.0)
+
+    @staticmethod
+    def _excitability(images: Tensor, size: int, signs: Tensor, chosen: Tensor) -> Tensor:
+        patches = images.unfold(1, size, 1).unfold(2, size, 1)  # (M, h, w, channels, size, size)
+        m, h, w, channels = patches.shape[:4]
+        patches = patches.reshape(-1, size * size)
+        contrast = patches.square().sum(1).sub_(patches.sum(1).square_().div_(size * size)).clamp_(min=0).sqrt_()
+        z = (patches @ signs).div_(contrast.add_(_CONTRAST_FLOOR)[:, None]).reshape(m, h, w, -1)
+        rows = z[:, : h - _POOL + 1]
+        for i in range(1, _POOL):
+            rows = torch.maximum(rows, z[:, i : h - _POOL + 1 + i])
+        pooled = rows[:, :, : w - _POOL + 1]
+        for i in range(1, _POOL):
+            pooled = torch.maximum(pooled, rows[:, :, i : w - _POOL + 1 + i])
+        return pooled.reshape(m, -1)[:, chosen]
+
+
 class TableCode:
     """Thresholds and finer bits of every feature by itself, on a grid that follows the range of the feature.
 
@@ -128,7 +199,7 @@ class TableCode:
         return level, first
 
     def encode(self, X: np.ndarray) -> np.ndarray:
-        """Rows of numbers (M, d) -> bool (M, d, units of a feature). What is outside the ranges counts as their ends."""
+        """Rows of numbers (M, d) -> bool (M, d, units of a feature); what is outside the ranges is taken to their ends."""
         X = np.clip(X, self.low, self.high)
         level, first = self.grid(self.low, self.high)
         out = np.empty((*X.shape, self.per_feature), dtype=bool)
@@ -212,4 +283,4 @@ def _steps(x: np.ndarray | float, level: np.ndarray | int) -> np.ndarray:
     return np.floor(np.ldexp(x, -np.asarray(level)))
 
 
-__all__ = ["ProjectionCode", "TableCode", "seed_tensor", "to_bytes"]
+__all__ = ["PatchCode", "ProjectionCode", "TableCode", "seed_tensor", "to_bytes"]

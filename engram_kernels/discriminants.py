@@ -1,12 +1,17 @@
 """Linear discriminants of binary codes, from counted second moments alone.
 
-With ``S`` the covariance of the units within the classes, ``P`` a prior covariance of weights and ``mu_c`` the mean code
-of class c, less the mean of all,
+With ``S`` the covariance of the units within the classes, ``P`` a prior covariance of the weights and ``mu_c`` the mean
+code of class c less the mean of all,
 
-    w_c = (S + penalty P^-1)^-1 mu_c,   score[m, c] = (z[m] - mean) · w_c - w_c · mu_c / 2 + log share_c
+    w_c = (S + penalty v P^-1)^-1 mu_c,   score[m, c] = (z[m] - mean) · w_c - w_c · mu_c / 2
 
-the regularised linear discriminant analysis of the code. It is a function of integers: the same in whatever order they
-were counted.
+where v is the variance of all features in the basis in which P is the identity: a regularised linear discriminant
+analysis. It is a function of integers, the same in whatever order they were counted.
+
+Up to :data:`DIRECT_UNITS` units the matrix is factorised. Beyond, it is never formed: conjugate gradients multiply with
+the counts as they are stored, preconditioned by the best that a sample of the units says of the others (Nyström;
+Frangella, Tropp and Udell 2023). A small change of the counts is caught up with by conjugate gradients too, from the
+solution and with the factor of before.
 """
 
 from __future__ import annotations
@@ -18,17 +23,22 @@ from torch import Tensor
 
 from .moments import SecondMoments
 
-_SELECTION_UNITS = 1024  # of which the penalty is chosen; a sample of the units says it as well
-_PENALTIES = 10.0 ** torch.arange(-7.0, 1.01, 0.5, dtype=torch.float64, device="cpu")  # shares of all variance
+DIRECT_UNITS = 4096
+TOLERANCE = 1e-5  # of the residual, relative to the right side
+_EXACT_UNITS = 2048  # up to here in float64, which then costs little
+_SAMPLE = 512  # of the units, that speaks for the others where the matrix is not formed
+_SELECTION = 1024  # features by which the penalty is chosen: a sample tells as much
+_FRESH_SHARE = 1.1  # growth of the samples up to which the penalty and the factor of before are good enough
+_MOST_STEPS = 500
+_PENALTIES = 10.0 ** torch.arange(-6.0, 1.01, 0.5, dtype=torch.float64, device="cpu")  # shares of all variance
 
 
 class Prior(NamedTuple):
     """What is believed of the weights: how large they are by unit, and along which sums of units they may be larger."""
 
-    scale: Tensor  # (K,) standard deviations of the units' weights
-    sums: Tensor  # (S, U) weights of runs of units, of which a linear function of a feature is made
-    first: int  # S runs of U units, from this unit on
-    strength: float  # standard deviation of the weight of a sum that varies by 1
+    scale: Tensor  # float64 (K,), standard deviations of the units' weights
+    sums: Tensor  # float64 (S, U), weights of S runs of U units, from unit 0 on: linear functions of a feature
+    strength: float  # standard deviation of the weight of such a sum, when it varies by 1
 
 
 class Discriminant(NamedTuple):
@@ -38,99 +48,236 @@ class Discriminant(NamedTuple):
     bias: Tensor
 
 
+class Discriminants:
+    """Solves for the discriminant of counts, and keeps what makes the next solution cheap.
+
+    Args:
+        moments: the counts, which may go on.
+        prior: of the weights.
+        penalty: a share of the variance, or None to choose the one of least error by generalised cross-validation.
+    """
+
+    def __init__(self, moments: SecondMoments, prior: Prior, penalty: float | None) -> None:
+        self.moments, self.prior, self.penalty = moments, prior, penalty
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was solved for: the next solution is a new one."""
+        self._answer: Discriminant | None = None
+        self._answer_samples = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._start: _Solved | None = None
+
+    def discriminant(self) -> Discriminant:
+        """The discriminant of all that was counted so far."""
+        moments = self.moments
+        if self._answer is not None and torch.equal(self._answer_samples, moments.samples):
+            return self._answer
+        n = moments.total
+        means = moments.counts.double() / moments.samples.clamp(min=1)[:, None]
+        mean = moments.counts.sum(0).double() / max(1, n)
+        centred = torch.where((moments.samples > 0)[:, None], means - mean, 0.0)
+        weight = self._weights(mean, centred) if int((moments.samples > 0).sum()) > 1 else torch.zeros_like(centred)
+        bias = -weight @ mean - 0.5 * (weight * centred).sum(1)
+        self._answer, self._answer_samples = Discriminant(weight.float(), bias.float()), moments.samples.clone()
+        return self._answer
+
+    def _weights(self, mean: Tensor, centred: Tensor) -> Tensor:
+        moments = self.moments
+        shares = moments.samples.double() / moments.total
+        if not moments.blocks:  # the means alone: as if all units varied alike and independently
+            variance = (mean * (1 - mean) - shares @ centred.square()).mean()
+            return centred / (variance + 1e-30)
+        system = _System(moments, self.prior, mean, centred, shares)
+        start = self._start
+        grown = start is None or len(start.solution[0]) != len(shares) or moments.total > _FRESH_SHARE * start.samples
+        if grown:
+            start = _new(system, self.penalty)
+        assert start is not None
+        if not (grown and start.exact):
+            start = start._replace(solution=_conjugate_gradients(system, start))
+        self._start = start
+        return system.features.push(start.solution).T.double()
+
+
+class _Solved(NamedTuple):
+    solution: Tensor  # (F, C)
+    penalty: float
+    samples: int
+    preconditioner: _Factor | _LowRank
+    exact: bool  # solved with the factor of this very matrix
+
+
 class _Features:
     """The units scaled by the prior, with its sums as further features: the basis in which the prior is the identity."""
 
-    def __init__(self, prior: Prior, covariance: Tensor) -> None:
-        self.prior = prior
-        self.dtype = covariance.dtype
-        self.scale = prior.scale.to(self.dtype)
-        self.sums = prior.sums.to(self.dtype)
-        if len(self.sums):
-            spread = self.pull_sums(self.pull_sums(covariance).T.contiguous()).diagonal().clamp(min=0).sqrt()
-            small = spread <= 1e-6 * self.sums.abs().sum(1).clamp(min=1)  # a feature without variance
-            self.sums = self.sums * torch.where(small, 0.0, prior.strength / spread)[:, None]
+    def __init__(self, moments: SecondMoments, prior: Prior, mean: Tensor, dtype: torch.dtype) -> None:
+        self.units = len(prior.scale)
+        s, u = prior.sums.shape
+        spread = torch.zeros(s, dtype=torch.float64)
+        for i in range(s):
+            run = slice(i * u, (i + 1) * u)
+            pairs = moments.rows(torch.arange(i * u, (i + 1) * u))[:, run].double() / moments.total
+            spread[i] = prior.sums[i] @ (pairs - torch.outer(mean[run], mean[run])) @ prior.sums[i]
+        spread = spread.clamp(min=0.0).sqrt()
+        still = spread <= 1e-6 * prior.sums.sum(1)
+        self.sums = (prior.sums * torch.where(still, 0.0, prior.strength / spread)[:, None]).to(dtype)
+        self.scale = prior.scale.to(dtype)
+        own = (self.scale.double().square() * mean * (1 - mean)).sum()
+        self.variance = float(own + prior.strength**2 * (~still).sum())
 
-    def pull_sums(self, v: Tensor) -> Tensor:
-        """(K, R) -> (S, R)."""
-        s, u = self.sums.shape
-        rows = v[self.prior.first : self.prior.first + s * u].reshape(s, u, v.shape[1])
-        return torch.einsum("su,sur->sr", self.sums, rows)
+    def __len__(self) -> int:
+        return self.units + len(self.sums)
 
     def pull(self, v: Tensor) -> Tensor:
-        """Of units (K, R) -> of features (K + S, R)."""
-        return torch.cat([v * self.scale[:, None], self.pull_sums(v)])
+        """Of units (K, R) -> of features (F, R)."""
+        s, u = self.sums.shape
+        runs = v[: s * u].reshape(s, u, v.shape[1])
+        return torch.cat([v * self.scale[:, None], torch.einsum("su,sur->sr", self.sums, runs)])
 
     def push(self, w: Tensor) -> Tensor:
-        """Weights of features (K + S, R) -> of units (K, R)."""
-        k = len(self.scale)
-        out = w[:k] * self.scale[:, None]
+        """Weights of features (F, R) -> of units (K, R)."""
         s, u = self.sums.shape
-        out[self.prior.first : self.prior.first + s * u] += torch.einsum("su,sr->sur", self.sums, w[k:]).flatten(0, 1)
+        out = w[: self.units] * self.scale[:, None]
+        out[: s * u] += torch.einsum("su,sr->sur", self.sums, w[self.units :]).flatten(0, 1)
         return out
 
 
-def solve(moments: SecondMoments, prior: Prior, penalty: float | None) -> Discriminant:
-    """The discriminant of all that was counted. ``penalty`` is a share of the variance, None to choose it."""
-    n = moments.total
-    shares = moments.samples.double() / max(1, n)
-    seen = moments.samples > 0
-    means = moments.counts.double() / moments.samples.clamp(min=1)[:, None]
-    mean = shares @ means
-    centred = torch.where(seen[:, None], means - mean, 0.0)
-    if int(seen.sum()) > 1:
-        weight = _weights(moments, prior, penalty, centred, shares)
+class _System:
+    """``(total covariance - between the classes + penalty variance) W = class means``, in the prior's basis."""
+
+    def __init__(self, moments: SecondMoments, prior: Prior, mean: Tensor, centred: Tensor, shares: Tensor) -> None:
+        self.moments, self.n = moments, moments.total
+        self.dtype = torch.float64 if moments.n_units <= _EXACT_UNITS else torch.float32
+        self.features = _Features(moments, prior, mean, self.dtype)
+        self.mean, self.shares = mean.to(self.dtype), shares.to(self.dtype)
+        self.right = self.features.pull(centred.T.to(self.dtype))
+
+    def total(self, v: Tensor) -> Tensor:
+        """The total covariance times (F, R)."""
+        w = self.features.push(v)
+        y = self.moments.product(w).div_(self.n).addr_(self.mean, self.mean @ w, alpha=-1)
+        return self.features.pull(y)
+
+    def within(self, v: Tensor, penalty: float) -> Tensor:
+        """The matrix of the system times (F, R)."""
+        y = self.total(v).add_(v, alpha=penalty * self.features.variance)
+        return y - (self.right * self.shares) @ (self.right.T @ v)
+
+    def columns(self, chosen: Tensor) -> Tensor:
+        """Columns of the total covariance, (F, chosen)."""
+        v = torch.zeros(len(self.features), len(chosen), dtype=self.dtype)
+        v[chosen, torch.arange(len(chosen))] = 1
+        return self.total(v)
+
+    def matrix(self) -> Tensor:
+        """The total covariance (F, F)."""
+        k = self.moments.n_units
+        whole = self.moments.matrix(self.dtype).div_(self.n).addr_(self.mean, self.mean, alpha=-1)
+        assert whole.shape == (k, k)
+        return self.features.pull(self.features.pull(whole).T)
+
+
+def _new(system: _System, penalty: float | None) -> _Solved:
+    """A solution that owes nothing to an earlier one, or what conjugate gradients need to find it."""
+    features, direct = system.features, system.moments.n_units <= DIRECT_UNITS
+    f = len(features)
+    if direct:
+        matrix = system.matrix()
+        chosen = _spread(f, _SELECTION)
+        part = matrix[chosen][:, chosen]
     else:
-        weight = torch.zeros_like(centred)
-    bias = -weight @ mean - 0.5 * (weight * centred).sum(1)
-    return Discriminant(weight.float(), bias.float())
-
-
-def _weights(moments: SecondMoments, prior: Prior, penalty: float | None, centred: Tensor, shares: Tensor) -> Tensor:
-    n, k = moments.total, moments.n_units
-    if not moments.blocks:  # the classes' means alone: as if all units varied alike and by themselves
-        inside = moments.samples.double() @ (centred**2)
-        share = moments.counts.sum(0).double() / n
-        variance = (share * (1 - share) - inside / n).mean()
-        return centred / (variance + 1e-30)
-    dtype = torch.float64 if k <= 2048 else torch.float32
-    mean = moments.counts.sum(0).double() / n
-    total = (moments.rows(0, k).to(torch.float64).div_(n).addr_(mean, mean, alpha=-1)).to(dtype)
-    features = _Features(prior, total)
-    total = features.pull(features.pull(total).T.contiguous())
-    between = features.pull(centred.T.to(dtype))
-    variance = float(total.diagonal().sum())
+        sums = torch.arange(features.units, f)
+        chosen = torch.cat([_spread(features.units, _SAMPLE), sums])
+        columns = system.columns(chosen)
+        part = columns[chosen]
     if penalty is None:
-        penalty = choose_penalty(total, between, shares.to(dtype), n)
-    within = total.addmm_(between * shares.to(dtype), between.T, alpha=-1.0)
-    within.diagonal().add_(penalty * variance + 1e-30)
-    factor = torch.linalg.cholesky(within)
-    return features.push(torch.cholesky_solve(between, factor)).T.double()
+        penalty = choose_penalty(part.double(), system.right[chosen].double(), system.shares.double(), system.n)
+    shift = penalty * features.variance + 1e-30
+    preconditioner: _Factor | _LowRank
+    if direct:
+        matrix.addmm_(system.right * system.shares, system.right.T, alpha=-1.0)
+        matrix.diagonal().add_(shift)
+        preconditioner = _Factor(torch.linalg.cholesky(matrix))
+        solution = preconditioner.solve(system.right)
+    else:
+        preconditioner = _LowRank(columns, part, shift)
+        solution = torch.zeros_like(system.right)
+    return _Solved(solution, penalty, system.n, preconditioner, direct)
+
+
+def _conjugate_gradients(system: _System, start: _Solved) -> Tensor:
+    """The solution to :data:`TOLERANCE`, each class by itself."""
+    x = start.solution.clone()
+    residual = system.right - system.within(x, start.penalty) if bool(x.any()) else system.right.clone()
+    enough = TOLERANCE * system.right.norm(dim=0)
+    z = start.preconditioner.solve(residual)
+    direction, fall = z, (residual * z).sum(0)
+    for _ in range(_MOST_STEPS):
+        if bool((residual.norm(dim=0) <= enough).all()):
+            break
+        y = system.within(direction, start.penalty)
+        step = fall / (direction * y).sum(0).clamp(min=1e-30)
+        x += step * direction
+        residual -= step * y
+        z = start.preconditioner.solve(residual)
+        before, fall = fall, (residual * z).sum(0)
+        direction = z + fall / before.clamp(min=1e-30) * direction
+    return x
+
+
+class _Factor:
+    """The inverse of a matrix by its Cholesky factor."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+
+    def solve(self, v: Tensor) -> Tensor:
+        """The inverse times (F, R)."""
+        return torch.cholesky_solve(v, self.factor)
+
+
+class _LowRank:
+    """An approximate inverse of ``matrix + shift``, from some of the matrix's columns."""
+
+    def __init__(self, columns: Tensor, part: Tensor, shift: float) -> None:
+        values, vectors = torch.linalg.eigh(part.double())
+        kept = values > 1e-6 * values[-1]
+        half = columns @ (vectors[:, kept] / values[kept].sqrt()).to(columns.dtype)  # half half^T is the approximation
+        values, vectors = torch.linalg.eigh((half.T @ half).double())
+        kept = values > 1e-6 * values[-1]
+        self.basis = half @ (vectors[:, kept] / values[kept].sqrt()).to(half.dtype)
+        values = values[kept]
+        self.factors = ((values[0] + shift) / (values + shift) - 1).to(half.dtype)
+
+    def solve(self, v: Tensor) -> Tensor:
+        """The inverse times (F, R), up to a factor."""
+        return v + self.basis @ (self.factors[:, None] * (self.basis.T @ v))
 
 
 def choose_penalty(total: Tensor, between: Tensor, shares: Tensor, n: int) -> float:
     """The penalty, as a share of all variance, with the least error of regression by generalised cross-validation.
 
-    (Golub, Heath and Wahba 1979.) ``total`` (F, F) covariance of the features, ``between`` (F, C) centred class means.
+    (Golub, Heath and Wahba 1979.) float64: ``total`` (F, F) the covariance of features, ``between`` (F, C) the centred
+    means of the classes, ``shares`` (C,) of the samples.
     """
-    f = len(total)
-    chosen = torch.arange(0, f, max(1.0, f / _SELECTION_UNITS), dtype=torch.float64).long()
-    part = total[chosen][:, chosen].double()
-    values, vectors = torch.linalg.eigh(part)
+    values, vectors = torch.linalg.eigh(total)
     values = values.clamp(min=0.0)
     variance = values.sum()
-    projected = (vectors.T @ (between[chosen] * shares).double()).square().sum(1)
-    target = (shares * (1 - shares)).sum().double()
-    best = None
-    for share in _PENALTIES:
+    projected = (vectors.T @ (between * shares)).square().sum(1)
+    target = (shares * (1 - shares)).sum()
+    best = (float("inf"), float(_PENALTIES[-1]))
+    for share in _PENALTIES.tolist():
         shrunk = values + share * variance + 1e-300
-        freedom = (values / shrunk).sum() + 1
-        if freedom >= n:
-            continue
-        error = (target - (projected * (2 / shrunk - values / shrunk**2)).sum()) / (1 - freedom / n) ** 2
-        if best is None or error < best[0]:
-            best = (error, share)
-    return float(best[1]) if best is not None else float(_PENALTIES[-1])
+        freedom = float((values / shrunk).sum()) + 1
+        if freedom < n:
+            fit = (projected * (2 / shrunk - values / shrunk**2)).sum()
+            best = min(best, (float(target - fit) / (1 - freedom / n) ** 2, share))
+    return best[1]
 
 
-__all__ = ["Discriminant", "Prior", "choose_penalty", "solve"]
+def _spread(f: int, most: int) -> Tensor:
+    """``most`` numbers below f, evenly spread, or all of them."""
+    return torch.arange(f) if f <= most else torch.arange(most) * f // most
+
+
+__all__ = ["DIRECT_UNITS", "TOLERANCE", "Discriminant", "Discriminants", "Prior", "choose_penalty"]

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_number, check_size
-from .codes import ProjectionCode, TableCode
-from .discriminants import Discriminant, Prior, solve
+from .codes import PatchCode, ProjectionCode, TableCode
+from .discriminants import Discriminant, Discriminants, Prior
 from .moments import SecondMoments
 
 _DEFAULT_UNITS = 2048
@@ -43,6 +43,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         n_units: int = _DEFAULT_UNITS,
         *,
         readout: str = "ridge",
+        image_shape: tuple[int, ...] | None = None,
+        patch: int | tuple[int, ...] = (4, 6, 8),
         rate: float = 0.2,
         penalty: float | None = None,
         random_state: Any = 0,
@@ -50,6 +52,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         self.n_units = n_units
         self.readout = readout
+        self.image_shape = image_shape
+        self.patch = patch
         self.rate = rate
         self.penalty = penalty
         self.random_state = random_state
@@ -87,7 +91,6 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         places = {} if fresh else {i: int(p) for i, p in enumerate(np.searchsorted(known, self.classes_))}
         self.moments_.place_classes(places, len(known))
         self.classes_ = known
-        self._solved.clear()
         with _threads(self.n_jobs):
             if self.table_ is not None:
                 self._widen(X.min(axis=0), X.max(axis=0))
@@ -100,13 +103,17 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         """Nothing learned: the code and counts of zero."""
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.n_units_ = self.n_units
-        self.table_ = _table_code(self.n_features_in_, self.n_units_)
+        self.table_ = None if self.image_shape is not None else _table_code(self.n_features_in_, self.n_units_)
         self._table_units = 0 if self.table_ is None else _whole_rows(self.table_.n_units)
-        self.projection_ = ProjectionCode(
-            self.n_features_in_, self.n_units_ - self._table_units, seed=self.seed_, rate=self.rate
-        )
+        units = self.n_units_ - self._table_units
+        self.projection_: ProjectionCode | PatchCode
+        if self.image_shape is None:
+            self.projection_ = ProjectionCode(self.n_features_in_, units, seed=self.seed_, rate=self.rate)
+        else:
+            sizes = (self.patch,) if isinstance(self.patch, int) else tuple(self.patch)
+            self.projection_ = PatchCode(self.image_shape, units, sizes=sizes, seed=self.seed_, rate=self.rate)
         self.moments_ = SecondMoments(self.n_units_, pairs=self.readout == "ridge")
-        self._solved: list[Discriminant] = []  # what was last solved for, or nothing
+        self._discriminants = Discriminants(self.moments_, self._prior(), self.penalty)
 
     def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
         """Has the ranges of the features include these, and carries the counts over."""
@@ -114,6 +121,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         units = self.table_.per_feature
         for j, (T, c) in self.table_.widen(np.float64(low), np.float64(high)).items():
             if self.moments_.total:
+                self._discriminants.forget()  # of other units
                 self.moments_.transform(j * units, torch.from_numpy(T), torch.from_numpy(c))
 
     # ---- asking
@@ -148,11 +156,9 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         return out
 
     def _discriminant(self) -> Discriminant:
-        if not self._solved:
-            found = solve(self.moments_, self._prior(), self.penalty)
-            share = self.moments_.samples.double() / self.moments_.total
-            self._solved.append(found._replace(bias=found.bias + share.log().float()))
-        return self._solved[0]
+        found = self._discriminants.discriminant()
+        share = self.moments_.samples.double() / self.moments_.total
+        return found._replace(bias=found.bias + share.log().float())
 
     def _prior(self) -> Prior:
         k, d = self.n_units_, self.n_features_in_
@@ -164,7 +170,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             scale[: self._table_units] = 0.0
             scale[: self.table_.n_units] = of_feature.repeat(d)
             sums = torch.from_numpy(self.table_.linear())
-        return Prior(scale, sums, 0, 1.0)
+        return Prior(scale, sums, 1.0)
 
     def _encode(self, X: np.ndarray) -> Tensor:
         """Samples (M, features) -> bits (M, words of n_units_)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +17,7 @@ from . import ops
 
 _BLOCK = 512  # rows of the Gram matrix that are stored, and counted, together
 _SIXTEEN_BITS = 2**16 - 1
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class SecondMoments:
@@ -85,18 +87,33 @@ class SecondMoments:
         for block, more in zip(self.blocks, other.blocks, strict=True):
             block += _values(more).to(block.dtype)
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """Rows ``first`` to ``last`` of the pairs, int64 (last - first, K)."""
-        out = torch.empty(last - first, self.n_units, dtype=torch.int64, device="cpu")
+    def rows(self, units: Tensor) -> Tensor:
+        """Rows of the pairs, of units in rising order, int64 (units, K)."""
+        out = torch.empty(len(units), self.n_units, dtype=torch.int64, device="cpu")
         for b, block in enumerate(self.blocks):
             start = b * _BLOCK
-            end = start + len(block)
-            if first < end and last > start:  # rows of this block, from its first column on
-                i, j = max(first, start), min(last, end)
-                out[i - first : j - first, start:] = _values(block[i - start : j - start])
-            if last > end:  # what the block's columns say of later rows
-                i = max(first, end)
-                out[i - first :, start:end] = _values(block[:, i - start : last - start]).T
+            first, last = torch.searchsorted(units, torch.tensor([start, start + len(block)])).tolist()
+            out[first:last, start:] = _values(block[units[first:last] - start])
+            out[last:, start : start + len(block)] = _values(block[:, units[last:] - start]).T
+        return out
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """All pairs, (K, K), in a dtype that holds them exactly, or nearly."""
+        out = torch.empty(self.n_units, self.n_units, dtype=dtype, device="cpu")
+        for b, block in enumerate(self.blocks):
+            start, end = b * _BLOCK, b * _BLOCK + len(block)
+            out[start:end, start:] = _values(block)
+            out[end:, start:end] = out[start:end, end:].T
+        return out
+
+    def product(self, v: Tensor) -> Tensor:
+        """The pairs times floats (K, R), in their dtype, with one block of the pairs as floats at a time."""
+        out = torch.zeros_like(v)
+        for b, block in enumerate(self.blocks):
+            start, end = b * _BLOCK, b * _BLOCK + len(block)
+            pairs = _floats(block, v.dtype)
+            out[start:end] += pairs @ v[start:]
+            out[end:] += pairs[:, len(block) :].T @ v[start:end]
         return out
 
     def set_rows(self, first: int, values: Tensor) -> None:
@@ -121,7 +138,7 @@ class SecondMoments:
         last = first + len(c)
         sums = self.counts.sum(0)
         if self.blocks:
-            pairs = T @ self.rows(first, last) + c[:, None] * sums
+            pairs = T @ self.rows(torch.arange(first, last)) + c[:, None] * sums
             own = pairs[:, first:last] @ T.T
             own += (T @ sums[first:last] + c * self.total)[:, None] * c
             pairs[:, first:last] = own
@@ -158,6 +175,13 @@ class SecondMoments:
 def _values(block: Tensor) -> Tensor:
     """int32 of a block in either form."""
     return block.to(torch.int32) & _SIXTEEN_BITS if block.dtype == torch.int16 else block
+
+
+def _floats(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """A block in either form as floats: NumPy converts 16 unsigned bits in one go."""
+    if block.dtype == torch.int16:
+        return torch.from_numpy(block.numpy().view(np.uint16).astype(_NUMPY[dtype]))
+    return block.to(dtype)
 
 
 def _transposed(bits: Tensor, k: int) -> Tensor:
