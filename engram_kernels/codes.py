@@ -20,7 +20,7 @@ from torch import Tensor
 from . import ops
 from .reference import philox
 
-_FILTERS = 64  # of each size at least: more of them were no better
+_FILTERS = 32  # of each size at least: more of them were no better
 _POOL = 3  # places in each direction
 _CONTRAST_FLOOR = 0.1 * 255  # below it a patch is as good as empty
 _CHUNK_VALUES = 1 << 23  # of the largest temporary, so that memory does not grow with the batch
@@ -32,17 +32,13 @@ def seed_tensor(seed: int, stream: int) -> Tensor:
 
 
 def to_bytes(X: np.ndarray) -> Tensor:
-    """Rows of numbers (M, K) -> uint8 (M, K): 0 at a row's least number, 255 at its greatest, all 0 if they are equal.
-
-    uint8 stays as it is.
-    """
-    if X.dtype == np.uint8:
+    """Rows of numbers (M, K) -> uint8 (M, K): 0 at the least of a row, 255 at the greatest, all 0 if they are equal."""
+    low, high = X.min(axis=1, keepdims=True), X.max(axis=1, keepdims=True)
+    if X.dtype == np.uint8 and not low.any() and (high == 255).all():
         return torch.from_numpy(np.ascontiguousarray(X))
-    X = np.asarray(X, dtype=np.float64) / 4.0  # a difference cannot overflow
-    low = X.min(axis=1, keepdims=True)
-    span = X.max(axis=1, keepdims=True) - low
+    low, span = low / 4.0, high / 4.0 - low / 4.0  # a difference cannot overflow
     span[span == 0] = math.inf
-    return torch.from_numpy(np.floor((X - low) / span * 255.0 + 0.5).astype(np.uint8))
+    return torch.from_numpy(np.floor((X / 4.0 - low) / span * 255.0 + 0.5).astype(np.uint8))
 
 
 def _balanced_signs(seed: Tensor, rows: int, k: int, first_row: int = 0) -> Tensor:
@@ -142,7 +138,7 @@ class PatchCode:
     @staticmethod
     def _excitability(images: Tensor, size: int, signs: Tensor, chosen: Tensor) -> Tensor:
         patches = images.unfold(1, size, 1).unfold(2, size, 1)  # (M, h, w, channels, size, size)
-        m, h, w, channels = patches.shape[:4]
+        m, h, w = patches.shape[:3]
         patches = patches.reshape(-1, size * size)
         contrast = patches.square().sum(1).sub_(patches.sum(1).square_().div_(size * size)).clamp_(min=0).sqrt_()
         z = (patches @ signs).div_(contrast.add_(_CONTRAST_FLOOR)[:, None]).reshape(m, h, w, -1)
@@ -199,7 +195,7 @@ class TableCode:
         return level, first
 
     def encode(self, X: np.ndarray) -> np.ndarray:
-        """Rows of numbers (M, d) -> bool (M, d, units of a feature); what is outside the ranges is taken to their ends."""
+        """Rows of numbers (M, d) -> bool (M, d, units of a feature); outside the ranges counts as their ends."""
         X = np.clip(X, self.low, self.high)
         level, first = self.grid(self.low, self.high)
         out = np.empty((*X.shape, self.per_feature), dtype=bool)
@@ -244,8 +240,8 @@ class _FeatureGrid:
 
     def from_old(self, old: _FeatureGrid) -> tuple[np.ndarray, np.ndarray]:
         code = self.code
-        T = np.zeros((code.per_feature, code.per_feature), dtype=np.int64)
-        c = np.zeros(code.per_feature, dtype=np.int64)
+        T: np.ndarray = np.zeros((code.per_feature, code.per_feature), dtype=np.int64)
+        c: np.ndarray = np.zeros(code.per_feature, dtype=np.int64)
         for i in range(self.count):
             self._threshold(i, old, T[i], c)
         for i in range(code.digits):
@@ -259,7 +255,7 @@ class _FeatureGrid:
             c[unit] = odd
             flip = 1 - 2 * odd
             if old.high > old.low:
-                step, last = _steps(old.low, level) + 1, _steps(old.high, level)
+                step, last = float(_steps(old.low, level)) + 1, float(_steps(old.high, level))
                 while step <= last:
                     T[unit, self._old_threshold(step, level, old)] += flip
                     step, flip = step + 1, -flip

@@ -16,8 +16,9 @@ solution and with the factor of before.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from .moments import SecondMoments
 
 DIRECT_UNITS = 4096
 TOLERANCE = 1e-5  # of the residual, relative to the right side
-_EXACT_UNITS = 2048  # up to here in float64, which then costs little
+EXACT_UNITS = 2048  # up to here in float64, which then costs little
 _SAMPLE = 512  # of the units, that speaks for the others where the matrix is not formed
 _SELECTION = 1024  # features by which the penalty is chosen: a sample tells as much
 _FRESH_SHARE = 1.1  # growth of the samples up to which the penalty and the factor of before are good enough
@@ -48,6 +49,17 @@ class Discriminant(NamedTuple):
     bias: Tensor
 
 
+class Typical(NamedTuple):
+    """What the samples of each class are like: code distances to the class's mean, and scores for the class."""
+
+    weight: Tensor  # float32 (C, K): squared distance to the mean = z · weight + bias
+    bias: Tensor
+    distance: Tensor  # float64 (C,), mean and standard deviation of each
+    distance_deviation: Tensor
+    score: Tensor
+    score_deviation: Tensor  # inf where pairs are not counted
+
+
 class Discriminants:
     """Solves for the discriminant of counts, and keeps what makes the next solution cheap.
 
@@ -55,17 +67,28 @@ class Discriminants:
         moments: the counts, which may go on.
         prior: of the weights.
         penalty: a share of the variance, or None to choose the one of least error by generalised cross-validation.
+
+    Attributes: ``former``, how many of the last classes of the counts are no answers any more, but are in the pairs.
     """
 
     def __init__(self, moments: SecondMoments, prior: Prior, penalty: float | None) -> None:
         self.moments, self.prior, self.penalty = moments, prior, penalty
+        self.former = 0
         self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_start": None}  # a factor is larger than all the rest, and can be found again
 
     def forget(self) -> None:
         """Drops what was solved for: the next solution is a new one."""
         self._answer: Discriminant | None = None
         self._answer_samples = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._start: _Solved | None = None
+        self._typical: Typical | None = None
+
+    def recall(self, answer: Discriminant) -> None:
+        """Takes an answer found earlier for these very counts."""
+        self._answer, self._answer_samples = answer, self.moments.samples.clone()
 
     def discriminant(self) -> Discriminant:
         """The discriminant of all that was counted so far."""
@@ -78,8 +101,43 @@ class Discriminants:
         centred = torch.where((moments.samples > 0)[:, None], means - mean, 0.0)
         weight = self._weights(mean, centred) if int((moments.samples > 0).sum()) > 1 else torch.zeros_like(centred)
         bias = -weight @ mean - 0.5 * (weight * centred).sum(1)
-        self._answer, self._answer_samples = Discriminant(weight.float(), bias.float()), moments.samples.clone()
+        self._typical = None
+        asked = len(weight) - self.former
+        self.recall(Discriminant(weight[:asked].float(), bias[:asked].float()))
+        assert self._answer is not None
         return self._answer
+
+    def typical(self) -> Typical:
+        """What the samples of each class are like, by what was counted so far."""
+        answer, moments = self.discriminant(), self.moments
+        if self._typical is None:
+            asked = len(answer.weight)
+            means = moments.counts.double() / moments.samples.clamp(min=1)[:, None]
+            own = means[:asked]
+            distance = 1 - 2 * own
+            score = answer.weight.double()
+            spread = self._deviations(torch.cat([distance, score]), means)
+            self._typical = Typical(
+                distance.float(),
+                own.square().sum(1).float(),
+                (own * (1 - own)).sum(1),
+                spread[:asked],
+                (score * own).sum(1) + answer.bias.double(),
+                spread[asked:],
+            )
+        return self._typical
+
+    def _deviations(self, weight: Tensor, means: Tensor) -> Tensor:
+        """Standard deviations within the classes of sums of units, weights (R, K) -> (R,)."""
+        moments, n = self.moments, self.moments.total
+        shares = moments.samples.double() / n
+        if moments.blocks:
+            dtype = torch.float64 if moments.n_units <= EXACT_UNITS else torch.float32
+            squares = (weight.T * moments.product(weight.T.to(dtype))).sum(0) / n
+            within = squares - (weight @ means.T).square() @ shares
+        else:
+            within = weight.square() @ (shares @ (means * (1 - means)))
+        return within.clamp(min=0).sqrt() + 1e-12
 
     def _weights(self, mean: Tensor, centred: Tensor) -> Tensor:
         moments = self.moments
@@ -108,7 +166,7 @@ class _Solved(NamedTuple):
 
 
 class _Features:
-    """The units scaled by the prior, with its sums as further features: the basis in which the prior is the identity."""
+    """The units scaled by the prior, and its sums as further features: the basis in which the prior is the identity."""
 
     def __init__(self, moments: SecondMoments, prior: Prior, mean: Tensor, dtype: torch.dtype) -> None:
         self.units = len(prior.scale)
@@ -147,7 +205,7 @@ class _System:
 
     def __init__(self, moments: SecondMoments, prior: Prior, mean: Tensor, centred: Tensor, shares: Tensor) -> None:
         self.moments, self.n = moments, moments.total
-        self.dtype = torch.float64 if moments.n_units <= _EXACT_UNITS else torch.float32
+        self.dtype = torch.float64 if moments.n_units <= EXACT_UNITS else torch.float32
         self.features = _Features(moments, prior, mean, self.dtype)
         self.mean, self.shares = mean.to(self.dtype), shares.to(self.dtype)
         self.right = self.features.pull(centred.T.to(self.dtype))
@@ -240,10 +298,10 @@ class _LowRank:
     """An approximate inverse of ``matrix + shift``, from some of the matrix's columns."""
 
     def __init__(self, columns: Tensor, part: Tensor, shift: float) -> None:
-        values, vectors = torch.linalg.eigh(part.double())
+        values, vectors = _eigen(part.double())
         kept = values > 1e-6 * values[-1]
         half = columns @ (vectors[:, kept] / values[kept].sqrt()).to(columns.dtype)  # half half^T is the approximation
-        values, vectors = torch.linalg.eigh((half.T @ half).double())
+        values, vectors = _eigen((half.T @ half).double())
         kept = values > 1e-6 * values[-1]
         self.basis = half @ (vectors[:, kept] / values[kept].sqrt()).to(half.dtype)
         values = values[kept]
@@ -260,7 +318,7 @@ def choose_penalty(total: Tensor, between: Tensor, shares: Tensor, n: int) -> fl
     (Golub, Heath and Wahba 1979.) float64: ``total`` (F, F) the covariance of features, ``between`` (F, C) the centred
     means of the classes, ``shares`` (C,) of the samples.
     """
-    values, vectors = torch.linalg.eigh(total)
+    values, vectors = _eigen(total)
     values = values.clamp(min=0.0)
     variance = values.sum()
     projected = (vectors.T @ (between * shares)).square().sum(1)
@@ -275,9 +333,24 @@ def choose_penalty(total: Tensor, between: Tensor, shares: Tensor, n: int) -> fl
     return best[1]
 
 
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and vectors. By SciPy: MKL's method of torch gives up on some matrices with many zeros."""
+    values, vectors = scipy.linalg.eigh(matrix.numpy(), driver="evr", check_finite=False)
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
 def _spread(f: int, most: int) -> Tensor:
     """``most`` numbers below f, evenly spread, or all of them."""
     return torch.arange(f) if f <= most else torch.arange(most) * f // most
 
 
-__all__ = ["DIRECT_UNITS", "TOLERANCE", "Discriminant", "Discriminants", "Prior", "choose_penalty"]
+__all__ = [
+    "DIRECT_UNITS",
+    "EXACT_UNITS",
+    "TOLERANCE",
+    "Discriminant",
+    "Discriminants",
+    "Prior",
+    "Typical",
+    "choose_penalty",
+]

@@ -58,7 +58,10 @@ class SecondMoments:
         return other
 
     def place_classes(self, places: Mapping[int, int], classes: int) -> None:
-        """Makes room: class i of so far becomes ``places[i]`` of ``classes``; one without a place is dropped."""
+        """Makes room: class i of so far becomes ``places[i]`` of ``classes``; one without a place is dropped.
+
+        The pairs stay as they are.
+        """
         counts = self.counts.new_zeros(classes, self.n_units)
         samples = self.samples.new_zeros(classes)
         for before, after in places.items():
