@@ -160,7 +160,7 @@ class SecondMoments:
                 self.blocks[b] = _values(block)
 
     def _add_pairs(self, bits: Tensor, m: int) -> None:
-        by_unit = _transposed(bits, self.n_units)
+        by_unit = ops.transpose_bits(bits, self.n_units)
         fired = self._fired(bits)
         for b, block in enumerate(self.blocks):
             start = b * _BLOCK
@@ -185,16 +185,6 @@ def _floats(block: Tensor, dtype: torch.dtype) -> Tensor:
     if block.dtype == torch.int16:
         return torch.from_numpy(block.numpy().view(np.uint16).astype(_NUMPY[dtype]))
     return block.to(dtype)
-
-
-def _transposed(bits: Tensor, k: int) -> Tensor:
-    """Bits of samples (M, words of K) -> bits of units (K, words of M)."""
-    parts = []
-    for i in range(0, k, _BLOCK):
-        columns = bits[:, i // 64 : (i + _BLOCK) // 64].contiguous()
-        signs = ops.unpack_signs(columns, min(_BLOCK, k - i), torch.float32)
-        parts.append(ops.pack_signs(signs.T.contiguous()))
-    return torch.cat(parts)
 
 
 __all__ = ["SecondMoments"]
