@@ -100,12 +100,13 @@ def test_binary_matmul_is_exact(isa, m, n, k, gate):
     assert torch.equal(ops.binary_matmul(x_bits, w_bits, k, gate_bits), expected)
 
 
-@pytest.mark.parametrize("m", [0, 1, 63, 64, 130, 517])
+@pytest.mark.parametrize("m", [1, 63, 64, 130, 517])
 @pytest.mark.parametrize("k", [1, 64, 100, 128, 333])
 def test_transpose_bits_is_exact(isa, m, k):
     bits = bits_of(m, k)
     assert torch.equal(ops.transpose_bits(bits, k), reference.transpose_bits(bits, k))
     assert torch.equal(ops.transpose_bits(ops.transpose_bits(bits, k), m), bits)
+    assert ops.transpose_bits(bits[:0], k).shape == (k, 0)
     twice = bits.repeat_interleave(2, 0)[::2]
     assert torch.equal(ops.transpose_bits(twice, k), reference.transpose_bits(bits, k))
 
