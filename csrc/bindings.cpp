@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("pack_signs(Tensor x) -> Tensor");
   m.def("pack_window(Tensor x, float width=1.0, Tensor? gate_bits=None) -> Tensor");
   m.def("unpack_signs(Tensor bits, int k, ScalarType dtype) -> Tensor");
+  m.def("transpose_bits(Tensor bits, int k) -> Tensor");
   m.def("binary_matmul(Tensor x_bits, Tensor w_bits, int k, Tensor? gate_bits=None) -> Tensor");
   m.def("sign_matmul(Tensor a, Tensor w_bits, int k) -> Tensor");
   m.def("sign_matmul_t(Tensor x, Tensor w_bits, int k) -> Tensor");
@@ -459,6 +460,19 @@ Tensor unpack_signs(const Tensor& bits, int64_t k, ScalarType dtype) {
   TorchRuntime rt;
   engram::cpu::unpack_signs(rt.get(), packed_data(in), rows_of(in), k, pattern.size, pattern.plus, pattern.minus,
                             out.mutable_data_ptr());
+  return out;
+}
+
+// Counting codes needs it, which is done on the CPU alone.
+Tensor transpose_bits(const Tensor& bits, int64_t k) {
+  check_k(k);
+  const Place place = place_of("bits", bits);
+  check_packed("bits", bits, k, place);
+  const int64_t rows = bits.size(0);
+  const Tensor in = as_packed(bits);
+  Tensor out = new_tensor({k, words_for(rows)}, ScalarType::Long, place);
+  TorchRuntime rt;
+  engram::cpu::transpose_bits(rt.get(), packed_data(in), rows, k, data<uint64_t>(out));
   return out;
 }
 
@@ -926,6 +940,7 @@ void set_isa(std::string name) {
 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
   ENGRAM_OPERATORS(m);
+  m.impl("transpose_bits", TORCH_BOX(&transpose_bits));
   m.impl("metaplastic_adam_", TORCH_BOX(&metaplastic_adam_));
   m.impl("gated_metaplastic_adam_", TORCH_BOX(&gated_metaplastic_adam_));
 }

@@ -1,5 +1,7 @@
 """Bit-packed kernels for binarized networks that keep learning."""
 
+from typing import Any
+
 from . import ops, reference
 from .convert import convert
 from .encoding import InputEncoding
@@ -13,12 +15,23 @@ from .summary import Summary, summary
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> Any:
+    """`EngramClassifier`, which alone needs scikit-learn, is imported when it is asked for."""
+    if name == "EngramClassifier":
+        from .estimators import EngramClassifier
+
+        return EngramClassifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "BernoulliEngram",
     "BinaryEngramLinear",
     "ContextEngram",
     "DendriticReadout",
     "Engram",
+    "EngramClassifier",
     "EngramMLP",
     "HiddenWeight",
     "InputEncoding",

@@ -115,6 +115,12 @@ def _(bits, k, dtype):
     return bits.new_empty((*bits.shape[:-1], k), dtype=dtype)
 
 
+@torch.library.register_fake("engram_kernels::transpose_bits")
+def _(bits, k):
+    _check_packed("bits", bits, k)
+    return bits.new_empty((k, words_for(bits.shape[0])))
+
+
 @torch.library.register_fake("engram_kernels::binary_matmul")
 def _(x_bits, w_bits, k, gate_bits=None):
     _check_same_device(x_bits=x_bits, w_bits=w_bits, gate_bits=gate_bits)

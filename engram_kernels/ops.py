@@ -38,6 +38,7 @@ __all__ = [
     "set_isa",
     "sign_matmul",
     "sign_matmul_t",
+    "transpose_bits",
     "unpack_signs",
 ]
 
@@ -125,6 +126,11 @@ def unpack_signs(bits: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Te
     [1.0, -1.0, 1.0]
     """
     return operators.unpack_signs(bits, k, dtype)
+
+
+def transpose_bits(bits: Tensor, k: int) -> Tensor:
+    """Bits of samples (M, words of K) -> bits of units (K, words of M). On the CPU alone."""
+    return operators.transpose_bits(bits, k)
 
 
 def binary_matmul(x_bits: Tensor, w_bits: Tensor, k: int, gate_bits: Tensor | None = None) -> Tensor:

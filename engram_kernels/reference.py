@@ -59,6 +59,11 @@ def unpack_signs(bits: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Te
     return _unpack(bits, k).to(dtype) * 2 - 1
 
 
+def transpose_bits(bits: Tensor, k: int) -> Tensor:
+    """Bits of samples (M, words of K) -> bits of units (K, words of M)."""
+    return pack_signs(unpack_signs(bits, k).T.contiguous())
+
+
 def binary_matmul(x_bits: Tensor, w_bits: Tensor, k: int, gate_bits: Tensor | None = None) -> Tensor:
     """``y[m,n] = sum_k g[m,k] s(x[m,k]) s(W[n,k])``. (M, words), (N, words) -> int32 (M, N)."""
     x, w = unpack_signs(x_bits, k, torch.float64), unpack_signs(w_bits, k, torch.float64)

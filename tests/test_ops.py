@@ -100,6 +100,17 @@ def test_binary_matmul_is_exact(isa, m, n, k, gate):
     assert torch.equal(ops.binary_matmul(x_bits, w_bits, k, gate_bits), expected)
 
 
+@pytest.mark.parametrize("m", [1, 63, 64, 130, 517])
+@pytest.mark.parametrize("k", [1, 64, 100, 128, 333])
+def test_transpose_bits_is_exact(isa, m, k):
+    bits = bits_of(m, k)
+    assert torch.equal(ops.transpose_bits(bits, k), reference.transpose_bits(bits, k))
+    assert torch.equal(ops.transpose_bits(ops.transpose_bits(bits, k), m), bits)
+    assert ops.transpose_bits(bits[:0], k).shape == (k, 0)
+    twice = bits.repeat_interleave(2, 0)[::2]
+    assert torch.equal(ops.transpose_bits(twice, k), reference.transpose_bits(bits, k))
+
+
 def test_binary_matmul_at_the_extremes(isa):
     k = 70001  # above 2 * 32768: no 16-bit counter may hide anywhere
     ones, minus = ops.pack_signs(torch.ones(9, k)), ops.pack_signs(-torch.ones(9, k))
@@ -612,6 +623,7 @@ def opcheck_cases():
         "pack_signs": [(x,), (x.bfloat16(),)],
         "pack_window": [(x, 1.0, gate), (x, 0.5, None)],
         "unpack_signs": [(x_bits, k, torch.float32)],
+        "transpose_bits": [(x_bits, k)],
         "binary_matmul": [(x_bits, w_bits, k, gate), (x_bits, w_bits, k, gate[0].clone()), (x_bits, w_bits, k)],
         "sign_matmul": [(d.clone().requires_grad_(), w_bits, k), (d.bfloat16(), w_bits, k)],
         "sign_matmul_t": [

@@ -195,11 +195,16 @@ static void sign_product(const Runtime& rt, const Kernels& kernels, const SignPr
   }
 }
 
+void transpose_bits(const Runtime& rt, const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out) {
+  const Kernels& kernels = *active().load();
+  share(rt, ceil_div(k, kWordBits), rows * 8,
+        [&](int64_t begin, int64_t end) { kernels.transpose_bits(bits, rows, k, out, begin, end); });
+}
+
 static const uint64_t* transposed(const Runtime& rt, const Kernels& kernels, const uint64_t* bits, int64_t rows,
                                   int64_t k) {
   uint64_t* out = workspace<uint64_t>(rt, k * words_for(rows));
-  share(rt, ceil_div(k, kWordBits), rows * 8,
-        [&](int64_t begin, int64_t end) { kernels.transpose_bits(bits, rows, k, out, begin, end); });
+  transpose_bits(rt, bits, rows, k, out);
   return out;
 }
 

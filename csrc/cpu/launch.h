@@ -41,6 +41,8 @@ void pack_window(const Runtime&, const float* x, float width, int64_t rows, int6
                  int64_t gate_stride, uint64_t* bits);
 void unpack_signs(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, int size, uint64_t plus,
                   uint64_t minus, void* out);
+// bits [rows, words of k] -> out [k, words of rows].
+void transpose_bits(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out);
 void binary_matmul(const Runtime&, BinaryMatmul p);  // fills p.recruited itself
 // bits [M, words_for(N)] of 1{(y >= threshold[n]) != flip[n]}; p.y is not used.
 void binary_threshold(const Runtime&, const BinaryMatmul& p, const int32_t* threshold, const uint8_t* flip,

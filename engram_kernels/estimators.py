@@ -1,0 +1,560 @@
+"""A classifier with scikit-learn's interface that learns new classes at any time, from counted binary codes.
+
+    model = EngramClassifier()
+    model.partial_fit(X_first, y_first)   # any classes
+    model.partial_fit(X_later, y_later)   # others, or more of the same
+    model.predict(X)
+
+A random binary code of the features (:mod:`engram_kernels.codes`), counts of it (:mod:`engram_kernels.moments`), and a
+linear discriminant that is solved for when it is asked (:mod:`engram_kernels.discriminants`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
+from torch import Tensor
+
+from . import ops
+from .checks import check_number, check_size
+from .codes import PatchCode, ProjectionCode, TableCode
+from .discriminants import DIRECT_UNITS, EXACT_UNITS, Discriminant, Discriminants, Prior
+from .moments import SecondMoments
+
+_DEFAULT_UNITS = 2048
+_BATCH = 4096  # samples that are encoded and counted together
+_LEAST_UNITS = 128
+_TEMPER = (
+    0.27  # log-odds of normal distributions overstate: the factor that gave the likeliest labels on most data sets
+)
+_FORMAT = "engram_kernels.EngramClassifier"
+_VERSION = 1
+_PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_CODE_SETTINGS = ("n_features_in_", "n_units_", "seed_", "readout", "image_shape", "patch", "rate")
+_log = logging.getLogger("engram_kernels")
+
+
+class EngramClassifier(ClassifierMixin, BaseEstimator):
+    """Learns classes at any time, in any order, from any real features; keeps counts and no samples.
+
+    Features become a random binary code; how often each two bits fire together, and each bit in each class, is counted;
+    the counts give a regularised linear discriminant whenever it is asked for. Counts are integers, and what a sample's
+    code is depends on no other sample but for the ranges of the features, with which counts are carried over exactly:
+    any order, any batches, any division into calls, and any split over estimators that are merged afterwards give the
+    same integers and the same predictions. (Random features with second moments: McDonnell et al. 2023, "RanPAC";
+    Prabhu et al. 2024, "RanDumb". The code, and its counting by popcounts, are ours.)
+
+    The code. Of images (``image_shape``): pooled random patches, :class:`~engram_kernels.codes.PatchCode`. Otherwise
+    random projections of each sample, scaled by its own least and greatest feature,
+    :class:`~engram_kernels.codes.ProjectionCode`; and, where half of the units suffice for it, every feature by itself
+    at the resolution of its range so far, :class:`~engram_kernels.codes.TableCode`, whatever its scale and offset. With
+    more features than that (``n_units`` / 16), they should be alike in scale, as pixels and embeddings are.
+
+    Args:
+        n_units: bits of the code; None for 2048, or for what ``memory_budget`` allows. Work per sample and memory grow
+            with its square.
+        readout: "ridge", the discriminant of the covariance within the classes; or "prototype", the nearest class mean,
+            which counts no pairs.
+        image_shape: height and width, or height, width and channels, if the features are an image's pixels.
+        patch: side length of the patches, or several.
+        rate: share of the units that fire, in (0, 1).
+        penalty: of the discriminant's weights, as a share of the code's variance; None to choose it by generalised
+            cross-validation, which needs nothing but the counts.
+        memory_budget: bytes that learning may take, or text such as "64MB"; chooses the units, see ``n_units_``.
+        reject: novelty above which :meth:`predict` gives ``reject_label``; None for never. See :meth:`novelty`.
+        reject_label: what rejected samples are called.
+        random_state: seed of the code. Only estimators of the same seed can be merged.
+        n_jobs: threads, -1 for all processors, None for torch's number.
+
+    Attributes: ``classes_`` in order; ``n_units_`` bits of the code; ``n_features_in_``; ``feature_names_in_`` where
+    the input has names; ``moments_`` the counts.
+
+    Learning from a small share of new samples does not start the solution anew: it is brought up to date to a relative
+    residual of 1e-5, so that scores may differ by that from those of an estimator that was asked only once.
+    Raises: ValueError or TypeError for settings and inputs that it cannot take, with the estimator left as it was.
+    """
+
+    classes_: np.ndarray
+    n_features_in_: int
+    table_: TableCode | None
+    projection_: ProjectionCode | PatchCode
+    moments_: SecondMoments
+    _discriminants: Discriminants
+
+    def __init__(
+        self,
+        n_units: int | None = None,
+        *,
+        readout: str = "ridge",
+        image_shape: tuple[int, ...] | None = None,
+        patch: int | tuple[int, ...] = (4, 6, 8),
+        rate: float = 0.25,
+        penalty: float | None = None,
+        memory_budget: int | str | None = None,
+        reject: float | None = None,
+        reject_label: Any = -1,
+        random_state: Any = 0,
+        n_jobs: int | None = None,
+    ) -> None:
+        self.n_units = n_units
+        self.readout = readout
+        self.image_shape = image_shape
+        self.patch = patch
+        self.rate = rate
+        self.penalty = penalty
+        self.memory_budget = memory_budget
+        self.reject = reject
+        self.reject_label = reject_label
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+
+    # ---- learning
+
+    def fit(self, X: Any, y: Any) -> EngramClassifier:
+        """Learns X and y from nothing: :meth:`partial_fit` without what was learned before, of 2 classes at least."""
+        return self._learn(X, y, None, fresh=True, least_classes=2)
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> EngramClassifier:
+        """Learns more samples, of classes seen before or not."""
+        return self._learn(X, y, classes, fresh=not hasattr(self, "moments_"), least_classes=1)
+
+    def _learn(self, X: Any, y: Any, classes: Any, *, fresh: bool, least_classes: int) -> EngramClassifier:
+        before = dict(self.__dict__)
+        try:
+            self._check_settings()
+            X, y = self._validated(X, y, fresh)
+            labels = _labels("y", y)
+            if len(labels) < least_classes:
+                raise ValueError("y: expected at least 2 classes, got 1 class; partial_fit takes classes one by one")
+            known = labels if fresh else _joined(self.classes_, labels)
+            if classes is not None:
+                known = _joined(known, _labels("classes", classes))
+            if fresh:
+                self._start()
+            elif self.moments_.total + len(y) > torch.iinfo(torch.int32).max:
+                raise ValueError("X: expected at most 2**31 - 1 samples in all, since pairs are counted in 32 bits")
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        self._place(known, {} if fresh else {i: i for i in range(len(self.classes_))})
+        with _threads(self.n_jobs):
+            if self.table_ is not None:
+                self._widen(X.min(axis=0), X.max(axis=0))
+            numbers = torch.from_numpy(np.searchsorted(known, y))
+            for i in range(0, len(y), _BATCH):
+                self.moments_.add(self._encode(X[i : i + _BATCH]), numbers[i : i + _BATCH])
+        return self
+
+    def _place(self, known: np.ndarray, kept: dict[int, int]) -> None:
+        """Makes ``known`` the classes; ``kept`` numbers those of before that are kept, former classes stay last."""
+        old, former = self.classes_ if kept else known[:0], self._discriminants.former
+        places = {i: int(np.searchsorted(known, old[i])) for i in kept}
+        places |= {len(old) + i: len(known) + i for i in range(former)}
+        if len(known) != len(old):
+            self._discriminants.forget()
+        self.moments_.place_classes(places, len(known) + former)
+        self.classes_ = known
+
+    def _start(self, seed: int | None = None, n_units: int | None = None) -> None:
+        """Nothing learned: the code and counts of zero."""
+        self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1)) if seed is None else seed
+        self.n_units_ = self._width() if n_units is None else n_units
+        self.table_ = None if self.image_shape is not None else _table_code(self.n_features_in_, self.n_units_)
+        self._table_units = 0 if self.table_ is None else _whole_rows(self.table_.n_units)
+        units = self.n_units_ - self._table_units
+        if self.image_shape is None:
+            self.projection_ = ProjectionCode(self.n_features_in_, units, seed=self.seed_, rate=self.rate)
+        else:
+            sizes = (self.patch,) if isinstance(self.patch, int) else tuple(self.patch)
+            self.projection_ = PatchCode(self.image_shape, units, sizes=sizes, seed=self.seed_, rate=self.rate)
+        self.moments_ = SecondMoments(self.n_units_, pairs=self.readout == "ridge")
+        self._discriminants = Discriminants(self.moments_, self._prior(), self.penalty)
+
+    def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
+        """Has the ranges of the features include these, and carries the counts over."""
+        assert self.table_ is not None
+        units = self.table_.per_feature
+        for j, (T, c) in self.table_.widen(low.astype(np.float64), high.astype(np.float64)).items():
+            if self.moments_.total:
+                self._discriminants.forget()  # of other units
+                self.moments_.transform(j * units, torch.from_numpy(T), torch.from_numpy(c))
+
+    def merge(self, other: EngramClassifier) -> EngramClassifier:
+        """Takes over all that another estimator of the same settings has learned, as if its samples came here.
+
+        Raises: ValueError if the codes of the two differ.
+        """
+        check_is_fitted(self, "moments_")
+        check_is_fitted(other, "moments_")
+        for name, ours, theirs in zip(_CODE_SETTINGS, self._code_settings(), other._code_settings(), strict=True):
+            if ours != theirs:
+                raise ValueError(f"other: expected an estimator with {name} = {ours}, got {theirs}")
+        if self._discriminants.former or other._discriminants.former:
+            raise ValueError("other: expected estimators that have not been told to forget a class, got one that has")
+        if self.moments_.total + other.moments_.total > torch.iinfo(torch.int32).max:
+            raise ValueError("other: expected at most 2**31 - 1 samples in all, since pairs are counted in 32 bits")
+        known = _joined(self.classes_, other.classes_)
+        more = copy.deepcopy(other)
+        for one in (self, more):
+            one._place(known, {i: i for i in range(len(one.classes_))})
+        if self.table_ is not None and more.table_ is not None:
+            more._widen(self.table_.low, self.table_.high)
+            self._widen(more.table_.low, more.table_.high)
+        self.moments_.add_all(more.moments_)
+        return self
+
+    def forget(self, classes: Any) -> EngramClassifier:
+        """Forgets classes: they are no answers any more, and their counts are dropped.
+
+        With ``readout="prototype"`` on images or projections that is exact: as if they had never been seen. With
+        "ridge" pairs of units are counted over all classes together, so that what the classes told of the spread within
+        classes stays; and ranges of features that they widened stay wide.
+
+        Raises: ValueError for a class that is not known, or if none would be left.
+        """
+        check_is_fitted(self, "moments_")
+        gone = _labels("classes", np.atleast_1d(np.asarray(classes)))
+        unknown = [label for label in gone.tolist() if label not in self.classes_.tolist()]
+        if unknown:
+            raise ValueError(f"classes: expected some of {self.classes_.tolist()}, got {unknown[0]!r}")
+        kept = [i for i, label in enumerate(self.classes_.tolist()) if label not in gone.tolist()]
+        if not kept:
+            raise ValueError("classes: expected at least one class to be left, got all of them")
+        dropped = [i for i in range(len(self.classes_)) if i not in kept]
+        order = kept + (dropped if self.moments_.blocks else [])
+        former = range(len(self.classes_), len(self.classes_) + self._discriminants.former)
+        places = {before: after for after, before in enumerate([*order, *former])}
+        self.moments_.place_classes(places, len(places))
+        self._discriminants.former = len(places) - len(kept)
+        self._discriminants.forget()
+        self.classes_ = self.classes_[kept]
+        return self
+
+    # ---- asking
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Log-odds of the classes, up to a constant, (M, classes); of the second of two classes, (M,)."""
+        scores = self._scores(self._asked(X))
+        if len(self.classes_) == 2:
+            return scores[:, 1] - scores[:, 0]
+        return scores
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The likeliest class of each sample, (M,), or ``reject_label`` where its novelty is above ``reject``."""
+        X = self._asked(X)
+        labels = self.classes_[self._scores(X).argmax(axis=1)]
+        if self.reject is None:
+            return labels
+        rejected = self._novelty(X) > self.reject
+        alike = np.asarray(self.reject_label).dtype.kind == labels.dtype.kind
+        labels = labels.astype(np.result_type(labels, np.asarray(self.reject_label)) if alike else object)
+        labels[rejected] = self.reject_label
+        return labels
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities of the classes, (M, classes)."""
+        scores = self._scores(self._asked(X))
+        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def novelty(self, X: Any) -> np.ndarray:
+        """How unlike each sample is to all that was learned, (M,): in standard deviations, around 0 for known classes.
+
+        The mean of two numbers, for the likeliest class: how much farther from the class's mean code the sample is, and
+        how much lower its score, than samples of the class are on average, each divided by its standard deviation.
+        With ``readout="prototype"`` deviations are those of independent units, and smaller than the true ones.
+        """
+        return self._novelty(self._asked(X))
+
+    def _asked(self, X: Any) -> np.ndarray:
+        check_is_fitted(self, "moments_")
+        return self._validated_x(X, fresh=False)
+
+    def _scores(self, X: np.ndarray) -> np.ndarray:
+        with _threads(self.n_jobs):
+            weight, bias = self._discriminants.discriminant()
+            samples = self.moments_.samples[: len(self.classes_)].double()
+            y = self._coded(X, lambda bits: _TEMPER * (code_product(bits, weight) + bias))
+        return y + (samples / samples.sum()).log().numpy()
+
+    def _novelty(self, X: np.ndarray) -> np.ndarray:
+        with _threads(self.n_jobs):
+            weight, bias = self._discriminants.discriminant()
+            typical = self._discriminants.typical()
+
+            def novelty(bits: Tensor) -> Tensor:
+                scores = code_product(bits, weight) + bias
+                likeliest = scores.argmax(dim=1, keepdim=True)
+                distance = code_product(bits, typical.weight) + typical.bias
+                farther = (distance - typical.distance) / typical.distance_deviation
+                lower = (typical.score - scores) / typical.score_deviation
+                return (0.5 * (farther + lower)).gather(1, likeliest)[:, 0]
+
+            return self._coded(X, novelty)
+
+    def _coded(self, X: np.ndarray, ask: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """What ``ask`` says of the codes, float64 (M, ...), a batch at a time."""
+        parts = [ask(self._encode(X[i : i + _BATCH])).double() for i in range(0, len(X), _BATCH)]
+        return torch.cat(parts).numpy()
+
+    def _prior(self) -> Prior:
+        k, d = self.n_units_, self.n_features_in_
+        scale = torch.full((k,), 0.5 * math.sqrt(d / max(1, k - self._table_units)), dtype=torch.float64)
+        sums = torch.zeros(0, 1, dtype=torch.float64)
+        if self.table_ is not None:
+            of_feature = torch.zeros(self.table_.per_feature, dtype=torch.float64)
+            of_feature[: self.table_.thresholds] = 0.5 / math.sqrt(self.table_.thresholds)
+            scale[: self._table_units] = 0.0
+            scale[: self.table_.n_units] = of_feature.repeat(d)
+            sums = torch.from_numpy(self.table_.linear())
+        return Prior(scale, sums, 1.0)
+
+    def _encode(self, X: np.ndarray) -> Tensor:
+        """Samples (M, features) -> bits (M, words of n_units_)."""
+        bits = self.projection_.encode(X)
+        if self.table_ is None:
+            return bits
+        z = torch.from_numpy(self.table_.encode(np.asarray(X, dtype=np.float64)).reshape(len(X), -1))
+        signs = torch.full((len(X), self._table_units), -1.0)
+        signs[:, : z.shape[1]] += 2.0 * z
+        return torch.cat([ops.pack_signs(signs), bits], dim=1)
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything to one safetensors file: counts, ranges, the answer so far; the projection as its seed."""
+        check_is_fitted(self, "moments_")
+        tensors = {"counts": self.moments_.counts, "samples": self.moments_.samples}
+        tensors |= {f"pairs.{i}": block for i, block in enumerate(self.moments_.blocks)}
+        if self.table_ is not None:
+            tensors |= {"low": torch.from_numpy(self.table_.low), "high": torch.from_numpy(self.table_.high)}
+        answer = self._discriminants.discriminant()
+        tensors |= {"weight": answer.weight, "bias": answer.bias}
+        settings = self.get_params(deep=False)
+        if not isinstance(settings["random_state"], int):
+            settings["random_state"] = None  # the seed that was drawn is kept in any case
+        state = {
+            "settings": settings,
+            "classes": self.classes_.tolist(),
+            "classes_dtype": self.classes_.dtype.str,
+            "former_classes": self._discriminants.former,
+            "n_features": self.n_features_in_,
+            "feature_names": [str(name) for name in getattr(self, "feature_names_in_", [])],
+            "n_units": self.n_units_,
+            "seed": self.seed_,
+        }
+        try:
+            text = json.dumps(state)
+        except TypeError as error:
+            raise ValueError(
+                f"classes: expected text or numbers to save, got labels or settings of which {error}"
+            ) from None
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "state": text}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EngramClassifier:
+        """Reads what :meth:`save` wrote. Raises: ValueError for a file that is damaged, of another kind, or newer."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path}: expected a saved EngramClassifier, got another safetensors file")
+                if int(metadata["version"]) > _VERSION:
+                    raise ValueError(
+                        f"{path}: expected version {_VERSION} of the file format at most, got {metadata['version']}; "
+                        "a newer engram_kernels wrote it"
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: expected a whole safetensors file, got a damaged or foreign one ({error})"
+            ) from None
+        state = json.loads(metadata["state"])
+        settings = state["settings"]
+        for name in ("image_shape", "patch"):
+            if isinstance(settings[name], list):
+                settings[name] = tuple(settings[name])
+        model = cls(**settings)
+        model.n_features_in_ = state["n_features"]
+        if state["feature_names"]:
+            model.feature_names_in_ = np.array(state["feature_names"], dtype=object)
+        model._start(seed=state["seed"], n_units=state["n_units"])
+        if model.table_ is not None:
+            model.table_.low, model.table_.high = tensors["low"].numpy(), tensors["high"].numpy()
+        model.classes_ = np.array(state["classes"], dtype=np.dtype(state["classes_dtype"]))
+        moments = model.moments_
+        moments.counts, moments.samples = tensors["counts"], tensors["samples"]
+        moments.blocks = [tensors[f"pairs.{i}"] for i in range(len(moments.blocks))]
+        model._discriminants.former = state["former_classes"]
+        model._discriminants.recall(Discriminant(tensors["weight"], tensors["bias"]))
+        return model
+
+    # ---- checks
+
+    def _code_settings(self) -> tuple[Any, ...]:
+        return (self.n_features_in_, self.n_units_, self.seed_, self.readout, self.image_shape, self.patch, self.rate)
+
+    def _check_settings(self) -> None:
+        if self.n_units is not None:
+            check_size("n_units", self.n_units)
+            if self.memory_budget is not None:
+                raise ValueError("memory_budget: expected None where n_units is given, which it would choose")
+        if self.readout not in ("ridge", "prototype"):
+            raise ValueError(f"readout: expected 'ridge' or 'prototype', got {self.readout!r}")
+        if check_number("rate", self.rate, "a share of the units above 0 and below 1", above=0.0) >= 1:
+            raise ValueError(f"rate: expected a share of the units above 0 and below 1, got {self.rate!r}")
+        if self.penalty is not None:
+            check_number("penalty", self.penalty, "None or a finite number above 0", above=0.0)
+        if self.reject is not None:
+            check_number("reject", self.reject, "None or a finite number", above=-math.inf)
+        if self.image_shape is not None:
+            if not isinstance(self.image_shape, (tuple, list)) or len(self.image_shape) not in (2, 3):
+                raise ValueError(f"image_shape: expected height, width and maybe channels, got {self.image_shape!r}")
+            for size in self.image_shape:
+                check_size("image_shape", size)
+        for size in self.patch if isinstance(self.patch, (tuple, list)) else (self.patch,):
+            check_size("patch", size)
+
+    def _width(self) -> int:
+        """The units asked for, or as many as the memory allows."""
+        if self.memory_budget is None:
+            return _DEFAULT_UNITS if self.n_units is None else operator.index(self.n_units)
+        budget = _bytes(self.memory_budget)
+        pairs = self.readout == "ridge"
+        if learning_bytes(_LEAST_UNITS, pairs=pairs) > budget:
+            least = learning_bytes(_LEAST_UNITS, pairs=pairs)
+            raise ValueError(f"memory_budget: expected at least {least} bytes, for {_LEAST_UNITS} units, got {budget}")
+        width = _LEAST_UNITS
+        for step in (2**k * 128 for k in range(12, -1, -1)):
+            if learning_bytes(width + step, pairs=pairs) <= budget:
+                width += step
+        _log.info("memory_budget: %d bytes allow %d units", budget, width)
+        return width
+
+    def _validated(self, X: Any, y: Any, fresh: bool) -> tuple[np.ndarray, np.ndarray]:
+        if y is None:
+            raise ValueError("y: expected labels, got None; requires y to be passed, but the target y is None")
+        X = self._validated_x(X, fresh=fresh)
+        if self.image_shape is not None and math.prod(self.image_shape) != X.shape[1]:
+            raise ValueError(f"image_shape: expected the shape of {X.shape[1]} features, got {self.image_shape}")
+        y = column_or_1d(_to_numpy(y), warn=True)
+        _labels("y", y)
+        check_consistent_length(X, y)
+        check_classification_targets(y)
+        return X, y
+
+    def _validated_x(self, X: Any, *, fresh: bool) -> np.ndarray:
+        X = _to_numpy(X)
+        if self.image_shape is not None and isinstance(X, np.ndarray) and X.ndim == 1 + len(self.image_shape):
+            X = X.reshape(len(X), -1)
+        X = validate_data(self, X, reset=fresh, dtype="numeric", ensure_all_finite=False)
+        if X.dtype.kind == "f":
+            _check_finite(X)
+        return X if X.dtype == np.uint8 else np.asarray(X, dtype=np.float64)
+
+
+def code_product(bits: Tensor, weight: Tensor) -> Tensor:
+    """``z @ weight.T`` for codes z of 0 and 1. Bits (M, words), float32 (C, K) -> float32 (M, C)."""
+    return 0.5 * (ops.sign_matmul_t(weight, bits, weight.shape[1]).T + weight.sum(1))
+
+
+def learning_bytes(n_units: int, *, pairs: bool) -> int:
+    """What learning with so many units takes at most, the solution included, beside the interpreter and the batch."""
+    if not pairs:
+        return n_units * 4096
+    counts = 4 * n_units * (n_units + 512) // 2
+    if n_units <= DIRECT_UNITS:
+        return counts + 3 * n_units**2 * (8 if n_units <= EXACT_UNITS else 4) + 2**25
+    return counts + 10_000 * n_units + 2**25
+
+
+def _bytes(budget: int | str) -> int:
+    """``64MB`` as a number. Raises: ValueError for what is no size."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kMG]i?)?B?\s*", str(budget))
+    try:
+        return int(float(found[1]) * _PREFIXES[found[2] or ""])  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise ValueError(f"memory_budget: expected bytes, or text such as '64MB', got {budget!r}") from None
+
+
+def _table_code(n_features: int, n_units: int) -> TableCode | None:
+    """The finest that takes no more than half of the units; None if there are too many features."""
+    for thresholds, digits in ((16, 8), (8, 8), (4, 8), (4, 4)):
+        if _whole_rows(n_features * (thresholds + digits)) <= n_units // 2:
+            return TableCode(n_features, thresholds=thresholds, digits=digits)
+    return None
+
+
+def _whole_rows(n_units: int) -> int:
+    """Units of packed rows without padding."""
+    return -(-n_units // 128) * 128
+
+
+def _to_numpy(X: Any) -> Any:
+    """Torch tensors as arrays; what else there is, scikit-learn converts."""
+    return X.detach().cpu().numpy() if isinstance(X, Tensor) else X
+
+
+def _check_finite(X: np.ndarray) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(X.sum(dtype=np.float64)):  # far cheaper than a look at each, and right unless it says no
+            return
+    bad = np.argwhere(~np.isfinite(X))
+    if len(bad):
+        row, column = bad[0]
+        kind = "NaN" if np.isnan(X[row, column]) else "inf"
+        raise ValueError(f"X: expected finite numbers, got {kind} at row {row}, column {column}")
+
+
+def _labels(name: str, y: Any) -> np.ndarray:
+    """The labels in order, each once."""
+    try:
+        return np.unique(np.asarray(y))
+    except TypeError:
+        kinds = " and ".join(sorted({type(label).__name__ for label in np.ravel(np.asarray(y, dtype=object))}))
+        raise ValueError(f"{name}: expected labels of one kind, which can be put in order, got {kinds}") from None
+
+
+def _joined(known: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    kinds = [
+        "text" if a.dtype.kind in "US" else "numbers" if a.dtype.kind in "biuf" else "objects" for a in (known, labels)
+    ]
+    if len(known) and kinds[0] != kinds[1]:
+        raise ValueError(f"y: expected labels like those of before, {kinds[0]} such as {known[0]!r}, got {labels[0]!r}")
+    return _labels("y", np.concatenate([known, labels]))
+
+
+@contextlib.contextmanager
+def _threads(n_jobs: int | None) -> Iterator[None]:
+    """Runs with ``n_jobs`` of torch's threads: None as they are, -1 for all processors."""
+    before = torch.get_num_threads()
+    if n_jobs is not None:
+        import joblib
+
+        torch.set_num_threads(joblib.effective_n_jobs(n_jobs))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+__all__ = ["EngramClassifier"]

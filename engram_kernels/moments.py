@@ -1,0 +1,190 @@
+"""Counted second moments of binary codes: how often each two units fire together, and each unit in each class.
+
+Integers alone, so that neither the order of the samples nor their division into batches leaves a trace, and adding two
+is the same as having counted all their samples in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import ops
+
+_BLOCK = 512  # rows of the Gram matrix that are stored, and counted, together
+_SIXTEEN_BITS = 2**16 - 1
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class SecondMoments:
+    """Counts of a binary code of K units, by pair and by class.
+
+    ``pairs[i, j]``, how many samples have both units, is symmetric: of each block of 512 rows only what lies right of
+    the block's first column is kept, in 16 bits until a count of the block needs 32. That is K² bytes, and 2 K² in
+    the end.
+
+    Args:
+        n_units: K, at least 1.
+        pairs: False to count by class alone.
+
+    Attributes: ``counts`` int64 (classes, K); ``samples`` int64 (classes,).
+    """
+
+    def __init__(self, n_units: int, *, pairs: bool = True) -> None:
+        self.n_units = n_units
+        self.counts = torch.zeros(0, n_units, dtype=torch.int64, device="cpu")
+        self.samples = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.blocks: list[Tensor] = []  # int16 that hold 0 to 65535, or int32
+        if pairs:
+            self.blocks = [
+                torch.zeros(min(_BLOCK, n_units - i), n_units - i, dtype=torch.int16, device="cpu")
+                for i in range(0, n_units, _BLOCK)
+            ]
+
+    @property
+    def total(self) -> int:
+        """Samples of all classes."""
+        return int(self.samples.sum())
+
+    def copy(self) -> SecondMoments:
+        """Another with the same counts."""
+        other = SecondMoments(self.n_units, pairs=False)
+        other.counts, other.samples = self.counts.clone(), self.samples.clone()
+        other.blocks = [block.clone() for block in self.blocks]
+        return other
+
+    def place_classes(self, places: Mapping[int, int], classes: int) -> None:
+        """Makes room: class i of so far becomes ``places[i]`` of ``classes``; one without a place is dropped.
+
+        The pairs stay as they are.
+        """
+        counts = self.counts.new_zeros(classes, self.n_units)
+        samples = self.samples.new_zeros(classes)
+        for before, after in places.items():
+            counts[after], samples[after] = self.counts[before], self.samples[before]
+        self.counts, self.samples = counts, samples
+
+    def add(self, bits: Tensor, y: Tensor) -> None:
+        """Counts samples: their codes, bits (M, words), and numbers of classes, int64 (M,)."""
+        m = len(y)
+        if m == 0:
+            return
+        if self.total + m > torch.iinfo(torch.int32).max:
+            raise ValueError("X: expected at most 2**31 - 1 samples in all, since pairs are counted in 32 bits")
+        chosen = functional.one_hot(y, len(self.samples)).float()
+        self.counts += ops.gated_weight_grad(chosen, bits, self.n_units, bits).round().to(torch.int64)
+        self.samples += torch.bincount(y, minlength=len(self.samples))
+        if self.blocks:
+            self._widen(self.counts.sum(0))
+            self._add_pairs(bits, m)
+
+    def add_all(self, other: SecondMoments) -> None:
+        """Adds the counts of another with the same classes in the same places."""
+        self.counts += other.counts
+        self.samples += other.samples
+        self._widen(self.counts.sum(0))
+        for block, more in zip(self.blocks, other.blocks, strict=True):
+            block += _values(more).to(block.dtype)
+
+    def rows(self, units: Tensor) -> Tensor:
+        """Rows of the pairs, of units in rising order, int64 (units, K)."""
+        out = torch.empty(len(units), self.n_units, dtype=torch.int64, device="cpu")
+        for b, block in enumerate(self.blocks):
+            start = b * _BLOCK
+            first, last = torch.searchsorted(units, torch.tensor([start, start + len(block)])).tolist()
+            out[first:last, start:] = _values(block[units[first:last] - start])
+            out[last:, start : start + len(block)] = _values(block[:, units[last:] - start]).T
+        return out
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """All pairs, (K, K), in a dtype that holds them exactly, or nearly."""
+        out = torch.empty(self.n_units, self.n_units, dtype=dtype, device="cpu")
+        for b, block in enumerate(self.blocks):
+            start, end = b * _BLOCK, b * _BLOCK + len(block)
+            out[start:end, start:] = _values(block)
+            out[end:, start:end] = out[start:end, end:].T
+        return out
+
+    def product(self, v: Tensor) -> Tensor:
+        """The pairs times floats (K, R), in their dtype, with one block of the pairs as floats at a time."""
+        out = torch.zeros_like(v)
+        for b, block in enumerate(self.blocks):
+            start, end = b * _BLOCK, b * _BLOCK + len(block)
+            pairs = _floats(block, v.dtype)
+            out[start:end] += pairs @ v[start:]
+            out[end:] += pairs[:, len(block) :].T @ v[start:end]
+        return out
+
+    def set_rows(self, first: int, values: Tensor) -> None:
+        """Puts rows from ``first`` on, int64 (rows, K), symmetric among themselves, and the columns they mirror."""
+        last = first + len(values)
+        self._widen(torch.cat([self._diagonal()[:first], values.amax(1), self._diagonal()[last:]]))
+        for b, block in enumerate(self.blocks):
+            start = b * _BLOCK
+            end = start + len(block)
+            if first < end and last > start:
+                i, j = max(first, start), min(last, end)
+                block[i - start : j - start] = values[i - first : j - first, start:].to(block.dtype)
+                # and the other rows of the block, whose columns these are
+                block[:, first - start if first > start else 0 : last - start] = (
+                    values[:, start:end].T[:, max(0, start - first) :].to(block.dtype)
+                )
+            elif last > end:
+                block[:, first - start : last - start] = values[:, start:end].T.to(block.dtype)
+
+    def transform(self, first: int, T: Tensor, c: Tensor) -> None:
+        """Carries the counts over to ``new = T old + c`` of the units from ``first`` on; int64 (u, u), (u,)."""
+        last = first + len(c)
+        sums = self.counts.sum(0)
+        if self.blocks:
+            pairs = T @ self.rows(torch.arange(first, last)) + c[:, None] * sums
+            own = pairs[:, first:last] @ T.T
+            own += (T @ sums[first:last] + c * self.total)[:, None] * c
+            pairs[:, first:last] = own
+        self.counts[:, first:last] = self.counts[:, first:last] @ T.T + self.samples[:, None] * c
+        if self.blocks:
+            self.set_rows(first, pairs)
+
+    def _diagonal(self) -> Tensor:
+        return torch.cat([_values(block.diagonal()).to(torch.int64) for block in self.blocks])
+
+    def _widen(self, largest: Tensor) -> None:
+        """Gives 32 bits to the blocks where a count may become ``largest`` (K,) of its row."""
+        for b, block in enumerate(self.blocks):
+            start = b * _BLOCK
+            if block.dtype == torch.int16 and int(largest[start : start + len(block)].max()) > _SIXTEEN_BITS:
+                self.blocks[b] = _values(block)
+
+    def _add_pairs(self, bits: Tensor, m: int) -> None:
+        by_unit = ops.transpose_bits(bits, self.n_units)
+        fired = self._fired(bits)
+        for b, block in enumerate(self.blocks):
+            start = b * _BLOCK
+            y = ops.binary_matmul(by_unit[start : start + len(block)], by_unit[start:], m)
+            # both of two units: (y - M) / 4 + (popc(u_i) + popc(u_j)) / 2
+            y += 2 * fired[start : start + len(block), None] - m
+            y += 2 * fired[start:]
+            block += y.bitwise_right_shift_(2).to(block.dtype)
+
+    def _fired(self, bits: Tensor) -> Tensor:
+        ones = torch.ones(len(bits), 1, dtype=torch.float32)
+        return ops.gated_weight_grad(ones, bits, self.n_units, bits)[0].round().to(torch.int32)
+
+
+def _values(block: Tensor) -> Tensor:
+    """int32 of a block in either form."""
+    return block.to(torch.int32) & _SIXTEEN_BITS if block.dtype == torch.int16 else block
+
+
+def _floats(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """A block in either form as floats: NumPy converts 16 unsigned bits in one go."""
+    if block.dtype == torch.int16:
+        return torch.from_numpy(block.numpy().view(np.uint16).astype(_NUMPY[dtype]))
+    return block.to(dtype)
+
+
+__all__ = ["SecondMoments"]
