@@ -129,7 +129,12 @@ def unpack_signs(bits: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Te
 
 
 def transpose_bits(bits: Tensor, k: int) -> Tensor:
-    """Bits of samples (M, words of K) -> bits of units (K, words of M). On the CPU alone."""
+    """Bits of samples (M, words of K) -> bits of units (K, words of M). On the CPU alone.
+
+    >>> bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+    >>> ek.ops.unpack_signs(ek.ops.transpose_bits(bits, 2), 2).tolist()
+    [[1.0, 1.0], [-1.0, 1.0]]
+    """
     return operators.transpose_bits(bits, k)
 
 
