@@ -89,6 +89,14 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     Learning from a small share of new samples does not start the solution anew: it is brought up to date to a relative
     residual of 1e-5, so that scores may differ by that from those of an estimator that was asked only once.
     Raises: ValueError or TypeError for settings and inputs that it cannot take, with the estimator left as it was.
+
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True, as_frame=False)
+    >>> model = ek.EngramClassifier(n_units=512, random_state=0)
+    >>> for label in range(3):  # one class after the other
+    ...     model = model.partial_fit(X[y == label], y[y == label])
+    >>> model.score(X, y) > 0.9
+    True
     """
 
     classes_: np.ndarray
