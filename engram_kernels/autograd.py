@@ -117,6 +117,32 @@ def _product_over_samples(d: Tensor, x: Tensor) -> Tensor:
     return functools.reduce(Tensor.add_, ((own.T.to(x.dtype) @ part).float() for own, part in blocks)).to(d.dtype)
 
 
+def _sum_over_samples(d: Tensor) -> Tensor:
+    """Floats (M, N) -> (N, 1). The bits of torch's sum depend on the number of threads; those of the kernel do not."""
+    ones = ops.pack_signs(torch.ones(d.shape[0], 1, dtype=torch.float32, device=d.device))
+    return ops.gated_weight_grad(d, ones, 1)
+
+
+class BiasSum(_Function):
+    """``apply(y, bias)``: ``y + bias``, floats (M, N), (N,) -> (M, N)."""
+
+    @staticmethod
+    def forward(y, bias):
+        """The sum."""
+        return y + bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps nothing."""
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, d):
+        """Gradients of y and of the bias."""
+        db = _sum_over_samples(d.detach()).squeeze(1).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return d, _first_derivative(db, d)
+
+
 class GatedSignProduct(_Function):
     """Gated product of signs, ``y[m, n] = sum_k g[m, k] s(x[m, k]) s(W[n, k])``; keeps bits only.
 
@@ -236,9 +262,7 @@ class CodeProduct(_Function):
 
             def gradient_of_rows(rows: slice) -> Tensor:
                 block = own[:, rows].float().contiguous()
-                # torch's sum over samples depends on the number of threads
-                sums = ops.gated_weight_grad(block, ops.pack_signs(block.new_ones(block.shape[0], 1)), 1)
-                return ops.gated_weight_grad(block, gate_bits, ctx.k, gate_bits) - ctx.rate * sums
+                return ops.gated_weight_grad(block, gate_bits, ctx.k, gate_bits) - ctx.rate * _sum_over_samples(block)
 
             if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
                 dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)

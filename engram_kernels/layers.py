@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .autograd import GatedSignProduct, SignProduct
+from .autograd import BiasSum, GatedSignProduct, SignProduct
 from .checks import check_flag, check_hidden_dtype, check_number, check_size
 from .engrams import Engram, Recruitment
 from .fused_backward import gradient_consumer
@@ -77,9 +77,9 @@ class BinaryEngramLinear(HiddenWeightModule):
     between calls and never stale. Gradients are straight-through: the weight's passes unchanged, the input's only to
     recruited units with ``|x| <= ste_window`` (``inf``: to all recruited units).
 
-    Outputs and gradients depend neither on the number of threads nor on torch.set_flush_denormal, but for the bias's
-    gradient, which is torch's sum. With ``binary_input=False`` the weight's gradient is torch's product, which
-    torch.set_float32_matmul_precision rounds on some processors.
+    Outputs and gradients depend neither on the number of threads nor on torch.set_flush_denormal. With
+    ``binary_input=False`` the weight's gradient is torch's product, whose factors torch.set_float32_matmul_precision
+    rounds on some processors.
 
     Args:
         in_features: K, at least 1.
@@ -170,7 +170,7 @@ class BinaryEngramLinear(HiddenWeightModule):
         if scale != 1.0:
             y = y * scale
         if self.bias is not None:
-            y = y + self.bias
+            y = BiasSum.apply(y, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -115,3 +115,22 @@ def test_a_second_derivative_says_why_there_is_none(make):
 
     with pytest.raises(RuntimeError, match="expected a first derivative of a binary layer, got a second one"):
         grad(penalty)(parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("samples", [0, 1, 300])
+def test_the_gradient_of_a_bias_is_the_sum_over_samples(dtype, samples):
+    torch.manual_seed(0)
+    layer = ek.BinaryEngramLinear(20, 70, bias=True, dtype=dtype)
+    d = torch.randn(samples, 70).to(dtype)
+    layer(torch.randn(samples, 20).to(dtype)).backward(d)
+    assert layer.bias.grad.dtype == dtype
+    torch.testing.assert_close(layer.bias.grad, d.double().sum(0).to(dtype), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_has_no_second_derivative():
+    layer = ek.BinaryEngramLinear(20, 4, bias=True).requires_grad_(False)
+    layer.bias.requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(X).square().sum(), layer.bias, create_graph=True)
+    with pytest.raises(RuntimeError, match="backward: expected a first derivative of a binary layer"):
+        gradient.sum().backward()

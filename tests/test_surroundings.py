@@ -15,7 +15,7 @@ import engram_kernels as ek
 from engram_kernels.continual import data
 from engram_kernels.continual.training import run
 
-THREADS = (1, 2, 3, 7)
+THREADS = (1, 2, 3, 16)
 
 
 def digest(tensors):
@@ -67,8 +67,9 @@ def training():
         nn.LayerNorm(300, elementwise_affine=False),
         ek.BinaryEngramLinear(300, 200, engram=ek.StochasticEngram(0.2, 0.5), dtype=torch.float32),
         nn.LayerNorm(200, elementwise_affine=False),
+        ek.BinaryEngramLinear(200, 100, bias=True, dtype=torch.float32),
     )
-    readout = ek.DendriticReadout(200, 10, 20, engram=ek.StochasticEngram(0.2, 0.5), dtype=torch.float32)
+    readout = ek.DendriticReadout(100, 10, 20, engram=ek.StochasticEngram(0.2, 0.5), dtype=torch.float32)
     optimizer = ek.MetaplasticAdam([*model.parameters(), *readout.parameters()], lr=0.01, state_dtype=torch.int8)
     for seed in range(3):
         y = torch.arange(1000) % 10
