@@ -55,11 +55,14 @@ ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict
     const float weight = w[i];
     const float g = grad[i] + p.weight_decay * weight;
     const bool finite = (bits_from_float(g) & kInfinity) != kInfinity;
-    const float mu = finite ? keep1 * exp_avg[i] + take1 * g : exp_avg[i];
-    const float v = finite ? keep2 * exp_avg_sq[i] + take2 * (g * g) : exp_avg_sq[i];
+    // computed for all and then chosen: arithmetic on one side of a choice would keep the loop from being vectorised
+    const float old_mu = exp_avg[i], old_v = exp_avg_sq[i];
+    const float next_mu = keep1 * old_mu + take1 * g, next_v = keep2 * old_v + take2 * (g * g);
+    const float next_root = __builtin_sqrtf(next_v) + p.eps;
+    const float mu = finite ? next_mu : old_mu;
     exp_avg[i] = mu;
-    exp_avg_sq[i] = v;
-    root[i] = finite ? __builtin_sqrtf(v) + p.eps : float_from_bits(kNaN);  // no step
+    exp_avg_sq[i] = finite ? next_v : old_v;
+    root[i] = finite ? next_root : float_from_bits(kNaN);  // no step
     // Same signs: the step would shrink |W|. Otherwise t = 1, and the factor 4 t / (1 + t)^2 is exactly 1, as it is
     // where the weight is 0.
     const bool opposed = static_cast<int32_t>(bits_from_float(weight) ^ bits_from_float(mu)) >= 0;
