@@ -227,8 +227,8 @@ class CodeProduct(_Function):
     """Product of centred engram codes with signs, ``y[m, n] = sum_k (g[m, k] - rate) s(W[n, k])``; keeps bits only.
 
     ``apply(x, weight, w_bits, gate_bits, mask_bits, rate, consumed)``: of the excitabilities x (M, K) and the hidden
-    weights (N, K) only the gradients count; that of x reaches the units of ``mask_bits``. Bits (N, words), (M, words),
-    (M, words) -> (M, N) in the dtype of x.
+    weights (N, K) only the gradients count; that of x reaches the units of ``mask_bits``, or of the gate where that is
+    None. Bits (N, words), (M, words), (M, words) -> (M, N) in the dtype of x.
     """
 
     @staticmethod
@@ -254,6 +254,7 @@ class CodeProduct(_Function):
         """Gradients of x, by the mask, and of the hidden weights."""
         _refuse_second_gradient(ctx.weight)
         w_bits, gate_bits, mask_bits = ctx.saved_tensors
+        mask_bits = gate_bits if mask_bits is None else mask_bits
         own = d.detach()
         dx = dw = None
         if ctx.needs_input_grad[0]:

@@ -58,7 +58,9 @@ class _Readout(nn.Module):
         if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (samples,):
             got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"y: expected int64 ({samples},), got {got}")
-        if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+        if torch.compiler.is_compiling():  # a graph has no values to look at before it runs
+            torch._assert_async(((y >= 0) & (y < self.num_classes)).all(), "y: expected labels in [0, num_classes)")
+        elif y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise ValueError(f"y: expected labels in [0, {self.num_classes}), got {int(y.min())} to {int(y.max())}")
 
     def extra_repr(self) -> str:
@@ -140,7 +142,7 @@ class DendriticReadout(HiddenWeightModule, _Readout):
     def activations(self, x: Tensor) -> Tensor:
         """Excitabilities, floats (M, K) -> activations of all segments (M, C, S)."""
         gate_bits = self.recruit(x)
-        mask_bits = gate_bits
+        mask_bits = None
         if x.requires_grad and self.ste_window < math.inf:
             recruited = ops.unpack_signs(gate_bits, self.in_features, x.dtype) > 0
             weakest = x.detach().masked_fill(~recruited, math.inf).amin(dim=1, keepdim=True)

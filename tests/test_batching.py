@@ -32,6 +32,7 @@ CALLS = {
     "pack_signs of a vector": (lambda x: ek.ops.pack_signs(x), [lambda *b: floats(*b, K)]),
     "kept_sign_bits": (lambda w: torch.ops.engram_kernels.kept_sign_bits(w), [lambda *b: floats(*b, N, K)]),
     "unpack_signs": (lambda x: ek.ops.unpack_signs(x, K), [X]),
+    "transpose_bits": (lambda x: ek.ops.transpose_bits(x, K), [X]),
     "pack_window": (lambda x, g: ek.ops.pack_window(x, 0.7, g), [lambda *b: floats(*b, M, K), GATE]),
     "pack_window without a gate": (lambda x: ek.ops.pack_window(x, 0.7), [lambda *b: floats(*b, M, K)]),
     "binary_matmul": (lambda x, w, g: ek.ops.binary_matmul(x, w, K, g), [X, W, GATE]),

@@ -375,6 +375,25 @@ def test_compiled_without_graph_breaks_a_network_draws_and_learns_as_eagerly(bac
     torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
 
 
+def test_a_network_as_it_comes_compiles_in_evaluation_and_training():
+    torch._dynamo.reset()
+    model = ek.EngramMLP((784, 64, 5))
+    x, y = torch.randn(8, 784), torch.arange(8) % 5
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    expected = model.loss(x, y)
+    expected.backward()
+    gradient = model.readout.weight.grad.clone()
+    model.zero_grad()
+    nn.init.ones_(model.readout.wins)
+    actual = loss(x, y)
+    actual.backward()
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(model.readout.weight.grad, gradient)
+    model.eval()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layers_draw_each_for_itself(backend):
     torch._dynamo.reset()

@@ -144,6 +144,11 @@ def unpack_signs(draw: Draw) -> dict[str, Any]:
     return {"bits": bits, "k": k, "dtype": draw.choice([*FLOATS, torch.float64, torch.int8, torch.int32])}
 
 
+def transpose_bits(draw: Draw) -> dict[str, Any]:
+    m, k = draw.sizes()
+    return {"bits": draw.words(max(m, 1), k), "k": k}
+
+
 def binary_matmul(draw: Draw) -> dict[str, Any]:
     m, n, k = draw.sizes(3)
     return {"x_bits": draw.words(m, k), "w_bits": draw.words(n, k), "k": k, "gate_bits": draw.optional_gate(m, k)}
@@ -863,6 +868,7 @@ OPERATORS = {
     "kept_sign_bits": Operator(kept_sign_bits, {"weight": TensorRule("... K")}, check_exact, no_nan=("weight",)),
     "pack_window": Operator(pack_window, {"x": TensorRule("M K"), "gate_bits": GATE}, check_exact),
     "unpack_signs": Operator(unpack_signs, {"bits": TensorRule("... words", BITS)}, check_exact),
+    "transpose_bits": Operator(transpose_bits, {"bits": WORDS}, check_exact),
     "binary_matmul": Operator(binary_matmul, {"x_bits": WORDS, "w_bits": W_BITS, "gate_bits": GATE}, check_exact),
     "binary_threshold": Operator(
         binary_threshold,
