@@ -126,7 +126,7 @@ class PatchCode:
 
     def encode(self, X: np.ndarray) -> Tensor:
         """Rows of pixels (M, features) -> bits (M, words)."""
-        step = max(1, _CHUNK_VALUES // 8 // (self.n_features * max(signs.shape[1] for _, signs, _ in self._groups)))
+        step = max(1, _CHUNK_VALUES // 32 // (self.n_features * max(signs.shape[1] for _, signs, _ in self._groups)))
         parts = [self._recruit(to_bytes(X[i : i + step])) for i in range(0, len(X), step)]
         return torch.cat(parts)
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from . import ops
 
 _BLOCK = 512  # rows of the Gram matrix that are stored, and counted, together
+_FEW = 4  # samples up to which adding each to the rows of the units that fired costs less than transposing
 _SIXTEEN_BITS = 2**16 - 1
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -160,6 +161,12 @@ class SecondMoments:
                 self.blocks[b] = _values(block)
 
     def _add_pairs(self, bits: Tensor, m: int) -> None:
+        if m <= _FEW:
+            for sample in ops.unpack_signs(bits, self.n_units, torch.int8) > 0:
+                for b, block in enumerate(self.blocks):
+                    start = b * _BLOCK
+                    block[sample[start : start + len(block)]] += sample[start:]
+            return
         by_unit = ops.transpose_bits(bits, self.n_units)
         fired = self._fired(bits)
         for b, block in enumerate(self.blocks):
