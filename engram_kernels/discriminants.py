@@ -28,6 +28,7 @@ DIRECT_UNITS = 4096
 TOLERANCE = 5e-5  # of the residual, relative to the right side
 EXACT_UNITS = 2048  # up to here in float64, which then costs little
 _SAMPLE = 512  # of the units, that speaks for the others where the matrix is not formed
+_COLUMNS = 64  # of the matrix that are found at a time
 _SELECTION = 1024  # features by which the penalty is chosen: a sample tells as much
 _FRESH_SHARE = 1.1  # growth of the samples up to which the penalty and the factor of before are good enough
 _MOST_STEPS = 500
@@ -223,9 +224,13 @@ class _System:
 
     def columns(self, chosen: Tensor) -> Tensor:
         """Columns of the total covariance, (F, chosen)."""
-        v = torch.zeros(len(self.features), len(chosen), dtype=self.dtype)
-        v[chosen, torch.arange(len(chosen))] = 1
-        return self.total(v)
+        out = torch.empty(len(self.features), len(chosen), dtype=self.dtype)
+        for i in range(0, len(chosen), _COLUMNS):
+            part = chosen[i : i + _COLUMNS]
+            v = torch.zeros(len(self.features), len(part), dtype=self.dtype)
+            v[part, torch.arange(len(part))] = 1
+            out[:, i : i + _COLUMNS] = self.total(v)
+        return out
 
     def matrix(self) -> Tensor:
         """The total covariance (F, F)."""
