@@ -5,9 +5,9 @@
     python benchmarks/continual/classifier.py table
 
 Every finished run is added to results/classifier.json, so that an interrupted one goes on; ``table`` makes
-CLASSIFIER.md of it. A seed draws the code, the order of the classes, and for scikit-learn's data sets the split, 40 % for the test.
-SGDClassifier streams standardised features in the same order, with the scaling of the whole training set: an advantage.
-Logistic regression and k nearest neighbours see all classes at once, and are bounds.
+CLASSIFIER.md of it. A seed draws the code, the order of the classes, and for scikit-learn's data sets the split, 40 %
+for the test. SGDClassifier streams standardised features in the same order, with the scaling of the whole training set:
+an advantage. Logistic regression and k nearest neighbours see all classes at once, and are bounds.
 """
 
 from __future__ import annotations
