@@ -12,13 +12,14 @@ the order of the samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
-from .reference import philox
+from .reference import philox, words_for
 
 _FILTERS = 32  # of each size at least: more of them were no better
 _POOL = 3  # places in each direction
@@ -39,6 +40,14 @@ def to_bytes(X: np.ndarray) -> Tensor:
     low, span = low / 4.0, high / 4.0 - low / 4.0  # a difference cannot overflow
     span[span == 0] = math.inf
     return torch.from_numpy(np.floor((X / 4.0 - low) / span * 255.0 + 0.5).astype(np.uint8))
+
+
+def _in_parts(X: np.ndarray, rows: int, n_units: int, recruit: Callable[[Tensor], Tensor]) -> Tensor:
+    """Codes of all samples, bits (M, words), some rows at a time, written where they stay: else they split the heap."""
+    bits = torch.empty(len(X), words_for(n_units), dtype=torch.int64, device="cpu")
+    for i in range(0, len(X), rows):
+        bits[i : i + rows] = recruit(to_bytes(X[i : i + rows]))
+    return bits
 
 
 def _balanced_signs(seed: Tensor, rows: int, k: int, first_row: int = 0) -> Tensor:
@@ -76,9 +85,7 @@ class ProjectionCode:
 
     def encode(self, X: np.ndarray) -> Tensor:
         """Rows of numbers (M, K) -> bits (M, words)."""
-        step = max(1, _CHUNK_VALUES // self.n_units)
-        parts = [self._recruit(to_bytes(X[i : i + step])) for i in range(0, len(X), step)]
-        return torch.cat(parts)
+        return _in_parts(X, max(1, _CHUNK_VALUES // self.n_units), self.n_units, self._recruit)
 
     def _recruit(self, x: Tensor) -> Tensor:
         return ops.sample_engram(self.excitability(x), self._no_noise, self.rate, temperature=0.0)
@@ -126,9 +133,8 @@ class PatchCode:
 
     def encode(self, X: np.ndarray) -> Tensor:
         """Rows of pixels (M, features) -> bits (M, words)."""
-        step = max(1, _CHUNK_VALUES // 8 // (self.n_features * max(signs.shape[1] for _, signs, _ in self._groups)))
-        parts = [self._recruit(to_bytes(X[i : i + step])) for i in range(0, len(X), step)]
-        return torch.cat(parts)
+        largest = self.n_features * max(signs.shape[1] for _, signs, _ in self._groups)
+        return _in_parts(X, max(1, _CHUNK_VALUES // 32 // largest), self.n_units, self._recruit)
 
     def _recruit(self, x: Tensor) -> Tensor:
         images = x.float().reshape(len(x), *self.image, self.channels)

@@ -87,7 +87,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     the input has names; ``moments_`` the counts.
 
     Learning from a small share of new samples does not start the solution anew: it is brought up to date to a relative
-    residual of 1e-5, so that scores may differ by that from those of an estimator that was asked only once.
+    residual of 5e-5, so that scores may differ by that from those of an estimator that was asked only once.
     Raises: ValueError or TypeError for settings and inputs that it cannot take, with the estimator left as it was.
 
     >>> from sklearn.datasets import load_iris

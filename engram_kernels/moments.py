@@ -16,6 +16,8 @@ from torch.nn import functional
 from . import ops
 
 _BLOCK = 512  # rows of the Gram matrix that are stored, and counted, together
+_PART = 128  # rows that are worked on at a time, so that what lies between stays small
+_FEW = 4  # samples up to which adding each to the rows of the units that fired costs less than transposing
 _SIXTEEN_BITS = 2**16 - 1
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -114,9 +116,11 @@ class SecondMoments:
         out = torch.zeros_like(v)
         for b, block in enumerate(self.blocks):
             start, end = b * _BLOCK, b * _BLOCK + len(block)
-            pairs = _floats(block, v.dtype)
-            out[start:end] += pairs @ v[start:]
-            out[end:] += pairs[:, len(block) :].T @ v[start:end]
+            for i in range(0, len(block), _PART):
+                pairs = _floats(block[i : i + _PART], v.dtype)
+                rows = slice(start + i, start + i + len(pairs))
+                out[rows] += pairs @ v[start:]
+                out[end:] += pairs[:, len(block) :].T @ v[rows]
         return out
 
     def set_rows(self, first: int, values: Tensor) -> None:
@@ -160,15 +164,24 @@ class SecondMoments:
                 self.blocks[b] = _values(block)
 
     def _add_pairs(self, bits: Tensor, m: int) -> None:
+        if m <= _FEW:
+            for sample in ops.unpack_signs(bits, self.n_units, torch.int8) > 0:
+                for b, block in enumerate(self.blocks):
+                    start = b * _BLOCK
+                    block[sample[start : start + len(block)]] += sample[start:]
+            return
         by_unit = ops.transpose_bits(bits, self.n_units)
         fired = self._fired(bits)
         for b, block in enumerate(self.blocks):
             start = b * _BLOCK
-            y = ops.binary_matmul(by_unit[start : start + len(block)], by_unit[start:], m)
-            # both of two units: (y - M) / 4 + (popc(u_i) + popc(u_j)) / 2
-            y += 2 * fired[start : start + len(block), None] - m
-            y += 2 * fired[start:]
-            block += y.bitwise_right_shift_(2).to(block.dtype)
+            for i in range(0, len(block), _PART):
+                part = block[i : i + _PART]
+                rows = slice(start + i, start + i + len(part))
+                y = ops.binary_matmul(by_unit[rows], by_unit[start:], m)
+                # both of two units: (y - M) / 4 + (popc(u_i) + popc(u_j)) / 2
+                y += 2 * fired[rows, None] - m
+                y += 2 * fired[start:]
+                part += y.bitwise_right_shift_(2).to(block.dtype)
 
     def _fired(self, bits: Tensor) -> Tensor:
         ones = torch.ones(len(bits), 1, dtype=torch.float32)

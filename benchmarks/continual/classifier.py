@@ -1,14 +1,19 @@
 """EngramClassifier against what streams today: one pass, one class at a time, no replay, no task label.
 
-    python benchmarks/continual/classifier.py accuracy --data-dir DIR [--datasets ...] [--seeds 5]
+    python benchmarks/continual/classifier.py accuracy --data-dir DIR [--datasets ...] [--methods ...]
     python benchmarks/continual/classifier.py cost
     python benchmarks/continual/classifier.py table
 
 Every finished run is added to results/classifier.json, so that an interrupted one goes on; ``table`` makes
 CLASSIFIER.md of it. A seed draws the code, the order of the classes, and for scikit-learn's data sets the split, 40 %
+<<<<<<< HEAD
 for the test.
 SGDClassifier streams standardised features in the same order, with the scaling of the whole training set: an advantage.
 Logistic regression and k nearest neighbours see all classes at once, and are bounds.
+=======
+for the test. SGDClassifier streams standardised features in the same order, with the scaling of the whole training set:
+an advantage. Logistic regression and k nearest neighbours see all classes at once, and are bounds.
+>>>>>>> wt-clf
 """
 
 from __future__ import annotations
@@ -127,10 +132,11 @@ METHODS: dict[str, Callable[[Task, int], dict[str, float]]] = {
 SLOW = ("joint logistic regression", "joint 5 nearest neighbours")  # on images: one seed says it
 
 
-def accuracy(names: list[str], seeds: int, data_dir: Path | None) -> None:
+def accuracy(names: list[str], methods: list[str], seeds: int, data_dir: Path | None) -> None:
     rows = read()
     for name in names:
-        for method, run in METHODS.items():
+        for method in methods:
+            run = METHODS[method]
             alone = name in IMAGES and (method in SLOW or method not in (OURS, "SGDClassifier.partial_fit"))
             for seed in range(1 if alone else seeds):
                 key = {"data": name, "method": method, "seed": seed}
@@ -232,11 +238,12 @@ def main() -> None:
     parser.add_argument("what", choices=["accuracy", "cost", "table"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--datasets", nargs="+", choices=[*TABLES, *IMAGES], default=[*TABLES, *IMAGES])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     if arguments.what == "accuracy":
-        accuracy(arguments.datasets, arguments.seeds, arguments.data_dir)
+        accuracy(arguments.datasets, arguments.methods, arguments.seeds, arguments.data_dir)
     elif arguments.what == "cost":
         cost()
     else:
