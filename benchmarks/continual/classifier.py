@@ -6,14 +6,8 @@
 
 Every finished run is added to results/classifier.json, so that an interrupted one goes on; ``table`` makes
 CLASSIFIER.md of it. A seed draws the code, the order of the classes, and for scikit-learn's data sets the split, 40 %
-<<<<<<< HEAD
-for the test.
-SGDClassifier streams standardised features in the same order, with the scaling of the whole training set: an advantage.
-Logistic regression and k nearest neighbours see all classes at once, and are bounds.
-=======
 for the test. SGDClassifier streams standardised features in the same order, with the scaling of the whole training set:
 an advantage. Logistic regression and k nearest neighbours see all classes at once, and are bounds.
->>>>>>> wt-clf
 """
 
 from __future__ import annotations
