@@ -73,6 +73,7 @@ class HiddenWeight(nn.Parameter):
     _bits_version = -1
     _exposed = False
     fused_backward: FusedBackward | None = None
+    _memory_has_other_owners = True  # where the storage says that torch has not allocated it
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> HiddenWeight:
         """Makes a hidden weight of ``data`` (N, K), a plain tensor or a parameter, without a copy."""
@@ -100,7 +101,7 @@ class HiddenWeight(nn.Parameter):
             return True
         storage = self.untyped_storage()
         shared = storage.is_shared() and not self.is_cuda  # of memory on CUDA, torch always says so
-        return shared or not storage.resizable()
+        return shared or (self._memory_has_other_owners and not storage.resizable())
 
     def _writes(self) -> int:
         """Torch's count of writes; tensors made in inference mode have none, where every write passes by here."""
@@ -189,7 +190,11 @@ def _kept_sign_bits(weight: Tensor) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         if not isinstance(weight, nn.Parameter):
             return _pack(weight)
-        return as_hidden_weight(weight).sign_bits().clone()  # compiled graphs may write to what their operators return
+        loaded = type(weight) is nn.Parameter
+        weight = as_hidden_weight(weight)
+        if loaded:  # by torch.export, into the buffer of the file, to which nobody else refers
+            weight._memory_has_other_owners = False
+        return weight.sign_bits().clone()  # compiled graphs may write to what their operators return
 
 
 # Under torch.compile and torch.export, which see no attributes, the weight itself is asked when the graph runs.

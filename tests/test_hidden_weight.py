@@ -225,6 +225,12 @@ def exported(layer, x):
     return torch.export.export(layer, (x,)).module()
 
 
+def loaded(layer, x):
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(layer, (x,)), buffer)
+    return torch.export.load(io.BytesIO(buffer.getvalue())).module()
+
+
 RUNNERS = {
     "eager": lambda layer, x: layer,
     "inference mode": lambda layer, x: torch.inference_mode()(layer.forward),
@@ -232,6 +238,7 @@ RUNNERS = {
     "inductor": lambda layer, x: torch.compile(layer, fullgraph=True),
     "inductor without gradients": lambda layer, x: torch.no_grad()(torch.compile(layer, fullgraph=True)),
     "exported": exported,
+    "exported and loaded": loaded,
 }
 
 
@@ -246,7 +253,7 @@ def test_weights_are_packed_once_however_the_layer_runs(runner, binary_input):
     assert weights_packed(lambda: run(x)) == 0
     assert weights_packed(lambda: (layer(x), layer(x), run(x))) <= 1
     assert weights_packed(lambda: (layer(x), run(x))) == 0
-    own = layer.weight if runner != "exported" else run.weight
+    own = run.weight if runner.startswith("exported") else layer.weight
     for write in (lambda: own.data.neg_(), lambda: torch.no_grad()(own.neg_)(), lambda: optimizer_step(own)):
         before = run(x)
         write()
