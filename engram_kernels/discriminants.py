@@ -175,7 +175,7 @@ class _Features:
         spread = torch.zeros(s, dtype=torch.float64)
         for i in range(s):
             run = slice(i * u, (i + 1) * u)
-            pairs = moments.rows(torch.arange(i * u, (i + 1) * u))[:, run].double() / moments.total
+            pairs = moments.square(i * u, (i + 1) * u).double() / moments.total
             spread[i] = prior.sums[i] @ (pairs - torch.outer(mean[run], mean[run])) @ prior.sums[i]
         spread = spread.clamp(min=0.0).sqrt()
         still = spread <= 1e-6 * prior.sums.sum(1)

@@ -78,11 +78,12 @@ class SecondMoments:
         if self.total + m > torch.iinfo(torch.int32).max:
             raise ValueError("X: expected at most 2**31 - 1 samples in all, since pairs are counted in 32 bits")
         chosen = functional.one_hot(y, len(self.samples)).float()
-        self.counts += ops.gated_weight_grad(chosen, bits, self.n_units, bits).round().to(torch.int64)
+        fired = ops.gated_weight_grad(chosen, bits, self.n_units, bits).round()
+        self.counts += fired.to(torch.int64)
         self.samples += torch.bincount(y, minlength=len(self.samples))
         if self.blocks:
             self._widen(self.counts.sum(0))
-            self._add_pairs(bits, m)
+            self._add_pairs(bits, fired.sum(0).to(torch.int32))
 
     def add_all(self, other: SecondMoments) -> None:
         """Adds the counts of another with the same classes in the same places."""
@@ -101,6 +102,13 @@ class SecondMoments:
             out[first:last, start:] = _values(block[units[first:last] - start])
             out[last:, start : start + len(block)] = _values(block[:, units[last:] - start]).T
         return out
+
+    def square(self, first: int, last: int) -> Tensor:
+        """The pairs of units ``first`` to ``last`` among themselves, int64 (last - first, last - first)."""
+        block, start = self.blocks[first // _BLOCK], first // _BLOCK * _BLOCK
+        if last <= start + len(block):
+            return _values(block[first - start : last - start, first - start : last - start]).to(torch.int64)
+        return self.rows(torch.arange(first, last))[:, first:last]
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """All pairs, (K, K), in a dtype that holds them exactly, or nearly."""
@@ -163,7 +171,9 @@ class SecondMoments:
             if block.dtype == torch.int16 and int(largest[start : start + len(block)].max()) > _SIXTEEN_BITS:
                 self.blocks[b] = _values(block)
 
-    def _add_pairs(self, bits: Tensor, m: int) -> None:
+    def _add_pairs(self, bits: Tensor, fired: Tensor) -> None:
+        """Counts the pairs of codes, bits (M, words), of which ``fired`` int32 (K,) have each unit."""
+        m = len(bits)
         if m <= _FEW:
             for sample in ops.unpack_signs(bits, self.n_units, torch.int8) > 0:
                 for b, block in enumerate(self.blocks):
@@ -171,7 +181,6 @@ class SecondMoments:
                     block[sample[start : start + len(block)]] += sample[start:]
             return
         by_unit = ops.transpose_bits(bits, self.n_units)
-        fired = self._fired(bits)
         for b, block in enumerate(self.blocks):
             start = b * _BLOCK
             for i in range(0, len(block), _PART):
@@ -182,10 +191,6 @@ class SecondMoments:
                 y += 2 * fired[rows, None] - m
                 y += 2 * fired[start:]
                 part += y.bitwise_right_shift_(2).to(block.dtype)
-
-    def _fired(self, bits: Tensor) -> Tensor:
-        ones = torch.ones(len(bits), 1, dtype=torch.float32)
-        return ops.gated_weight_grad(ones, bits, self.n_units, bits)[0].round().to(torch.int32)
 
 
 def _values(block: Tensor) -> Tensor:
