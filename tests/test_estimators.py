@@ -263,3 +263,14 @@ def test_the_package_does_not_need_scikit_learn():
 
     code = "import sys, engram_kernels; assert 'sklearn' not in sys.modules; engram_kernels.EngramClassifier"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_conjugate_gradients_find_what_a_factor_gives(monkeypatch):
+    X, y, X_test, _ = split()
+    model = classifier().fit(X, y)
+    direct = model.decision_function(X_test)
+    penalty = model._discriminants._start.penalty
+    monkeypatch.setattr("engram_kernels.discriminants.DIRECT_UNITS", 0)
+    found = classifier(penalty=penalty).fit(X, y).decision_function(X_test)
+    assert np.abs(found - direct).max() < 0.01 * np.abs(direct).max()
+    assert (found.argmax(1) == direct.argmax(1)).mean() > 0.995
