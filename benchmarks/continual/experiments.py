@@ -39,7 +39,7 @@ def split(dataset: str) -> dict[str, Experiment]:
             "dendritic --segments 400 --top-segments 2 --epochs 2", "4096"
         ),
         "engram, prototypes": engram("prototype"),
-        "engram, ridge": engram("ridge", "4096"),
+        "engram, ridge": engram("ridge --penalty 0.01", "4096"),
         "engram, two trained hidden layers": "--method engram --hidden 2048 2048 --readout linear",
         "engram, two trained hidden layers, 100 segments": (
             "--method engram --hidden 2048 2048 --readout dendritic --train-hidden --cross-entropy-weight 1 "
@@ -224,7 +224,7 @@ def memory() -> dict[str, Experiment]:
         "engram, 100 segments": engram("dendritic --segments 100"),
         "engram, 100 segments, compact": f"{engram('dendritic --segments 100')} {compact}",
         "engram, prototypes": engram("prototype"),
-        "engram, ridge": engram("ridge", "4096"),
+        "engram, ridge": engram("ridge --penalty 0.01", "4096"),
         "engram, two trained hidden layers": "--method engram --hidden 2048 2048 --readout linear",
         "engram, two trained hidden layers, compact": f"--method engram --hidden 2048 2048 --readout linear {compact}",
         "bnn": "--method bnn --hidden 2048 2048",

@@ -91,9 +91,9 @@ GRIDS: dict[str, list[Job]] = {
         )
     ],
     "split-prototype-rate": grid(f"{ENGRAM} prototype", "rate", [0.02, 0.05, 0.1]),
-    "split-ridge-rate": grid(f"{ENGRAM} ridge", "rate", [0.1, 0.2, 0.3, 0.4]),
+    "split-ridge-rate": grid(f"{ENGRAM} ridge --penalty 0.01", "rate", [0.1, 0.2, 0.3, 0.4]),
     "split-ridge-width": [
-        Job(f"{units} units", f"{SPLIT} --method engram --hidden {units} --readout ridge")
+        Job(f"{units} units", f"{SPLIT} --method engram --hidden {units} --readout ridge --penalty 0.01")
         for units in (1024, 2048, 4096)
     ],
     "split-ewc": grid(f"{SPLIT} --method ewc --hidden 2048 2048", "strength", [1, 100, 10000]),

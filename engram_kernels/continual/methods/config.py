@@ -111,7 +111,7 @@ class BinaryConfig(MethodConfig):
         "weight of the batch's cross-entropy beside the local loss", 0.0, at_least=0, below=math.inf
     )
     penalty: float = parameter(
-        "penalty of the ridge regression, a share of the mean variance", 0.01, above=0, below=math.inf
+        "penalty of the ridge regression, a share of the mean variance", 0.1, above=0, below=math.inf
     )
     weight_decay: float = parameter("coupled L2 decay of the hidden weights", 0.0, at_least=0, below=math.inf)
     ste_window: float = parameter(
