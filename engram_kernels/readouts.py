@@ -12,9 +12,11 @@ is the *centred engram code* ``h = g - rate``, the gate less its mean, so that w
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,19 @@ from .engrams import StochasticEngram
 from .fused_backward import gradient_consumer
 from .hidden_weight import HiddenWeight
 from .layers import INIT_RANGE, HiddenWeightModule
+
+
+def _outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``torch.compiler.disable``, which would import the compiler, a second of time, for those who never compile."""
+
+    @functools.wraps(function)
+    def outside(*arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments)
+        return torch.compiler.disable(function)(*arguments)
+
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return outside
 
 
 class _Readout(nn.Module):
@@ -301,7 +316,7 @@ class RidgeReadout(_Readout):
         _count(gate_bits, y, self.counts, self.samples)
         self.gram += engram_gram(gate_bits, self.in_features)
 
-    @torch.compiler.disable  # a compiled graph can't tell whether the moments have changed
+    @_outside_of_graphs  # which can't tell whether the moments have changed
     @torch.inference_mode(False)
     @torch.no_grad()
     def solve(self) -> tuple[Tensor, Tensor]:
