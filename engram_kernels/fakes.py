@@ -222,6 +222,7 @@ def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0):
 
 
 def _check_update(
+    read,  # the other arguments by name
     weight,
     exp_avg,
     exp_avg_sq,
@@ -232,6 +233,9 @@ def _check_update(
     seed=None,
     **_numbers,  # compiled graphs hold these, and the operator checks them when it runs
 ):
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "sign_bits": sign_bits}
+    scales = {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
+    _check_same_device(weight=weight, **read, **state, **scales)
     for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_tensor(name, tensor)
     _require(weight.dtype in (torch.float32, torch.bfloat16), "weight", "float32 or bfloat16", weight)
@@ -264,34 +268,16 @@ def _check_update(
 
 
 @torch.library.register_fake("engram_kernels::metaplastic_adam_")
-def _(weight, grad, exp_avg, exp_avg_sq, sign_bits, *, exp_avg_scale=None, exp_avg_sq_scale=None, **settings):
-    scales = {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
-    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "sign_bits": sign_bits}
-    _check_same_device(weight=weight, grad=grad, **state, **scales)
-    _check_update(weight, **state, **scales, **settings)
+def _(weight, grad, *state, **settings):
+    _check_update({"grad": grad}, weight, *state, **settings)
     _check_tensor("grad", grad)
     alike = grad.dtype in (torch.float32, weight.dtype) and grad.shape == weight.shape
     _require(alike, "grad", f"float32 or the weight's dtype, in the weight's shape {tuple(weight.shape)}", grad)
 
 
 @torch.library.register_fake("engram_kernels::gated_metaplastic_adam_")
-def _(
-    d,
-    x_bits,
-    gate_bits,
-    weight,
-    exp_avg,
-    exp_avg_sq,
-    sign_bits,
-    *,
-    exp_avg_scale=None,
-    exp_avg_sq_scale=None,
-    **settings,
-):
-    scales = {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
-    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "sign_bits": sign_bits}
-    _check_same_device(weight=weight, d=d, x_bits=x_bits, gate_bits=gate_bits, **state, **scales)
-    _check_update(weight, **state, **scales, **settings)
+def _(d, x_bits, gate_bits, weight, *state, **settings):
+    _check_update({"d": d, "x_bits": x_bits, "gate_bits": gate_bits}, weight, *state, **settings)
     _check_matrix("d", d)
     n, k = weight.shape
     _check_packed("x_bits", x_bits, k)

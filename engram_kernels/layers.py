@@ -44,12 +44,7 @@ class HiddenWeightModule(nn.Module):
             weight = as_hidden_weight(weight)
         if "weight" not in self._parameters:
             _refuse_zeros(weight)
-        try:
-            return weight, sign_bits_of(weight)
-        except RuntimeError as error:
-            if not str(error).startswith("x: "):  # what an operator calls whatever it packs
-                raise
-            raise RuntimeError("weight" + str(error)[1:]) from None
+        return weight, sign_bits_of(weight)
 
 
 def _refuse_zeros(weight: Tensor) -> None:

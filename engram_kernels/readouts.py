@@ -33,12 +33,11 @@ from .layers import INIT_RANGE, HiddenWeightModule
 
 def _outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """As ``torch.compiler.disable``, which would import the compiler, a second of time, for those who never compile."""
+    disabled = functools.cache(lambda: torch.compiler.disable(function))
 
     @functools.wraps(function)
     def outside(*arguments: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*arguments)
-        return torch.compiler.disable(function)(*arguments)
+        return (disabled() if "torch._dynamo" in sys.modules else function)(*arguments)
 
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return outside

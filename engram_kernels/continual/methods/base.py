@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...losses import batch_cross_entropy
 from ..scenarios import Experience, Samples
 from .config import MethodConfig
 
@@ -86,17 +87,6 @@ class Method:
 def cross_entropy(scores: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy over all classes. Scores (B, classes), labels int64 (B,) -> scalar."""
     return F.cross_entropy(scores, y)
-
-
-def batch_cross_entropy(scores: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy over the classes that occur in the batch; the other scores get no gradient.
-
-    Scores (B, classes), labels int64 (B,) -> scalar. Known as the labels trick (Zeno et al. 2018) and, per
-    batch, as asymmetric cross-entropy's mask (Caccia et al. 2022).
-    """
-    present = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
-    present[y] = True
-    return F.cross_entropy(scores.masked_fill(~present, -torch.inf), y)
 
 
 LOSSES = {"all": cross_entropy, "batch": batch_cross_entropy}
