@@ -566,7 +566,7 @@ def blamed(call: Call) -> set[str]:
             names.add(name)
     written = {name: t for name, t in strided.items() if name in call.operator.written}
     names |= {name for name, t in written.items() if not updatable(t)}
-    return names or sharing(call, written)
+    return names | sharing(call, written)
 
 
 def proper_seed(seed: Tensor, on_meta: bool) -> bool:
@@ -583,7 +583,12 @@ def sharing(call: Call, written: dict[str, Tensor]) -> set[str]:
         for name, t in call.tensors().items()
         if name != "seed" and updatable(t) and not (name == "d" and t.dtype != torch.float32)
     }
-    pairs = [(a, b) for a in written for b in in_place if a != b and overlap(in_place[a], in_place[b])]
+    pairs = [
+        (a, b)
+        for a in written.keys() & in_place.keys()
+        for b in in_place
+        if a != b and overlap(in_place[a], in_place[b])
+    ]
     return {name for pair in pairs for name in pair}
 
 
@@ -592,6 +597,8 @@ def reads_scores(arguments: Arguments) -> bool:
     if arguments.get("rule") == "bernoulli":
         return False
     temperature = arguments.get("temperature", 1.0)
+    if not isinstance(temperature, (int, float)):
+        return True  # the error may name either argument
     return temperature == 0 or temperature < 1e38
 
 
