@@ -27,6 +27,7 @@ def test_checker_finds_nothing(architecture, file, schedule):
         check(ops)
 
 
+@pytest.mark.slow  # a test of the comparisons, with builds of its own
 def test_compact_comparisons_cover_the_kernels(capsys):
     parts = []
     for architecture in build.ARCHITECTURES:
