@@ -122,7 +122,7 @@ def test_bad_input_is_named(changes, message):
 def test_interpreted_the_update_is_that_of_the_cpu_bit_for_bit():
     pytest.importorskip("triton", reason="Triton is not installed")
     result = in_a_process(
-        "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / "emulator" / "interpreted_update.py"),
+        "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(TESTS / "emulator" / "interpreted_update.py"),
         TRITON_INTERPRET="1",
     )  # fmt: skip
     print(result.stdout)
