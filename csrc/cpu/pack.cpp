@@ -64,8 +64,12 @@ void pack_window(const PackWindow& p, Range rows) {
   const float outside = __builtin_nanf(""), width = p.width;
   pack_rows(p.x, outside, p.K, p.bits, rows, [width](const float* block, bool&) { return window_of_64(block, width); });
   if (p.gate == nullptr) return;
-  for (int64_t row = rows.begin; row < rows.end; ++row)
-    for (int64_t word = 0; word < p.words; ++word) p.bits[row * p.words + word] &= p.gate[row * p.gate_stride + word];
+  const int64_t words = p.words;  // in a register: a word that is written might be p.words, for all the compiler knows
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    uint64_t* bits = p.bits + row * words;
+    const uint64_t* gate = p.gate + row * p.gate_stride;
+    for (int64_t word = 0; word < words; ++word) bits[word] &= gate[word];
+  }
 }
 
 void unpack_signs(const UnpackSigns& p, Range rows) {
