@@ -19,7 +19,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     table_: TableCode | None
     projection_: ProjectionCode | PatchCode
     moments_: SecondMoments
-    _discriminants: Discriminants
+    discriminants_: Discriminants
 
     def __init__(
         self,
@@ -173,11 +173,11 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     def _place(self, known: np.ndarray, kept: dict[int, int]) -> None:
         """Makes ``known`` the classes; ``kept`` numbers those of before that are kept, former classes stay last."""
-        old, former = self.classes_ if kept else known[:0], self._discriminants.former
+        old, former = self.classes_ if kept else known[:0], self.discriminants_.former
         places = {i: int(np.searchsorted(known, old[i])) for i in kept}
         places |= {len(old) + i: len(known) + i for i in range(former)}
         if len(known) != len(old):
-            self._discriminants.forget()
+            self.discriminants_.forget()
         self.moments_.place_classes(places, len(known) + former)
         self.classes_ = known
 
@@ -194,7 +194,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             sizes = (self.patch,) if isinstance(self.patch, int) else tuple(self.patch)
             self.projection_ = PatchCode(self.image_shape, units, sizes=sizes, seed=self.seed_, rate=self.rate)
         self.moments_ = SecondMoments(self.n_units_, pairs=self.readout == "ridge")
-        self._discriminants = Discriminants(self.moments_, self._prior(), self.penalty)
+        self.discriminants_ = Discriminants(self.moments_, self._prior(), self.penalty)
 
     def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
         """Has the ranges of the features include these, and carries the counts over."""
@@ -202,7 +202,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         units = self.table_.per_feature
         for j, (T, c) in self.table_.widen(low.astype(np.float64), high.astype(np.float64)).items():
             if self.moments_.total:
-                self._discriminants.forget()  # of other units
+                self.discriminants_.forget()  # of other units
                 self.moments_.transform(j * units, torch.from_numpy(T), torch.from_numpy(c))
 
     def merge(self, other: EngramClassifier) -> EngramClassifier:
@@ -215,7 +215,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         for name, ours, theirs in zip(_CODE_SETTINGS, self._code_settings(), other._code_settings(), strict=True):
             if ours != theirs:
                 raise ValueError(f"other: expected an estimator with {name} = {ours}, got {theirs}")
-        if self._discriminants.former or other._discriminants.former:
+        if self.discriminants_.former or other.discriminants_.former:
             raise ValueError("other: expected estimators that have not been told to forget a class, got one that has")
         if self.moments_.total + other.moments_.total > torch.iinfo(torch.int32).max:
             raise ValueError("other: expected at most 2**31 - 1 samples in all, since pairs are counted in 32 bits")
@@ -248,11 +248,11 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError("classes: expected at least one class to be left, got all of them")
         dropped = [i for i in range(len(self.classes_)) if i not in kept]
         order = kept + (dropped if self.moments_.blocks else [])
-        former = range(len(self.classes_), len(self.classes_) + self._discriminants.former)
+        former = range(len(self.classes_), len(self.classes_) + self.discriminants_.former)
         places = {before: after for after, before in enumerate([*order, *former])}
         self.moments_.place_classes(places, len(places))
-        self._discriminants.former = len(places) - len(kept)
-        self._discriminants.forget()
+        self.discriminants_.former = len(places) - len(kept)
+        self.discriminants_.forget()
         self.classes_ = self.classes_[kept]
         return self
 
@@ -298,15 +298,15 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     def _scores(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):
-            weight, bias = self._discriminants.discriminant()
+            weight, bias = self.discriminants_.discriminant()
             samples = self.moments_.samples[: len(self.classes_)].double()
             y = self._coded(X, lambda bits: _TEMPER * (code_product(bits, weight) + bias))
         return y + (samples / samples.sum()).log().numpy()
 
     def _novelty(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):
-            weight, bias = self._discriminants.discriminant()
-            typical = self._discriminants.typical()
+            weight, bias = self.discriminants_.discriminant()
+            typical = self.discriminants_.typical()
 
             def novelty(bits: Tensor) -> Tensor:
                 scores = code_product(bits, weight) + bias
@@ -347,15 +347,16 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     # ---- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything to one safetensors file: counts, ranges, the answer so far; the projection as its seed."""
+    def state_dict(self) -> dict[str, Tensor | str]:
+        """Everything that was learned, for ``torch.save``: tensors by name, and the rest as JSON in ``"state"``.
+
+        The tensors share memory with the estimator. The projection is kept as its seed.
+        """
         check_is_fitted(self, "moments_")
         tensors = {"counts": self.moments_.counts, "samples": self.moments_.samples}
         tensors |= {f"pairs.{i}": block for i, block in enumerate(self.moments_.blocks)}
         if self.table_ is not None:
             tensors |= {"low": torch.from_numpy(self.table_.low), "high": torch.from_numpy(self.table_.high)}
-        answer = self._discriminants.discriminant()
-        tensors |= {"weight": answer.weight, "bias": answer.bias}
         settings = self.get_params(deep=False)
         if not isinstance(settings["random_state"], int):
             settings["random_state"] = None  # the seed that was drawn is kept in any case
@@ -363,7 +364,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             "settings": settings,
             "classes": self.classes_.tolist(),
             "classes_dtype": self.classes_.dtype.str,
-            "former_classes": self._discriminants.former,
+            "former_classes": self.discriminants_.former,
             "n_features": self.n_features_in_,
             "feature_names": [str(name) for name in getattr(self, "feature_names_in_", [])],
             "n_units": self.n_units_,
@@ -375,8 +376,43 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"classes: expected text or numbers to save, got labels or settings of which {error}"
             ) from None
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "state": text}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        return {**tensors, "state": text}
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> EngramClassifier:
+        """The estimator that :meth:`state_dict` is of; its tensors are copied."""
+        state = json.loads(state_dict["state"])
+        settings = state["settings"]
+        for name in ("image_shape", "patch"):
+            if isinstance(settings[name], list):
+                settings[name] = tuple(settings[name])
+        model = cls(**settings)
+        model.n_features_in_ = state["n_features"]
+        if state["feature_names"]:
+            model.feature_names_in_ = np.array(state["feature_names"], dtype=object)
+        model._start(seed=state["seed"], n_units=state["n_units"])
+        if model.table_ is not None:
+            model.table_.low, model.table_.high = (state_dict[name].numpy().copy() for name in ("low", "high"))
+        model.classes_ = np.array(state["classes"], dtype=np.dtype(state["classes_dtype"]))
+        moments = model.moments_
+        moments.counts, moments.samples = state_dict["counts"].clone(), state_dict["samples"].clone()
+        moments.blocks = [state_dict[f"pairs.{i}"].clone() for i in range(len(moments.blocks))]
+        model.discriminants_.former = state["former_classes"]
+        return model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes :meth:`state_dict` and the answer so far to one safetensors file, without pickle.
+
+        Raises: OSError if it can't be written; ValueError for labels that are neither text nor numbers.
+        """
+        state = self.state_dict()
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "state": state.pop("state")}
+        answer = self.discriminants_.discriminant()
+        tensors = {**state, "weight": answer.weight, "bias": answer.bias}
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: can't be written ({error})") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EngramClassifier:
@@ -396,24 +432,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"{path}: expected a whole safetensors file, got a damaged or foreign one ({error})"
             ) from None
-        state = json.loads(metadata["state"])
-        settings = state["settings"]
-        for name in ("image_shape", "patch"):
-            if isinstance(settings[name], list):
-                settings[name] = tuple(settings[name])
-        model = cls(**settings)
-        model.n_features_in_ = state["n_features"]
-        if state["feature_names"]:
-            model.feature_names_in_ = np.array(state["feature_names"], dtype=object)
-        model._start(seed=state["seed"], n_units=state["n_units"])
-        if model.table_ is not None:
-            model.table_.low, model.table_.high = tensors["low"].numpy(), tensors["high"].numpy()
-        model.classes_ = np.array(state["classes"], dtype=np.dtype(state["classes_dtype"]))
-        moments = model.moments_
-        moments.counts, moments.samples = tensors["counts"], tensors["samples"]
-        moments.blocks = [tensors[f"pairs.{i}"] for i in range(len(moments.blocks))]
-        model._discriminants.former = state["former_classes"]
-        model._discriminants.recall(Discriminant(tensors["weight"], tensors["bias"]))
+        model = cls.from_state_dict({**tensors, "state": metadata["state"]})
+        model.discriminants_.recall(Discriminant(tensors["weight"], tensors["bias"]))
         return model
 
     # ---- checks

@@ -269,7 +269,7 @@ def test_conjugate_gradients_find_what_a_factor_gives(monkeypatch):
     X, y, X_test, _ = split()
     model = classifier().fit(X, y)
     direct = model.decision_function(X_test)
-    penalty = model._discriminants._start.penalty
+    penalty = model.discriminants_._start.penalty
     monkeypatch.setattr("engram_kernels.discriminants.DIRECT_UNITS", 0)
     found = classifier(penalty=penalty).fit(X, y).decision_function(X_test)
     assert np.abs(found - direct).max() < 0.01 * np.abs(direct).max()
