@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
 import math
 import operator
 import os
@@ -48,7 +47,6 @@ _FORMAT = "engram_kernels.EngramClassifier"
 _VERSION = 1
 _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _CODE_SETTINGS = ("n_features_in_", "n_units_", "seed_", "readout", "image_shape", "patch", "rate")
-_log = logging.getLogger("engram_kernels")
 
 
 class EngramClassifier(ClassifierMixin, BaseEstimator):
@@ -77,11 +75,13 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         rate: share of the units that fire, in (0, 1).
         penalty: of the discriminant's weights, as a share of the code's variance; None to choose it by generalised
             cross-validation, which needs nothing but the counts.
-        memory_budget: bytes that learning may take, or text such as "64MB"; chooses the units, see ``n_units_``.
+        memory_budget: bytes that learning may take, or text such as "64MB"; chooses the units, which ``n_units_`` has
+            after learning.
         reject: novelty above which :meth:`predict` gives ``reject_label``; None for never. See :meth:`novelty`.
         reject_label: what rejected samples are called.
         random_state: seed of the code. Only estimators of the same seed can be merged.
         n_jobs: threads, -1 for all processors, None for torch's number.
+        verbose: whether to print the units that ``memory_budget`` chooses.
 
     Attributes: ``classes_`` in order; ``n_units_`` bits of the code; ``n_features_in_``; ``feature_names_in_`` where
     the input has names; ``moments_`` the counts.
@@ -120,6 +120,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         reject_label: Any = -1,
         random_state: Any = 0,
         n_jobs: int | None = None,
+        verbose: bool = True,
     ) -> None:
         self.n_units = n_units
         self.readout = readout
@@ -132,6 +133,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         self.reject_label = reject_label
         self.random_state = random_state
         self.n_jobs = n_jobs
+        self.verbose = verbose
 
     # ---- learning
 
@@ -166,10 +168,12 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         with _threads(self.n_jobs):
             if self.table_ is not None:
                 self._widen(X.min(axis=0), X.max(axis=0))
-            numbers = torch.from_numpy(np.searchsorted(known, y))
-            for i in range(0, len(y), _BATCH):
-                self.moments_.add(self._encode(X[i : i + _BATCH]), numbers[i : i + _BATCH])
+            self._count(self.moments_, X, torch.from_numpy(np.searchsorted(known, y)))
         return self
+
+    def _count(self, moments: SecondMoments, X: np.ndarray, numbers: Tensor) -> None:
+        for i in range(0, len(X), _BATCH):
+            moments.add(self._encode(X[i : i + _BATCH]), numbers[i : i + _BATCH])
 
     def _place(self, known: np.ndarray, kept: dict[int, int]) -> None:
         """Makes ``known`` the classes; ``kept`` numbers those of before that are kept, former classes stay last."""
@@ -229,14 +233,16 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         self.moments_.add_all(more.moments_)
         return self
 
-    def forget(self, classes: Any) -> EngramClassifier:
+    def forget(self, classes: Any, X: Any = None, y: Any = None) -> EngramClassifier:
         """Forgets classes: they are no answers any more, and their counts are dropped.
 
-        With ``readout="prototype"`` on images or projections that is exact: as if they had never been seen. With
-        "ridge" pairs of units are counted over all classes together, so that what the classes told of the spread within
-        classes stays; and ranges of features that they widened stay wide.
+        With ``readout="prototype"`` that is exact: the counts are those of an estimator that never saw the classes.
+        With "ridge" pairs of units are counted over all classes together, and what the classes told of the spread within
+        classes stays, unless their samples are given once more as ``X`` and ``y``, in any order: then their pairs are
+        taken off, and forgetting is exact too. Ranges of features that the classes widened stay wide in any case.
 
-        Raises: ValueError for a class that is not known, or if none would be left.
+        Raises: ValueError for a class that is not known, if none would be left, or for samples that are not those that
+        were learned of the classes; nothing is forgotten then.
         """
         check_is_fitted(self, "moments_")
         gone = _labels("classes", np.atleast_1d(np.asarray(classes)))
@@ -247,7 +253,9 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         if not kept:
             raise ValueError("classes: expected at least one class to be left, got all of them")
         dropped = [i for i in range(len(self.classes_)) if i not in kept]
-        order = kept + (dropped if self.moments_.blocks else [])
+        if X is not None:
+            self._take_off(dropped, *self._validated(X, y, fresh=False))
+        order = kept + (dropped if self.moments_.blocks and X is None else [])
         former = range(len(self.classes_), len(self.classes_) + self.discriminants_.former)
         places = {before: after for after, before in enumerate([*order, *former])}
         self.moments_.place_classes(places, len(places))
@@ -255,6 +263,24 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         self.discriminants_.forget()
         self.classes_ = self.classes_[kept]
         return self
+
+    def _take_off(self, dropped: list[int], X: np.ndarray, y: np.ndarray) -> None:
+        """Takes the counts of classes off, which are those of X and y."""
+        strangers = [label for label in _labels("y", y).tolist() if label not in self.classes_[dropped].tolist()]
+        if strangers:
+            raise ValueError(f"y: expected labels of the classes to forget alone, got {strangers[0]!r}")
+        moments = self.moments_
+        theirs = SecondMoments(self.n_units_, pairs=bool(moments.blocks))
+        theirs.place_classes({}, len(moments.samples))
+        with _threads(self.n_jobs):
+            self._count(theirs, X, torch.from_numpy(np.searchsorted(self.classes_, y)))
+        for i in dropped:
+            if not torch.equal(theirs.counts[i], moments.counts[i]) or theirs.samples[i] != moments.samples[i]:
+                raise ValueError(
+                    f"X: expected the {int(moments.samples[i])} samples that were learned of class "
+                    f"{self.classes_.tolist()[i]!r}, got {int(theirs.samples[i])}, or others"
+                )
+        moments.subtract_all(theirs)
 
     # ---- asking
 
@@ -347,7 +373,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     # ---- files
 
-    def state_dict(self) -> dict[str, Tensor | str]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that was learned, for ``torch.save``: tensors by name, and the rest as JSON in ``"state"``.
 
         The tensors share memory with the estimator. The projection is kept as its seed.
@@ -405,10 +431,10 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
         Raises: OSError if it can't be written; ValueError for labels that are neither text nor numbers.
         """
-        state = self.state_dict()
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "state": state.pop("state")}
+        tensors = self.state_dict()
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "state": tensors.pop("state")}
         answer = self.discriminants_.discriminant()
-        tensors = {**state, "weight": answer.weight, "bias": answer.bias}
+        tensors |= {"weight": answer.weight, "bias": answer.bias}
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
         except SafetensorError as error:
@@ -475,7 +501,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         for step in (2**k * 128 for k in range(12, -1, -1)):
             if learning_bytes(width + step, pairs=pairs) <= budget:
                 width += step
-        _log.info("memory_budget: %d bytes allow %d units", budget, width)
+        if self.verbose:
+            print(f"memory_budget: {budget} bytes allow {width} units")
         return width
 
     def _validated(self, X: Any, y: Any, fresh: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -77,8 +77,8 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "file", metavar="FILE",
-        help=".npz (its array x, or x_test, or the only one), .npy, .csv (a sample a line, no label), or an IDX file of "
-        "bytes; samples as the model was trained on, neither permuted nor rotated",
+        help=".npz (its array x, or x_test, or the only one), .npy, .csv (a sample a line, no label), or an IDX file; "
+        "samples like those of training, neither permuted nor rotated",
     )  # fmt: skip
     parser.add_argument("--out", metavar="PATH", default=argparse.SUPPRESS, help="write the labels there instead")
     parser.add_argument(

@@ -35,6 +35,7 @@ class TrainedModel:
         """Reads ``model.pt``, or a run's ``checkpoint.pt``, whose model has learned the tasks so far.
 
         Nothing in the file is unpickled but tensors and plain values.
+
         Raises:
             DamagedFileError: the file is none of these, or damaged.
             OSError: it can't be read.

@@ -175,13 +175,13 @@ def config_of(options: Mapping[str, Any]) -> MethodConfig:
     Raises: ValueError for a method or a value that there is not; KeyError for one that is missing.
     """
     kind = type(preset_of(options["method"]).config)
-    values = {}
+    read: dict[str, Any] = {}
     for name, stated in parameters_of(kind).items():
         value = options[name]
         several = value if isinstance(value, list) else [value]
-        read = [float(one) if isinstance(one, str) and stated.kind is float else one for one in several]
-        values[name] = tuple(read) if isinstance(value, list) else read[0]
-    return kind(**values)
+        numbers = [float(one) if isinstance(one, str) and stated.kind is float else one for one in several]
+        read[name] = tuple(numbers) if isinstance(value, list) else numbers[0]
+    return kind(**read)
 
 
 def method_config(

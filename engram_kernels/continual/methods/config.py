@@ -117,8 +117,9 @@ class BinaryConfig(GradientConfig):
         at_least=0,
     )  # fmt: skip
     readout: str = parameter(
-        "read-out: dendritic segments, counted prototypes, ridge regression; of engram also a binary output layer", "linear",
-        choices=READOUTS, group=READOUT_GROUP,
+        "read-out of engram: a binary output layer, dendritic segments, counted prototypes, ridge regression; of "
+        "classifier: counted moments of pairs (ridge) or means alone (prototype)",
+        "linear", choices=READOUTS, group=READOUT_GROUP,
     )  # fmt: skip
     segments: int = parameter(**_SEGMENTS)
     top_segments: int = parameter(**_TOP_SEGMENTS)
