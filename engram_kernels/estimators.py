@@ -236,10 +236,10 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     def forget(self, classes: Any, X: Any = None, y: Any = None) -> EngramClassifier:
         """Forgets classes: they are no answers any more, and their counts are dropped.
 
-        With ``readout="prototype"`` that is exact: the counts are those of an estimator that never saw the classes.
-        With "ridge" pairs of units are counted over all classes together, and what the classes told of the spread within
-        classes stays, unless their samples are given once more as ``X`` and ``y``, in any order: then their pairs are
-        taken off, and forgetting is exact too. Ranges of features that the classes widened stay wide in any case.
+        With ``readout="prototype"`` the counts are then those of an estimator that never saw the classes. With "ridge"
+        pairs of units are counted over all classes together, so that the classes' pairs stay, unless their samples are
+        given once more as ``X`` and ``y``, in any order: then the pairs are taken off, and the counts are exact too.
+        Ranges of features that the classes widened stay wide in any case.
 
         Raises: ValueError for a class that is not known, if none would be left, or for samples that are not those that
         were learned of the classes; nothing is forgotten then.

@@ -133,8 +133,8 @@ class Experience(Samples):
     ``Dataset.classes``) that occur in it. Images are standardised per sample; of a table, whose features have units of
     their own, ``offset`` and ``scale`` (features,) say how each is scaled before the transform
     (`engram_kernels.InputEncoding`), which its inputs then code. With ``encoded`` False `samples`
-    gives the features themselves, uint8 or float32. ``sample_shape`` is that of a sample in the data set, () where a
-    permutation has undone it.
+    gives the features themselves, uint8 or float32. ``sample_shape`` is then that of a sample in the
+    data set, () where a permutation has undone it.
 
     All this is done on the minibatch: no task ever has a copy of the data.
     """
@@ -517,12 +517,9 @@ def make_scenario(
     shape = datasets[0].sample_shape
     for other in datasets[1:]:
         shape = common_shape(shape, other.sample_shape) or (scenario.features,)
-    return _with_streams(
-        scenario,
-        lambda experience: replace(
-            experience, encoded=False, sample_shape=() if isinstance(experience.transform, Permutation) else shape
-        ),
-    )
+    if any(isinstance(experience.transform, Permutation) for experience in scenario.train_stream):
+        shape = ()  # of all tasks, the first too: the code of what was learned can't change with a later one
+    return _with_streams(scenario, lambda experience: replace(experience, encoded=False, sample_shape=shape))
 
 
 def _scaled(scenario: Scenario) -> Scenario:
