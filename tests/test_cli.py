@@ -386,8 +386,8 @@ cli.main(sys.argv[1:])
         ["--method", "mbnn", "--fuse-backward", "--state-dtype", "int8"],
         ["--readout", "dendritic", "--segments", "3"],
         ["--readout", "dendritic", "--segments", "3", "--train-hidden", "--loss", "batch", "--temperature", "1"],
-        ["--readout", "prototype"],
-        ["--readout", "ridge"],
+        ["--readout", "prototype", "--batch-size", "5"],  # one pass
+        ["--readout", "ridge", "--batch-size", "5"],  # one pass
     ],
     ids=" ".join,
 )
