@@ -145,8 +145,9 @@ def _check_metrics(metrics: dict[str, Any]) -> None:
 
 
 def result_of(metrics: dict[str, Any]) -> TrainingResult:
-    """The result that :func:`metrics_of` was given."""
-    values = {field.name: metrics[field.name] for field in dataclasses.fields(TrainingResult)}
+    """The result that :func:`metrics_of` was given, but for its ``data``, which are the saved model's."""
+    names = [field.name for field in dataclasses.fields(TrainingResult) if field.name != "data"]
+    values = {name: metrics[name] for name in names}
     if values["step_milliseconds"] is None:
         values["step_milliseconds"] = math.nan
     return TrainingResult(**values)
