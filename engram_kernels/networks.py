@@ -24,7 +24,8 @@ class EngramMLP(nn.Module):
     """Fully connected binary network: input encoding, binary hidden layers, an engram and a read-out.
 
     ``z_1 = norm(encode(x) s(W_1)^T)`` and ``z_i = norm((g_i * s(z_{i-1})) s(W_i)^T)`` in the hidden layers; ``norm``
-    standardises each sample over its units (:class:`ExactLayerNorm`), so that no statistics of a batch are used or kept. The read-out makes scores of the last z; a linear one ``logit_scale (g * s(z)) s(W)^T / sqrt(recruited)``.
+    standardises each sample over its units (:class:`ExactLayerNorm`), so that no statistics of a batch are used or
+    kept. The read-out makes scores of the last z; a linear one ``logit_scale (g * s(z)) s(W)^T / sqrt(recruited)``.
 
     As it comes, it learns new classes without forgetting the old ones: a fixed random hidden layer, an engram of the
     tenth of its units that are most excited, and a dendritic read-out. The paper's network (arXiv 2503.21436) is

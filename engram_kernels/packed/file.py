@@ -20,7 +20,8 @@ VERSION = 1
 
 def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
     """Writes a model in one step: a reader finds the file before or the file after."""
-    tensors, layers = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    layers = []
     for i, layer in enumerate(model.layers):
         assert isinstance(layer, PackedLayer)
         layers.append(layer.described())

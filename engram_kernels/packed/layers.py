@@ -21,8 +21,7 @@ from ..readouts import PrototypeReadout, RidgeReadout, regression_scores, segmen
 from ..reference import words_for
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-_EXACT_IN_FLOAT32 = 1 << 24
+Fields = dict[str, Callable[[Any], bool]]
 
 
 class State(NamedTuple):
@@ -50,7 +49,7 @@ class PackedLayer(nn.Module):
     """
 
     kind: ClassVar[str]
-    fields: ClassVar[dict[str, Callable[[Any], bool]]]
+    fields: ClassVar[Fields]
     optional: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, where: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -133,7 +132,7 @@ class Encode(PackedLayer):
     """`InputEncoding` in evaluation mode."""
 
     kind = "encode"
-    fields = {"features": _size, "inputs": _size}
+    fields: ClassVar[Fields] = {"features": _size, "inputs": _size}
     features: int
     inputs: int
     mean: Tensor
@@ -167,7 +166,7 @@ class Product(PackedLayer):
     """The product with a sign matrix: of signs, or of a real-valued input."""
 
     kind = "product"
-    fields = {"inputs": _size, "outputs": _size, "real": lambda value: isinstance(value, bool)}
+    fields: ClassVar[Fields] = {"inputs": _size, "outputs": _size, "real": lambda value: isinstance(value, bool)}
     inputs: int
     outputs: int
     real: bool
@@ -196,12 +195,14 @@ class Sign(PackedLayer):
     """Signs of values: by a threshold a unit, or by the mean of the sample."""
 
     kind = "sign"
-    fields = {"units": _size, "by": _one_of("threshold", "mean")}
+    fields: ClassVar[Fields] = {"units": _size, "by": _one_of("threshold", "mean")}
     optional = frozenset({"threshold", "flip"})
     units: int
     by: str
     threshold: Tensor | None
     flip: Tensor | None
+    flipped: Tensor
+    whole_threshold: Tensor
 
     def __init__(self, where: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         # int32, or float32 where values may be
@@ -241,6 +242,7 @@ class Sign(PackedLayer):
             reached = reaches_mean(y)
         else:
             threshold = self.threshold if y.dtype.is_floating_point else self.whole_threshold
+            assert threshold is not None
             reached = (y >= threshold) != self.flipped
         signs = torch.where(reached, 1.0, -1.0)
         if y.dtype.is_floating_point:
@@ -252,7 +254,9 @@ class Recruit(PackedLayer):
     """The most excited units: `StochasticEngram` in evaluation mode."""
 
     kind = "recruit"
-    fields = {"units": _size, "recruited": _size, "score": _one_of("value", "magnitude", "standardised", "distance")}
+    fields: ClassVar[Fields] = {
+        "units": _size, "recruited": _size, "score": _one_of("value", "magnitude", "standardised", "distance"),
+    }  # fmt: skip
     units: int
     recruited: int
     score: str
@@ -301,7 +305,7 @@ class Gate(PackedLayer):
     """One gate for all samples."""
 
     kind = "gate"
-    fields = {"units": _size}
+    fields: ClassVar[Fields] = {"units": _size}
     units: int
     gate: Tensor
 
@@ -323,7 +327,10 @@ class Affine(PackedLayer):
     """Values as float32, times factors, then scaled and shifted unit by unit."""
 
     kind = "affine"
-    fields = {"units": _size, "factors": lambda value: isinstance(value, list) and all(map(_finite, value))}
+    fields: ClassVar[Fields] = {
+        "units": _size,
+        "factors": lambda value: isinstance(value, list) and all(map(_finite, value)),
+    }
     optional = frozenset({"scale", "shift"})
     units: int
     factors: list[float]
@@ -393,7 +400,7 @@ class Dendritic(_Readout):
     """`DendriticReadout`."""
 
     kind = "dendritic"
-    fields = {
+    fields: ClassVar[Fields] = {
         "inputs": _size, "classes": _size, "segments": _size, "top_segments": _size, "recruited": _size,
         "rate": _finite,
     }  # fmt: skip
@@ -401,6 +408,7 @@ class Dendritic(_Readout):
     top_segments: int
     rate: float
     weight: Tensor
+    mean_product: Tensor
 
     def layout(self) -> Layout:
         """The signs of all segments."""
@@ -425,9 +433,12 @@ class Prototype(_Readout):
     """`PrototypeReadout`, by its counts."""
 
     kind = "prototype"
-    fields = {"inputs": _size, "classes": _size, "recruited": _size}
+    fields: ClassVar[Fields] = {"inputs": _size, "classes": _size, "recruited": _size}
     counts: Tensor
     samples: Tensor
+    prototype_bits: Tensor
+    offset: Tensor
+    _counted: PrototypeReadout
 
     def layout(self) -> Layout:
         """The counts."""
@@ -438,22 +449,22 @@ class Prototype(_Readout):
         """Derives the prototypes."""
         readout = PrototypeReadout(self.inputs, self.classes, engram=self._engram())
         readout.counts, readout.samples = self.counts.long(), self.samples
-        object.__setattr__(self, "_readout", readout)  # no module of this one: its buffers are those of the file
+        object.__setattr__(self, "_counted", readout)  # no module of this one: its buffers are those of the file
         self._derive()
 
     def _derive(self) -> None:
-        bits, offset = self._readout.prototypes()
+        bits, offset = self._counted.prototypes()
         self.register_buffer("prototype_bits", bits, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
 
     def scores(self, gate: Tensor) -> Tensor:
         """As `PrototypeReadout`."""
-        return self._readout.engram_scores(gate, self.prototype_bits, self.offset)
+        return self._counted.engram_scores(gate, self.prototype_bits, self.offset)
 
     def observe(self, gate: Tensor, y: Tensor) -> None:
         """Counts."""
-        self._readout.observe_engrams(gate, y)
-        self.counts = self._readout.counts.int()
+        self._counted.observe_engrams(gate, y)
+        self.counts = self._counted.counts.int()
         self._derive()
 
 
@@ -461,7 +472,7 @@ class Ridge(_Readout):
     """`RidgeReadout`: a solution, and to go on learning its moments."""
 
     kind = "ridge"
-    fields = {"inputs": _size, "classes": _size, "recruited": _size, "penalty": _finite}
+    fields: ClassVar[Fields] = {"inputs": _size, "classes": _size, "recruited": _size, "penalty": _finite}
     optional = frozenset({"counts", "gram"})
     penalty: float
     weight: Tensor

@@ -15,8 +15,8 @@ from .layers import Encode, Flow, PackedLayer, Product, State, _Readout
 class PackedModel(nn.Module):
     """A network for evaluation that holds signs, thresholds and settings, and no hidden weights.
 
-    :func:`~engram_kernels.pack` makes it of a trained network, :func:`~engram_kernels.load_packed` reads it from a file.
-    Its scores are those of that network in evaluation mode.
+    :func:`~engram_kernels.pack` makes it of a trained network, :func:`~engram_kernels.load_packed` reads its file. Its
+    scores are those of that network in evaluation mode.
 
     Attributes: ``features``, of a sample; ``classes``; ``labels``, a list of the labels of the classes, or None;
     ``settings``, what the writer told of the model; ``layers``.

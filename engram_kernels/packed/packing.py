@@ -76,13 +76,19 @@ def pack(
 
 class _Step(NamedTuple):
     name: str
-    module: nn.Module | _Factor | _Norm
+    module: nn.Module | _Factor | _Bias | _Norm
 
 
 class _Factor(NamedTuple):
     """A factor of all values, above 0."""
 
     value: float
+
+
+class _Bias(NamedTuple):
+    """A bias of each unit."""
+
+    value: Tensor
 
 
 class _Norm(NamedTuple):
@@ -190,7 +196,7 @@ class _Packer:
     def _add_readout(self, name: str, readout: DendriticReadout | PrototypeReadout | RidgeReadout) -> None:
         k = readout.in_features
         self._emit_gate(name, readout.engram, k)
-        fields = {"inputs": k, "classes": readout.num_classes, "recruited": readout.engram.recruited(k)}
+        fields: dict[str, Any] = {"inputs": k, "classes": readout.num_classes, "recruited": readout.engram.recruited(k)}
         if isinstance(readout, DendriticReadout):
             fields |= {"segments": readout.segments, "top_segments": readout.top_segments, "rate": readout.rate}
             self._emit("dendritic", fields, weight=readout.signed_weight()[1])
@@ -212,9 +218,8 @@ class _Packer:
             first = norms[0]
             for step in self._between[first + 1 :]:
                 if not isinstance(step.module, (_Factor, nn.Hardtanh)):
-                    raise ValueError(
-                        f"{step.name}: expected a binary layer or a read-out after a LayerNorm, got {_kind(step.module)}"
-                    )
+                    got = _kind(step.module)
+                    raise ValueError(f"{step.name}: expected a binary layer or a read-out after a LayerNorm, got {got}")
             if any(not isinstance(step.module, _Factor) for step in self._between[:first]):
                 self._emit_affine(self._between[:first])
             self._between = self._between[first:]
@@ -303,12 +308,6 @@ class _Packer:
         where = f"layer {len(self._layers)}"
         own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         self._layers.append(KINDS[kind](where, fields, own))
-
-
-class _Bias(NamedTuple):
-    """A bias of each unit."""
-
-    value: Tensor
 
 
 def _kind(module: Any) -> str:
