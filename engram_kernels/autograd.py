@@ -306,7 +306,7 @@ class CodeProduct(_Function):
 
 
 def _save_bits(ctx, inputs, output):
-    _, w_bits, ctx.k = inputs
+    _, w_bits, ctx.k, *_ = inputs
     ctx.save_for_backward(w_bits)
 
 
@@ -315,7 +315,7 @@ def _sign_matmul_backward(ctx, grad):
 
 
 def _sign_matmul_t_backward(ctx, grad):
-    return ops.sign_matmul(grad, ctx.saved_tensors[0], ctx.k), None, None
+    return ops.sign_matmul(grad, ctx.saved_tensors[0], ctx.k), None, None, None
 
 
 torch.library.register_autograd("engram_kernels::sign_matmul", _sign_matmul_backward, setup_context=_save_bits)

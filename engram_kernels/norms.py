@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .autograd import Standardisation
@@ -46,11 +45,3 @@ def standardise(y: Tensor, eps: float = 1e-5) -> Tensor:
     """`ExactLayerNorm` as a function of floats (M, N)."""
     z: Tensor = Standardisation.apply(y, eps)[0]
     return z
-
-
-def reaches_mean(y: Tensor) -> Tensor:
-    """Where the sign after an `ExactLayerNorm` is +1: int32 or floats (M, N) -> bool (M, N)."""
-    if y.dtype.is_floating_point:
-        return standardise(y) >= 0
-    wide = y.to(torch.int64)
-    return wide * y.shape[1] >= wide.sum(dim=1, keepdim=True)

@@ -1,4 +1,5 @@
-// What a packed network makes of the integers of a product. On the CPU; on CUDA ops.py composes it of torch's operators.
+// What a packed network makes of the integers of a product. On the CPU; on CUDA ops.py composes it of torch's
+// operators.
 #include <torch/csrc/stable/library.h>
 
 #include "bindings/tensors.h"
@@ -35,9 +36,9 @@ Tensor value_signs(const Tensor& y, std::optional<Tensor> threshold, std::option
   if (flip) flips = as_contiguous(*flip);
   Tensor bits = new_tensor({M, words_for(N)}, ScalarType::Long, place);
   TorchRuntime rt;
-  cpu::value_signs(rt.get(), {integers(in), thresholds ? integers(*thresholds) : nullptr,
-                              flips ? static_cast<const uint8_t*>(flips->const_data_ptr()) : nullptr, M, N,
-                              data<uint64_t>(bits)});
+  cpu::value_signs(
+      rt.get(), {integers(in), thresholds ? integers(*thresholds) : nullptr,
+                 flips ? static_cast<const uint8_t*>(flips->const_data_ptr()) : nullptr, M, N, data<uint64_t>(bits)});
   return bits;
 }
 

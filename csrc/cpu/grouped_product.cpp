@@ -23,9 +23,9 @@ namespace engram::cpu::ENGRAM_ISA {
 namespace {
 
 constexpr int kSamples = 2;
-constexpr int kAtOnce = 5;                 // groups
-constexpr int64_t kVectors = 64;           // of outputs, whose sums stay in the first-level cache
-constexpr int64_t kPending = 40;           // groups gathered before they are added: a multiple of kAtOnce
+constexpr int kAtOnce = 5;        // groups
+constexpr int64_t kVectors = 64;  // of outputs, whose sums stay in the first-level cache
+constexpr int64_t kPending = 40;  // groups gathered before they are added: a multiple of kAtOnce
 constexpr int32_t kLargestSum = UINT16_MAX;
 
 // The numbers of a group as bytes of a word, 0 beyond the row.

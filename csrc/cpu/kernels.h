@@ -136,8 +136,8 @@ struct MetaplasticAdam {
 
 struct Kernels {
   const char* isa;
-  int64_t panel;       // rows of w that binary_matmul works on together
-  int64_t gate_parts;  // words into which it wants each word of a gate split
+  int64_t panel;                                          // rows of w that binary_matmul works on together
+  int64_t gate_parts;                                     // words into which it wants each word of a gate split
   void (*grouped_product)(const GroupedProduct&, Block);  // null where sign_product is the faster
 #define ENGRAM_POINTER(Result, name, Arguments, Part) Result (*name)(const Arguments&, Part);
   ENGRAM_CPU_KERNELS(ENGRAM_POINTER)

@@ -17,7 +17,8 @@ constexpr decltype(Kernels::grouped_product) kGroupedProduct = nullptr;
 
 #define ENGRAM_ENTRY(Result, name, Arguments, Part) name,
 extern const Kernels kernels;
-const Kernels kernels = {ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes, kGateParts, kGroupedProduct, ENGRAM_CPU_KERNELS(ENGRAM_ENTRY)};
+const Kernels kernels = {ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes, kGateParts, kGroupedProduct,
+                         ENGRAM_CPU_KERNELS(ENGRAM_ENTRY)};
 #undef ENGRAM_ENTRY
 
 }  // namespace engram::cpu::ENGRAM_ISA

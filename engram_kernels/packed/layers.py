@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..encoding import as_inputs, inputs_of
 from ..engrams import StochasticEngram
-from ..norms import reaches_mean, standardise
+from ..norms import standardise
 from ..readouts import PrototypeReadout, RidgeReadout, regression_scores, segment_scores
-from ..reference import words_for
+from ..reference import group_signs, top_units, words_for
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Fields = dict[str, Callable[[Any], bool]]
@@ -171,10 +171,16 @@ class Product(PackedLayer):
     outputs: int
     real: bool
     weight: Tensor
+    groups: Tensor | None
 
     def layout(self) -> Layout:
         """The signs."""
         return {"weight": (torch.int64, (self.outputs, words_for(self.inputs)))}
+
+    def check(self) -> None:
+        """Lays the signs out for products with uint8."""
+        groups = group_signs(self.weight, self.inputs) if self.real else None
+        self.register_buffer("groups", groups, persistent=False)
 
     def flow(self, before: Flow) -> Flow:
         """Of signs, or the first."""
@@ -186,7 +192,7 @@ class Product(PackedLayer):
     def forward(self, state: State) -> State:
         """int32 (M, N), or float32 where the input is float32."""
         if self.real:
-            return State(ops.sign_matmul_t(state.y, self.weight, self.inputs))
+            return State(ops.sign_matmul_t(state.y, self.weight, self.inputs, self.groups))
         assert state.bits is not None
         return State(ops.binary_matmul(state.bits, self.weight, self.inputs, state.gate))
 
@@ -238,16 +244,15 @@ class Sign(PackedLayer):
     def forward(self, state: State) -> State:
         """The same values, with their signs."""
         y = state.y
+        if y.dtype == torch.int32:
+            if self.by == "mean":
+                return state._replace(bits=ops.value_signs(y))
+            return state._replace(bits=ops.value_signs(y, self.whole_threshold, self.flipped))
         if self.by == "mean":
-            reached = reaches_mean(y)
-        else:
-            threshold = self.threshold if y.dtype.is_floating_point else self.whole_threshold
-            assert threshold is not None
-            reached = (y >= threshold) != self.flipped
-        signs = torch.where(reached, 1.0, -1.0)
-        if y.dtype.is_floating_point:
-            signs = torch.where(y.isnan(), y, signs)  # which packing refuses
-        return state._replace(bits=ops.pack_signs(signs))
+            return state._replace(bits=ops.pack_signs(standardise(y)))
+        assert self.threshold is not None
+        signs = torch.where((y >= self.threshold) != self.flipped, 1.0, -1.0)
+        return state._replace(bits=ops.pack_signs(torch.where(y.isnan(), y, signs)))  # which packing refuses
 
 
 class Recruit(PackedLayer):
@@ -274,31 +279,26 @@ class Recruit(PackedLayer):
     def forward(self, state: State) -> State:
         """The same values, with their gate."""
         y = state.y
-        if y.dtype == torch.uint8:
-            y = y.int()
-        if y.dtype.is_floating_point:
-            if self.score in ("standardised", "distance"):
-                y = standardise(y)  # rounded as in training, where close values become equal ones
+        whole = not y.dtype.is_floating_point
+        if self.score in ("standardised", "distance") and not whole:
+            y = standardise(y)  # rounded as in training, where close values become equal ones
         elif self.score == "distance":
             y = _from_mean(y.to(torch.int64))
         if self.score in ("magnitude", "distance"):
             y = y.abs()
         if y.dtype == torch.int64:
-            return state._replace(gate=_largest(y, self.recruited))
-        seed = torch.zeros(2, dtype=torch.int64)
-        rate = self.recruited / self.units
-        return state._replace(gate=ops.sample_engram(y.float(), seed, rate, temperature=0.0))
+            gate = top_units(y, self.recruited)
+        elif whole:
+            gate = ops.top_units(y.int(), self.recruited)
+        else:
+            seed = torch.zeros(2, dtype=torch.int64)
+            gate = ops.sample_engram(y, seed, self.recruited / self.units, temperature=0.0)
+        return state._replace(gate=gate)
 
 
 def _from_mean(y: Tensor) -> Tensor:
     """How far integers, int64 (M, N), lie from their mean, times N."""
     return y * y.shape[1] - y.sum(1, keepdim=True)
-
-
-def _largest(key: Tensor, count: int) -> Tensor:
-    """The gate of the largest keys (M, N), equal ones by the lower number first."""
-    order = key.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return ops.pack_signs(torch.full(key.shape, -1.0, device=key.device).scatter_(1, order, 1.0))
 
 
 class Gate(PackedLayer):

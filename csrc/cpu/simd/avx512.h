@@ -166,8 +166,7 @@ template <typename Threshold>
 ENGRAM_INLINE uint64_t at_least_64(const int32_t* y, const Threshold& threshold) {
   uint64_t word = 0;
   for (int g = 0; g < 4; ++g) {
-    const __mmask16 reached =
-        _mm512_cmpge_epi32_mask(_mm512_loadu_si512(y + 16 * g), thresholds_of(threshold, 16 * g));
+    const __mmask16 reached = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(y + 16 * g), thresholds_of(threshold, 16 * g));
     word |= static_cast<uint64_t>(reached) << (16 * g);
   }
   return word;
