@@ -176,7 +176,27 @@ def sign_matmul(draw: Draw) -> dict[str, Any]:
 def sign_matmul_t(draw: Draw) -> dict[str, Any]:
     m, n, k = draw.sizes(3)
     x = draw.integers(0, 256, m, k).to(torch.uint8) if draw.chance(0.4) else draw.floats(m, k)
-    return {"x": x, "w_bits": draw.words(n, k), "k": k}
+    w_bits = draw.words(n, k)
+    return {
+        "x": x,
+        "w_bits": w_bits,
+        "k": k,
+        "w_groups": reference.group_signs(w_bits, k) if draw.chance(0.5) else None,
+    }
+
+
+def value_signs(draw: Draw) -> dict[str, Any]:
+    m, n = draw.sizes()
+    width = draw.choice([2, 1000, 2**31])
+    threshold = draw.integers(-width, width, n).int() if draw.chance(0.7) else None
+    flip = draw.uniform_of(n) < 0.5 if threshold is not None and draw.chance(0.7) else None
+    return {"y": draw.integers(-width, width, m, n).int(), "threshold": threshold, "flip": flip}
+
+
+def top_units(draw: Draw) -> dict[str, Any]:
+    m, k = draw.sizes()
+    width = draw.choice([2, 1000, 2**31])
+    return {"y": draw.integers(-width, width, m, k).int(), "count": draw.randint(1, k)}
 
 
 def gated_input_grad(draw: Draw) -> dict[str, Any]:
@@ -512,7 +532,11 @@ def shapes_agree(call: Call) -> bool:
                 sizes["K"] = t.shape[-1]
                 break
     if "K" in sizes:
-        sizes |= {"words": words_for(sizes["K"]), "blocks": -(-sizes["K"] // SCALE_BLOCK)}
+        groups = -(-sizes["K"] // reference._GROUP)
+        sizes |= {"words": words_for(sizes["K"]), "blocks": -(-sizes["K"] // SCALE_BLOCK), "groups": groups}
+    w_bits = call.arguments.get("w_bits")
+    if isinstance(w_bits, Tensor) and w_bits.dim() == 2:
+        sizes["outputs"] = w_bits.shape[0] + -w_bits.shape[0] % reference._GROUPED_ROWS
 
     def fits(t: Tensor, shape: str) -> bool:
         symbols = shape.split()
@@ -891,9 +915,23 @@ OPERATORS = {
     "sign_matmul": Operator(sign_matmul, {"a": TensorRule("M N"), "w_bits": W_BITS}, check_sign_matmul),
     "sign_matmul_t": Operator(
         sign_matmul_t,
-        {"x": TensorRule("M K", either(*FLOATS, torch.uint8)), "w_bits": W_BITS},
+        {
+            "x": TensorRule("M K", either(*FLOATS, torch.uint8)),
+            "w_bits": W_BITS,
+            "w_groups": TensorRule("groups outputs", either(torch.int16), optional=always),
+        },
         check_sign_matmul_t,
     ),
+    "value_signs": Operator(
+        value_signs,
+        {
+            "y": TensorRule("M K", either(torch.int32)),
+            "threshold": TensorRule("K", either(torch.int32), optional=lambda a: a["flip"] is None),
+            "flip": TensorRule("K", either(torch.bool), optional=always, allowed=lambda a: a["threshold"] is not None),
+        },
+        check_exact,
+    ),
+    "top_units": Operator(top_units, {"y": TensorRule("M K", either(torch.int32))}, check_exact),
     "gated_input_grad": Operator(
         gated_input_grad,
         {"d": TensorRule("M N"), "w_bits": W_BITS, "x": TensorRule("M K"), "gate_bits": GATE},
