@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import io
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 
 from ..continual import folders, plots, report, training
 from ..continual.checkpoint import Checkpoint
-from ..continual.files import DamagedFileError, sweep, write_atomically
+from ..continual.files import DamagedFileError, replacing, sweep
 from ..continual.memory import MemoryMeter
 from ..continual.methods import ENOUGH_STEPS, METHODS, Method, steps_of
 from ..continual.progress import NoProgress, default_progress
@@ -20,8 +20,6 @@ from ..continual.streams import terminal_width
 from ..continual.training import TrainingResult
 from .console import EXIT_FAILURES, EXIT_INTERRUPTED, PROGRAM, Parser, message_of, one_line, print_error, warn
 from .options import Plan, add_training_options, plan_of
-
-MODEL_FILE = "model.pt"
 
 _WAIT_SECONDS = 30.0  # for a run of a comparison that was killed to leave its folder to the one that goes on with it
 
@@ -39,7 +37,8 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
         "--method", choices=tuple(METHODS), default="engram",
-        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; the others: full precision",
+        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; classifier: counted, binary; "
+        "the others: full precision",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, engrams, sample order and tasks")
     group.add_argument(
@@ -204,7 +203,7 @@ class _Training(NamedTuple):
         )
         metrics = report.metrics_of(result, config, chance=plan.chance)
         self._print(result)
-        unsaved = self._save(method, folder / MODEL_FILE, metrics) if self.options.save_model else None
+        unsaved = self._save(method, folder, metrics, result.data) if self.options.save_model else None
         print(f"wrote {report.write_metrics(folder, metrics)}")
         self._draw(folder, metrics)
         if unsaved is not None:  # the checkpoint stays, so that --resume comes back to it
@@ -213,15 +212,15 @@ class _Training(NamedTuple):
             checkpoint.remove()
         return result
 
-    def _save(self, method: Method, path: Path, metrics: dict[str, Any]) -> OSError | None:
-        """Writes the weights; an error is raised later, since the numbers are worth more."""
-        buffer = io.BytesIO()
-        torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
+    def _save(self, method: Method, folder: Path, metrics: dict[str, Any], data: dict[str, Any]) -> OSError | None:
+        """Writes the model; an error is raised later, since the numbers are worth more."""
+        path = folder / method.config.model_file
         try:
-            write_atomically(path, buffer.getvalue())
+            with replacing(path) as partial:
+                method.save_model(partial, metrics["config"], data)
         except OSError as error:
             return error
-        print(f"wrote {path}")
+        print(f"wrote {path}, the model: {PROGRAM} predict {shlex.quote(str(path))} FILE")
         return None
 
     def _print(self, result: TrainingResult) -> None:
@@ -251,7 +250,7 @@ def _complete(plan: Plan, seed: int, options: argparse.Namespace) -> dict[str, A
     metrics = report.read_metrics(folder)
     if metrics is None or not metrics["completed"]:
         return None
-    if options.save_model and not (folder / MODEL_FILE).exists():
+    if options.save_model and not (folder / plan.method_config.model_file).exists():
         raise ValueError(
             f"save_model: {folder} is complete and its model was not saved; without --resume training begins anew"
         )

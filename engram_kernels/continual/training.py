@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .data import Dataset, joined_name
 from .files import reason
 from .memory import MemoryMeter
-from .methods import Method, TrainingError, build, method_config, steps_of
+from .methods import Method, TrainingError, build, method_config, preset_of, steps_of
 from .metrics import average_accuracy
 from .progress import NoProgress, Progress
 from .scenarios import Samples, Scenario, make_scenario, seeded_generator, task_samples
@@ -50,6 +50,7 @@ class TrainingResult:
             and activations; not the interpreter, torch and the data). None where the system does not provide it.
         total_memory_bytes: peak resident memory of the whole process so far; None as above.
         train_seconds: of the whole run, evaluation included.
+        data: all that predicting for new samples needs to know of the data set, see `Scenario.data`.
     """
 
     accuracy_matrix: list[list[float | None]]
@@ -60,6 +61,7 @@ class TrainingResult:
     peak_memory_bytes: int | None = None
     total_memory_bytes: int | None = None
     train_seconds: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(predict: Predictor, experience: Samples, batch_size: int = EVALUATION_BATCH) -> float:
@@ -111,7 +113,7 @@ def train(
     progress = NoProgress() if progress is None else progress
     memory = MemoryMeter() if memory is None else memory
     tasks, config = len(scenario), method.config
-    result = TrainingResult([[None] * tasks for _ in range(tasks)])
+    result = TrainingResult([[None] * tasks for _ in range(tasks)], data=scenario.data())
     order = seeded_generator(seed, "sample order")
     step_seconds: list[float] = []
     started = time.perf_counter()
@@ -138,7 +140,7 @@ def train(
         result.peak_memory_bytes = _larger(earlier_peaks[0], memory.peak_above_start())
         result.total_memory_bytes = _larger(earlier_peaks[1], memory.peak_total())
 
-    total = config.epochs * sum(steps_of(config, samples) for samples in method.samples_of(scenario.train_stream))
+    total = config.passes * sum(steps_of(config, samples) for samples in method.samples_of(scenario.train_stream))
     progress.begin(tasks, total)
     if result.tasks_completed:
         progress.resumed(result.tasks_completed, len(step_seconds))
@@ -150,7 +152,7 @@ def train(
             with _as_damage(doubted):
                 experience = method.before_training_exp(new)
                 next(experience.batches(config.batch_size))
-            for epoch in range(config.epochs):
+            for epoch in range(config.passes):
                 for x, y in experience.batches(config.batch_size, order):
                     begun = time.perf_counter()
                     with _as_damage(doubted):
@@ -223,6 +225,7 @@ def run(
         max_degrees=max_degrees,
         samples_per_task=samples_per_task,
         seed=seed,
+        encoded=not preset_of(method).config.takes_features,
     )
     samples = task_samples(scenario, datasets, classes_per_task)
     config = method_config(method, scenario, joined_name(datasets), task_samples=samples, **overrides)
@@ -239,6 +242,7 @@ def _state(method: Method, result: TrainingResult, order: torch.Generator, step_
     """The state from which a later process goes on as this one does; all but the tensors is small."""
     return {
         "method": method.state_dict(),
+        "data": result.data,
         "tasks_completed": result.tasks_completed,
         "accuracy_matrix": result.accuracy_matrix[: result.tasks_completed],
         "step_seconds": torch.tensor(step_seconds, dtype=torch.float64, device="cpu"),

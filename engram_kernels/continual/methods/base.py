@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from ...losses import batch_cross_entropy
 from ..scenarios import Experience, Samples
-from .config import MethodConfig
+from .config import GradientConfig, MethodConfig
 
 
 class TrainingError(RuntimeError):
@@ -61,6 +63,7 @@ class Method:
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a minibatch, a scalar, and the scores (B, classes) that it was computed from."""
+        assert isinstance(self.config, GradientConfig)
         scores = self.model(x)
         return LOSSES[self.config.loss](scores, y), scores
 
@@ -76,6 +79,16 @@ class Method:
         if self.optimizer is not None:
             state["optimizer"] = self.optimizer.state_dict()
         return state
+
+    def save_model(self, path: Path, options: dict[str, Any], data: dict[str, Any]) -> None:
+        """Writes all that predicting needs: a file named ``config.model_file`` in the end.
+
+        `trained.TrainedModel` reads it. ``options`` are those of the run, ``data`` is that of `Scenario.data`.
+        Raises: OSError.
+        """
+        buffer = io.BytesIO()  # torch gives no reason where it can't write
+        torch.save({"state_dict": self.model.state_dict(), "config": options, "data": data}, buffer)
+        path.write_bytes(buffer.getvalue())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state from :meth:`state_dict`."""
