@@ -358,6 +358,7 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     "rule": lambda v: v in ("gumbel_top_k", "bernoulli"),
     "temperature": lambda v: v == 0 or v >= 1e-6,
     "first_row": lambda v: v >= 0,
+    "count": lambda v: v >= 1,
     "dtype": lambda v: v in (*FLOATS, torch.float64, torch.int8, torch.int32),
     "lr": lambda v: 0 <= v < INF,
     "beta1": lambda v: 0 <= v < 1,
@@ -375,6 +376,7 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "rule": ["uniform", "", None, 3],
     "temperature": [-1.0, 1e-7, NAN, -INF],
     "first_row": [-1, -(2**63)],
+    "count": [0, -1, -(2**63)],
     "dtype": [torch.bool, torch.int64, torch.uint8, torch.int16, torch.complex64],
     "lr": [-1e-3, NAN, INF],
     "beta1": [-0.1, 1.0, 2.0, NAN],
@@ -385,7 +387,7 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "step": [0, -1, -(2**63)],
     "weight_bound": [0.0, -1.0, NAN, 1e-50],
 }
-KINDS: dict[str, Any] = {"k": int, "first_row": int, "step": int, "rule": str, "dtype": torch.dtype}
+KINDS: dict[str, Any] = {"k": int, "first_row": int, "count": int, "step": int, "rule": str, "dtype": torch.dtype}
 
 
 # ---- memory
