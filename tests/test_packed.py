@@ -5,17 +5,23 @@ import json
 import math
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 from torch import nn
 
 import engram_kernels as ek
+from engram_kernels.cli import main
+from engram_kernels.encoding import SampleStandardisation
 from engram_kernels.packed.layers import KINDS, least_integer_that_reaches
 
 ENGRAMS = {
@@ -478,3 +484,86 @@ def test_onnx_of_several_segments(onnx, tmp_path):
 def test_onnx_of_another_input_is_refused(onnx, tmp_path):
     with pytest.raises(ValueError, match="input_dtype: expected torch.uint8 or torch.float32, got torch.int8"):
         ek.export_onnx(ek.EngramMLP((20, 64, 3)), tmp_path / "model.onnx", input_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_samples_standardised_as_in_a_training_run(onnx, dtype, tmp_path):
+    model = nn.Sequential(
+        SampleStandardisation(100), ek.EngramMLP((100, 90, 10), readout="linear", encode=False)
+    ).eval()
+    packed, x = ek.pack(model), images(50, 100).to(dtype)
+    x[0] = 0
+    assert_same(model, packed, x)
+    ek.export_onnx(packed, tmp_path / "model.onnx", input_dtype=dtype)
+    same = (run_onnx(tmp_path / "model.onnx", x).argmax(1) == packed(x).argmax(1)).float().mean()
+    assert same > 0.9  # the first product is one of floats, rounded in another order
+
+
+# ---- the command line
+
+
+def test_a_run_is_packed_and_predicts_the_same(tmp_path, capsys):
+    run, samples = tmp_path / "run", tmp_path / "samples.npy"
+    np.save(samples, load_digits().data[:200].astype(np.uint8))
+    train = ["train", "--quiet", "--save-model", "--hidden", "256", "--epochs", "1", "--output", str(run)]
+    assert main(train) == 0 and main(["pack", str(run)]) == 0
+    assert (run / "packed.safetensors").stat().st_size < (run / "model.pt").stat().st_size / 20
+    capsys.readouterr()
+    labels = []
+    for name in ("model.pt", "packed.safetensors"):
+        assert main(["predict", str(run / name), str(samples)]) == 0
+        labels.append(capsys.readouterr().out)
+    assert labels[0] == labels[1] and len(labels[0].splitlines()) == 200
+
+
+def test_what_can_not_be_packed_is_one_line(tmp_path, capsys):
+    train = ["train", "--quiet", "--save-model", "--method", "finetune", "--hidden", "32", "--epochs", "1"]
+    assert main([*train, "--output", str(tmp_path / "run")]) == 0
+    assert main(["pack", str(tmp_path / "run")]) == 2
+    assert "model: expected a binarized network in" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "none")]) == 2
+
+
+# ---- compiled and exported
+
+
+FRESH = """
+import sys, torch
+import engram_kernels
+x = torch.load(sys.argv[2])
+load = torch._inductor.aoti_load_package if sys.argv[3] == "aoti" else lambda path: torch.export.load(path).module()
+torch.save(load(sys.argv[1])(x), sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+@pytest.mark.parametrize("way", ["compile", "export", "aoti"])
+def test_compiled_and_exported_models_give_the_same_scores(readout, way, tmp_path):
+    model = ek.EngramMLP((784, 100, 10), readout=readout)
+    x = images(20, 784)
+    if readout in ("prototype", "ridge"):
+        model.observe(x, torch.randint(9, (20,)))
+    packed = ek.pack(model)
+    if way == "compile":
+        scores = torch.compile(packed, fullgraph=True)(x)
+    else:
+        samples = torch.export.Dim("samples", min=1, max=1024)
+        program = torch.export.export(packed, (x,), dynamic_shapes=({0: samples},))
+        if way == "export":
+            torch.export.save(program, tmp_path / "model.pt2")
+        else:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        torch.save(x, tmp_path / "x")
+        arguments = [tmp_path / "model.pt2", tmp_path / "x", way, tmp_path / "scores"]
+        subprocess.run([sys.executable, "-c", FRESH, *map(str, arguments)], check=True)
+        scores = torch.load(tmp_path / "scores")
+    torch.testing.assert_close(scores, packed(x), rtol=1e-5, atol=1e-5)  # compiled sums round in another order
+
+
+def test_a_program_holds_bits_and_packs_signs_of_values_alone():
+    packed = ek.pack(sequential((64, 100, 50, 10), batch_norm, "value", False, False))
+    program = torch.export.export(packed, (images(3, 64),))
+    called = [str(node.target) for node in program.graph.nodes if "engram_kernels" in str(node.target)]
+    assert not any("pack_signs" in name or "kept_sign_bits" in name for name in called), called
+    assert sum("binary_matmul" in name for name in called) == 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..encoding import as_inputs, inputs_of
+from ..encoding import as_inputs, inputs_of, standardize
 from ..engrams import StochasticEngram
 from ..norms import standardise
 from ..readouts import PrototypeReadout, RidgeReadout, regression_scores, segment_scores
@@ -160,6 +160,25 @@ class Encode(PackedLayer):
         if y.dtype == torch.uint8 and self.inputs == self.features:
             return state
         return State(as_inputs((y.float() - self.mean) / self.scale))
+
+
+class Standardise(PackedLayer):
+    """The standardisation of a training run's images: each sample by its own mean and deviation."""
+
+    kind = "standardise"
+    fields: ClassVar[Fields] = {"features": _size}
+    features: int
+
+    def flow(self, before: Flow) -> Flow:
+        """First of all layers."""
+        self._require(before, self.features)
+        if not before.is_input:
+            raise self.fault("order", "the first layer", "a later one")
+        return before
+
+    def forward(self, state: State) -> State:
+        """Floats."""
+        return State(standardize(state.y))
 
 
 class Product(PackedLayer):
@@ -514,7 +533,8 @@ class Ridge(_Readout):
 
 
 KINDS: dict[str, type[PackedLayer]] = {
-    layer.kind: layer for layer in (Encode, Product, Sign, Recruit, Gate, Affine, Dendritic, Prototype, Ridge)
+    layer.kind: layer
+    for layer in (Encode, Standardise, Product, Sign, Recruit, Gate, Affine, Dendritic, Prototype, Ridge)
 }
 
 

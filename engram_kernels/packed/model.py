@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Encode, Flow, PackedLayer, Product, State, _Readout
+from .layers import Encode, Flow, PackedLayer, Product, Standardise, State, _Readout
 
 
 class PackedModel(nn.Module):
@@ -110,6 +110,6 @@ class PackedModel(nn.Module):
             x = x.flatten(1)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise RuntimeError(f"input: expected shape (M, {self.features}), got {tuple(x.shape)}")
-        if x.dtype == torch.uint8 and not isinstance(self.layers[0], (Encode, Product)):
+        if x.dtype == torch.uint8 and not isinstance(self.layers[0], (Encode, Standardise, Product)):
             raise RuntimeError("input: expected float32, of which the first layer takes the signs, got uint8")
         return State(x)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .layers import Affine, Dendritic, Encode, Gate, PackedLayer, Product, Prototype, Recruit, Ridge, Sign
+from .layers import Affine, Dendritic, Encode, Gate, PackedLayer, Product, Prototype, Recruit, Ridge, Sign, Standardise
 from .model import PackedModel
 from .packing import pack
 
@@ -78,7 +78,7 @@ class _Graph:
     def add(self, layer: PackedLayer) -> None:
         """Adds the nodes of a layer."""
         kinds = {
-            Encode: self._encode, Product: self._product, Sign: self._sign, Recruit: self._recruit,
+            Encode: self._encode, Standardise: self._standardise, Product: self._product, Sign: self._sign, Recruit: self._recruit,
             Gate: self._fixed_gate, Affine: self._affine, Dendritic: self._dendritic, Prototype: self._prototype,
             Ridge: self._ridge,
         }  # fmt: skip
@@ -136,6 +136,18 @@ class _Graph:
         y = self._node("Sub", y, self._constant(thresholds.numpy(), np.float32))
         y = self._clip(self._node("Mul", y, self._constant(2.0, np.float32)), 1.0)
         self._y = self._node("Reshape", y, self._constant([-1, layer.inputs], np.int64))
+
+    def _standardise(self, layer: Standardise) -> None:
+        def positive_or(y: str, bound: float, otherwise: float) -> str:
+            reached = self._node("Greater", y, self._constant(bound, np.float32))
+            return str(self._node("Where", reached, y, self._constant(otherwise, np.float32)))
+
+        x = self._cast(self._y, np.float32)
+        x = self._node("Div", x, positive_or(self._node("ReduceMax", self._node("Abs", x), axes=[1]), 0.0, 1.0))
+        x = self._node("Sub", x, self._node("ReduceMean", x, axes=[1]))
+        deviation = self._node("Sqrt", self._node("ReduceMean", self._node("Mul", x, x), axes=[1]))
+        self._y = self._node("Div", x, positive_or(deviation, 1e-5, math.inf))
+        self._floats = True
 
     def _clip(self, y: str, bound: float) -> str:
         return str(self._node("Clip", y, self._constant(-bound, np.float32), self._constant(bound, np.float32)))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..encoding import InputEncoding
+from ..encoding import InputEncoding, SampleStandardisation
 from ..engrams import BernoulliEngram, ContextEngram, Engram, StochasticEngram
 from ..layers import BinaryEngramLinear
 from ..networks import EngramMLP
@@ -118,7 +118,7 @@ def _flat(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
 
 def _features(steps: Sequence[_Step]) -> int:
     for _, module in steps:
-        if isinstance(module, InputEncoding):
+        if isinstance(module, (InputEncoding, SampleStandardisation)):
             return module.features
         if isinstance(module, (BinaryEngramLinear, DendriticReadout, PrototypeReadout, RidgeReadout)):
             return module.in_features
@@ -151,6 +151,12 @@ class _Packer:
                 raise ValueError(f"{name}: expected an InputEncoding before all other layers, got one after some")
             fields = {"features": module.features, "inputs": module.inputs}
             self._emit("encode", fields, mean=module.mean, scale=module.scale)
+        elif isinstance(module, SampleStandardisation):
+            if self._layers or self._between:
+                raise ValueError(
+                    f"{name}: expected a SampleStandardisation before all other layers, got one after some"
+                )
+            self._emit("standardise", {"features": module.features})
         elif isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
             if isinstance(module, nn.Flatten) and (self._layers or module.start_dim != 1 or module.end_dim != -1):
                 raise ValueError(f"{name}: expected nn.Flatten(1) before all layers, got {module}")
