@@ -94,8 +94,8 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "model", metavar="MODEL",
-        help="a file of EngramClassifier.save or of pack, the model that train --save-model writes, a run's checkpoint.pt, or the "
-        "folder of a run",
+        help="a file of EngramClassifier.save or of pack, the model that train --save-model writes, a run's "
+        "checkpoint.pt, or the folder of a run",
     )  # fmt: skip
     parser.add_argument(
         "file", metavar="FILE",

@@ -78,7 +78,8 @@ class _Graph:
     def add(self, layer: PackedLayer) -> None:
         """Adds the nodes of a layer."""
         kinds = {
-            Encode: self._encode, Standardise: self._standardise, Product: self._product, Sign: self._sign, Recruit: self._recruit,
+            Encode: self._encode, Standardise: self._standardise, Product: self._product, Sign: self._sign,
+            Recruit: self._recruit,
             Gate: self._fixed_gate, Affine: self._affine, Dendritic: self._dendritic, Prototype: self._prototype,
             Ridge: self._ridge,
         }  # fmt: skip
