@@ -234,7 +234,7 @@ class Standardisation(_Function):
     def forward(y, eps):
         """The result, and for its gradient the mean and the reciprocal deviation, (M, 1)."""
         wide = y if y.dtype == torch.float64 else y.float()
-        mean = wide.mean(dim=1, keepdim=True, dtype=torch.float64)
+        mean = wide.sum(dim=1, keepdim=True, dtype=torch.float64) / y.shape[1]  # torch's mean may round twice
         high = mean.to(wide.dtype)
         centred = (wide - high).sub_((mean - high).to(wide.dtype))
         variance = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square() / y.shape[1]
