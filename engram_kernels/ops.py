@@ -42,8 +42,10 @@ __all__ = [
     "set_isa",
     "sign_matmul",
     "sign_matmul_t",
+    "top_units",
     "transpose_bits",
     "unpack_signs",
+    "value_signs",
 ]
 
 
@@ -181,17 +183,39 @@ def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     return operators.sign_matmul(a, w_bits, k)
 
 
-def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
+def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int, w_groups: Tensor | None = None) -> Tensor:
     """``y = x @ s(W).T``: the real-valued first layer.
 
     Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``. uint8 (M, K), as images come -> int32, exact, for
-    K up to 8 421 504.
+    K up to 8 421 504. ``w_groups``, what :func:`engram_kernels.reference.group_signs` makes of signs that stay, makes
+    that faster on the CPU.
 
     >>> w_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
     >>> ek.ops.sign_matmul_t(torch.tensor([[0.5, 2.0, 4.0]]), w_bits, 3).tolist()
     [[2.5]]
     """
-    return operators.sign_matmul_t(x, w_bits, k)
+    return operators.sign_matmul_t(x, w_bits, k, w_groups)
+
+
+def value_signs(y: Tensor, threshold: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+    """Signs of integers by a threshold a unit, ``(y >= threshold) != flip``, or by the mean, ``y[m] >= mean of y[m]``.
+
+    Shapes: int32 (M, N), int32 (N,), bool (N,) -> bits (M, words of N).
+
+    >>> y = torch.tensor([[1, 2, 3]], dtype=torch.int32)
+    >>> ek.ops.value_signs(y).tolist()  # 2 >= 2 and 3 >= 2
+    [[6, 0]]
+    """
+    return operators.value_signs(y, threshold, flip)
+
+
+def top_units(y: Tensor, count: int) -> Tensor:
+    """The ``count`` units of largest y, equal ones by the lower number first. int32 (M, K) -> gate bits (M, words).
+
+    >>> ek.ops.top_units(torch.tensor([[1, 3, 2, 3]], dtype=torch.int32), 1).tolist()
+    [[2, 0]]
+    """
+    return operators.top_units(y, count)
 
 
 def gated_input_grad(d: Tensor, w_bits: Tensor, x: Tensor, gate_bits: Tensor | None = None) -> Tensor:
@@ -349,3 +373,5 @@ def gated_metaplastic_adam_(
 
 torch.library.impl("engram_kernels::metaplastic_adam_", "cuda", triton_kernels.metaplastic_adam_)
 torch.library.impl("engram_kernels::gated_metaplastic_adam_", "cuda", triton_kernels.gated_metaplastic_adam_)
+for _name in ("value_signs", "top_units"):  # in CUDA's memory by torch's operators
+    torch.library.impl(f"engram_kernels::{_name}", "cuda", getattr(reference, _name))

@@ -13,10 +13,12 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("transpose_bits(Tensor bits, int k) -> Tensor");
   m.def("binary_matmul(Tensor x_bits, Tensor w_bits, int k, Tensor? gate_bits=None) -> Tensor");
   m.def("sign_matmul(Tensor a, Tensor w_bits, int k) -> Tensor");
-  m.def("sign_matmul_t(Tensor x, Tensor w_bits, int k) -> Tensor");
+  m.def("sign_matmul_t(Tensor x, Tensor w_bits, int k, Tensor? w_groups=None) -> Tensor");
   m.def("gated_input_grad(Tensor d, Tensor w_bits, Tensor x, Tensor? gate_bits=None) -> Tensor");
   m.def("masked_input_grad(Tensor d, Tensor w_bits, int k, Tensor mask_bits) -> Tensor");
   m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
+  m.def("value_signs(Tensor y, Tensor? threshold=None, Tensor? flip=None) -> Tensor");
+  m.def("top_units(Tensor y, int count) -> Tensor");
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
       "int first_row=0) -> Tensor");

@@ -93,28 +93,6 @@ void popcount_rows(const PopcountRows& p, Range rows) {
   }
 }
 
-void pack_reached(const BinaryMatmul& p, Range rows) {
-  const int64_t n = p.N;
-  const int32_t* threshold = p.threshold;
-  const uint8_t* flip = p.flip;
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const int32_t* from = p.y + row * n;
-    for (int64_t word = 0; word < words_for(n); ++word) {
-      const int64_t first = word * kWordBits, units = smaller(kWordBits, n - first);
-      alignas(8) uint8_t bytes[kWordBits] = {};
-      for (int64_t i = 0; i < units; ++i)
-        bytes[i] = (from[first + i] >= threshold[first + i]) != (flip[first + i] != 0);
-      uint64_t gathered = 0;
-      for (int64_t group = 0; group < kWordBits / 8; ++group) {
-        uint64_t eight;  // each byte 0 or 1: the product's highest byte holds them as bits
-        memcpy(&eight, bytes + 8 * group, sizeof eight);
-        gathered |= (eight * 0x0102040810204080u >> 56) << (8 * group);
-      }
-      p.y_bits[row * words_for(n) + word] = gathered;
-    }
-  }
-}
-
 void transpose_bits(const TransposeBits& p, Range unit_words) {
   const int64_t words = words_for(p.K), out_words = words_for(p.rows);
   uint64_t* out = p.out;

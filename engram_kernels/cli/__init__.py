@@ -17,10 +17,10 @@ from .. import __version__
 from ..continual.compare import end_with_parent
 from ..continual.progress import JsonProgress
 from ..continual.streams import readable, standard_streams
-from . import compare, info, predict, train
+from . import compare, info, pack, predict, train
 from .console import EXIT_INTERRUPTED, EXIT_USER_ERROR, PROGRAM, Parser, message_of, print_error
 
-COMMANDS = (train, compare, predict, info)
+COMMANDS = (train, compare, predict, pack, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

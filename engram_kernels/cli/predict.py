@@ -18,6 +18,9 @@ from ..continual.data import read_samples
 from ..continual.extras import require
 from ..continual.files import reason, write_atomically
 from ..continual.trained import TrainedModel, model_file
+from ..continual.training import EVALUATION_BATCH
+from ..packed import PackedModel, load_packed
+from ..packed.file import FORMAT
 from .console import Parser
 
 _MOST_HEADER_BYTES = 100_000_000  # which the format of safetensors sets
@@ -53,11 +56,30 @@ def _load_classifier(path: Path) -> Predictor:
     return EngramClassifier.load(path)
 
 
+class _Packed:
+    """A packed model, as `Predictor` has it."""
+
+    def __init__(self, model: PackedModel) -> None:
+        self._model = model
+
+    def predict(self, samples: npt.NDArray[np.generic]) -> npt.NDArray[Any]:
+        """Samples (n, features) -> labels (n,). Raises: ValueError for another number of features."""
+        x = torch.from_numpy(samples if samples.dtype == np.uint8 else samples.astype(np.float32))
+        if x.shape[1] != self._model.features:
+            raise ValueError(f"samples: expected {self._model.features} features per sample, got {x.shape[1]}")
+        return np.asarray([label for part in x.split(EVALUATION_BATCH) for label in self._model.predict(part)])
+
+
 KINDS = (
     Kind(
         "a file of EngramClassifier.save",
         lambda path: safetensors_format(path) == "engram_kernels.EngramClassifier",
         _load_classifier,
+    ),
+    Kind(
+        "a packed model",
+        lambda path: safetensors_format(path) == FORMAT,
+        lambda path: _Packed(load_packed(path)),
     ),
     Kind("model.pt or checkpoint.pt of a training run", zipfile.is_zipfile, TrainedModel.load),
 )
@@ -72,8 +94,8 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "model", metavar="MODEL",
-        help="a file of EngramClassifier.save, the model that train --save-model writes, a run's checkpoint.pt, or the "
-        "folder of a run",
+        help="a file of EngramClassifier.save or of pack, the model that train --save-model writes, a run's "
+        "checkpoint.pt, or the folder of a run",
     )  # fmt: skip
     parser.add_argument(
         "file", metavar="FILE",

@@ -464,24 +464,6 @@ def joined_name(datasets: Sequence[Dataset]) -> str:
     return "+".join(names if len(names) <= 3 else [names[0], f"{len(names) - 1}-more"])
 
 
-def standardize(x: Tensor) -> Tensor:
-    """Per-sample standardisation, ``(x - mean) / std``, of one minibatch.
-
-    Shapes: (B, features) uint8 or float32 -> (B, features) float32. The mean and the (population) deviation
-    are over the features of each sample; a constant sample becomes zeros. Nothing is learned from other
-    samples, so a test sample is treated alike whatever came before or beside it.
-    """
-    x = x.to(torch.float32)
-    # Scaling to [-1, 1] first keeps the variance inside float32 for data of any magnitude.
-    peak = x.abs().amax(dim=1, keepdim=True)
-    x = x / torch.where(peak > 0, peak, 1.0)
-    x -= x.mean(dim=1, keepdim=True)
-    deviation = x.square().mean(dim=1, keepdim=True).sqrt()
-    # Below this the deviation of a constant sample is rounding noise, which must not be amplified.
-    x /= torch.where(deviation > 1e-5, deviation, torch.inf)
-    return x
-
-
 def as_samples(name: str, array: npt.NDArray[np.generic]) -> Tensor:
     """An array (n, ...) of real numbers as rows of features (n, features): uint8 if all are from 0 to 255, or float32.
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoding import FIRST_SAMPLES, as_inputs, inputs_of, mean_of, scale_of
-from .data import Dataset, common_shape, standardize
+from ..encoding import FIRST_SAMPLES, as_inputs, inputs_of, mean_of, scale_of, standardize
+from .data import Dataset, common_shape
 
 DEFAULT_CLASSES_PER_TASK = 2
 DEFAULT_PERMUTED_TASKS = 10
