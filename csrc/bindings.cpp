@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
-      "int first_row=0) -> Tensor");
+      "int first_row=0, int row_step=1) -> Tensor");
 // 1e39 is infinity in float32: a schema cannot say inf.
 #define ENGRAM_UPDATE_ARGUMENTS                                                                           \
   "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? sign_bits, *, float lr, float beta1, "          \
@@ -654,7 +654,7 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
 }
 
 Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool bernoulli, double temperature,
-                     int64_t first_row) {
+                     int64_t first_row, int64_t row_step) {
   const Place place = place_of("score", score);
   check_matrix("score", score, place);
   check_units("score", score);
@@ -663,6 +663,7 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   require(rate > 0 && rate <= 1, "rate: expected in (0, 1], got ", rate);
   require(temperature == 0 || temperature >= 1e-6, "temperature: expected 0 or at least 1e-6, got ", temperature);
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
+  require(row_step >= 1, "row_step: expected at least 1, got ", row_step);
   const Tensor in = as_float32(score);
   Tensor gate = new_tensor({M, words_for(K)}, ScalarType::Long, place);
   const auto fill = [&](auto& p) {  // what the arguments of both backends have in common
@@ -679,6 +680,7 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
     p.seed = key.key;
     p.offset = key.offset;
     p.first_row = static_cast<uint64_t>(first_row);
+    p.row_step = static_cast<uint64_t>(row_step);
   };
   if (place.cuda) {
     CudaCall call(place);

@@ -4,12 +4,14 @@ from typing import Any
 
 from . import ops, reference
 from .convert import convert
+from .distributed import merged_counts
 from .encoding import InputEncoding
 from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, StochasticEngram
 from .hidden_weight import HiddenWeight
 from .layers import BinaryEngramLinear
 from .networks import EngramMLP
 from .optim import MetaplasticAdam
+from .pretrained import from_pretrained, save_pretrained
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 from .summary import Summary, summary
 
@@ -43,7 +45,10 @@ __all__ = [
     "Summary",
     "__version__",
     "convert",
+    "from_pretrained",
+    "merged_counts",
     "ops",
     "reference",
+    "save_pretrained",
     "summary",
 ]

@@ -67,7 +67,7 @@ struct SampleEngram {
   float inverse_temperature;  // 0: scores ignored; negative: no noise
   uint64_t seed;
   uint32_t offset;
-  uint64_t first_row;
+  uint64_t first_row, row_step;  // sample m has the draws of row first_row + m row_step
 };
 
 // How the moments are kept: core/compact.h.
