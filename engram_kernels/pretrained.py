@@ -88,6 +88,12 @@ def from_pretrained(folder: str | os.PathLike[str]) -> Any:
 
     Raises: FileNotFoundError for a folder without the two files; ValueError for files that are damaged, of another
     kind, newer, or not of the same model; ImportError without safetensors.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ek.save_pretrained(ek.BinaryEngramLinear(8, 4), folder)
+    ...     ek.from_pretrained(folder)
+    BinaryEngramLinear(in_features=8, out_features=4, bias=True)
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)

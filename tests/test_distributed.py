@@ -1,7 +1,10 @@
 """Several processes: replicas, shards and checkpoints that equal one process's, and counts that add up."""
 
 import copy
+import json
 import multiprocessing
+import subprocess
+import sys
 import traceback
 import warnings
 from datetime import timedelta
@@ -19,7 +22,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import engram_kernels as ek
-from engram_kernels import hidden_weight
+from engram_kernels import continual, hidden_weight
+from engram_kernels.continual.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 
@@ -465,3 +469,83 @@ def test_counts_that_do_not_belong_together_are_not_merged(processes, difference
 def test_merging_needs_a_process_group():
     with pytest.raises(RuntimeError, match="merged_counts: expected a process group"):
         ek.merged_counts(ridge())
+
+
+# ---- the training loop
+
+
+def _run(folder, method, options, resume=False):
+    """The accuracies, and the tensors of the model, of a small run; every process is given the same arguments."""
+    torch.set_num_threads(1)
+    checkpoint = None if folder is None else Checkpoint(folder, {}, resume=resume)
+    trained, result = continual.training.run(
+        continual.load("digits"), scenario="permuted", tasks=3, samples_per_task=97,
+        method=method, hidden=(256,), epochs=2, batch_size=48,
+        checkpoint=checkpoint, **options,
+    )  # fmt: skip
+    return result.accuracy_matrix, {name: value.clone() for name, value in trained.model.state_dict().items()}
+
+
+RUNS = {
+    "dendritic": ("engram", {}),
+    "ridge": ("engram", {"readout": "ridge"}),
+    "prototype": ("engram", {"readout": "prototype"}),
+    "metaplastic": ("mbnn", {}),
+    "consolidation": ("ewc", {}),
+    "replay": ("replay", {}),
+}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_of_several_processes_is_that_of_one(processes, kind):
+    """Batches of 48 and a last one of 1, of which the second process has no sample."""
+    method, options = RUNS[kind]
+    matrix, tensors = _run(None, method, options)
+    for other_matrix, others in processes(_run, None, method, options):
+        assert others.keys() == tensors.keys()
+        for name, value in tensors.items():
+            if kind in ("ridge", "prototype"):
+                assert torch.equal(others[name], value), name
+            else:
+                assert ((others[name] - value).abs() > 1e-3).float().mean() < 0.02, name
+        assert (torch.tensor(other_matrix) - torch.tensor(matrix)).abs().max() < 0.03
+
+
+def _go_on(folder, method, options):
+    whole = _run(folder, method, options)
+    dist.barrier()  # the first process has written all that it writes
+    return whole, _run(folder, method, options, resume=True)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["dendritic", "ridge"])
+def test_several_processes_go_on_from_a_checkpoint(processes, tmp_path, kind):
+    """From that of the last task but one, which a run leaves; to the last bit."""
+    for (matrix, tensors), (resumed_matrix, resumed) in processes(_go_on, tmp_path, *RUNS[kind]):
+        assert resumed_matrix == matrix
+        assert_equal(resumed, tensors)
+
+
+def _fused():
+    try:
+        _run(None, "mbnn", {"fuse_backward": True})
+    except ValueError as error:
+        return str(error)
+
+
+def test_processes_cannot_share_what_the_backward_pass_consumes(processes):
+    for said in processes(_fused):
+        assert "fuse_backward: expected False with several processes" in said
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun_writes_once(tmp_path):
+    options = ["train", "--quiet", "--method", "mbnn", "--hidden", "64", "--epochs", "1", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "engram_kernels.cli"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes share each batch") == 1
+    assert done.stdout.count(f"wrote {tmp_path / 'metrics.json'}") == 1
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["processes"] == 2 and metrics["completed"]
