@@ -542,7 +542,16 @@ def test_processes_cannot_share_what_the_backward_pass_consumes(processes):
 @pytest.mark.slow
 def test_the_command_line_under_torchrun_writes_once(tmp_path):
     options = ["train", "--quiet", "--method", "mbnn", "--hidden", "64", "--epochs", "1", "--output", str(tmp_path)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "engram_kernels.cli"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "engram_kernels.cli",
+    ]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes share each batch") == 1

@@ -34,6 +34,7 @@ class Method:
 
     def __init__(self, config: MethodConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
+        self.batch = 0  # samples of the minibatch at hand, in all processes
 
     def before_training_exp(self, experience: Experience) -> Samples:
         """The samples to train on in place of a new experience; by default that experience."""
@@ -53,7 +54,8 @@ class Method:
         which each works on a part.
         Raises: TrainingError if the loss is not finite; the weights are then unchanged.
         """
-        own, weight = processes.part(len(y))
+        self.batch = len(y)
+        own, weight = processes.part(self.batch)
         x, y = x[own], y[own]
         with processes.counting_together(
             [b for name, b in self.model.named_buffers() if name.endswith("wins")], weight
