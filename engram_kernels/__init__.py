@@ -4,6 +4,7 @@ from typing import Any
 
 from . import ops, reference
 from .convert import convert
+from .distributed import merged_counts
 from .encoding import InputEncoding
 from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, StochasticEngram
 from .hidden_weight import HiddenWeight
@@ -12,6 +13,7 @@ from .networks import EngramMLP
 from .norms import ExactLayerNorm
 from .optim import MetaplasticAdam
 from .packed import PackedModel, export_onnx, load_packed, pack
+from .pretrained import from_pretrained, save_pretrained
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 from .summary import Summary, summary
 
@@ -48,9 +50,12 @@ __all__ = [
     "__version__",
     "convert",
     "export_onnx",
+    "from_pretrained",
     "load_packed",
+    "merged_counts",
     "ops",
     "pack",
     "reference",
+    "save_pretrained",
     "summary",
 ]

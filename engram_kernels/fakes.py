@@ -245,13 +245,14 @@ def _(y, count):
 
 
 @torch.library.register_fake("engram_kernels::sample_engram")
-def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0):
+def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0, row_step=1):
     _check_matrix("score", score)
     _check_units("score", score)
     _check_seed(seed)
     _require(0 < rate <= 1, "rate", "in (0, 1]", rate)
     _require(temperature == 0 or temperature >= 1e-6, "temperature", "0 or at least 1e-6", temperature)
     _require(first_row >= 0, "first_row", "at least 0", first_row)
+    _require(row_step >= 1, "row_step", "at least 1", row_step)
     return score.new_empty((score.shape[0], words_for(score.shape[1])), dtype=torch.int64)
 
 

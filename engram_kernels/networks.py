@@ -82,7 +82,7 @@ class EngramMLP(nn.Module):
         check_flag("encode", encode)
         if engram is not None and not isinstance(engram, Engram):
             engram = StochasticEngram(engram, temperature=0.0)
-        self.engram = engram
+        self.sizes, self.engram = tuple(sizes), engram
         self.logit_scale = check_number("logit_scale", logit_scale, "a finite number above 0", above=0.0)
         if ste_window is None:
             ste_window = 1.0 if engram is None else math.inf

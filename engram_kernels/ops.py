@@ -261,12 +261,14 @@ def sample_engram(
     rule: str = "gumbel_top_k",
     temperature: float = 1.0,
     first_row: int = 0,
+    row_step: int = 1,
 ) -> Tensor:
     """Recruits units: floats (M, K) -> gate bits (M, words). Rules in :func:`engram_kernels.reference.sample_engram`.
 
     ``seed`` is int64 (2,) on the CPU: the Philox key and an offset below 2^32; :func:`draw_seed` takes one from torch's
-    generator. ``first_row`` is the number of this batch's first sample in the whole batch of a data-parallel step.
-    The same seed gives the same engram on every device, for any thread count.
+    generator. Sample m has the draws of row ``first_row + m row_step``, its number in the whole batch of a
+    data-parallel step: a contiguous part of that batch has a ``first_row``, every W-th sample of it a ``row_step`` of
+    W. The same seed gives the same engram on every device, for any thread count.
 
     >>> score = torch.tensor([[0.1, 2.0, -3.0, 0.7]])
     >>> ek.ops.sample_engram(score, ek.ops.draw_seed(), 0.5, temperature=0.0).tolist()  # units 1 and 3: 2 + 8
@@ -274,7 +276,7 @@ def sample_engram(
     """
     if rule not in ("gumbel_top_k", "bernoulli"):
         raise RuntimeError(f"rule: expected 'gumbel_top_k' or 'bernoulli', got {rule!r}")
-    return operators.sample_engram(score, seed, rate, rule == "bernoulli", temperature, first_row)
+    return operators.sample_engram(score, seed, rate, rule == "bernoulli", temperature, first_row, row_step)
 
 
 def draw_seed() -> Tensor:

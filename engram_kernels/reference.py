@@ -143,7 +143,7 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
     return (d.double().T @ x).to(d.dtype)
 
 
-def philox(seed: Tensor, rows: int, k: int, first_row: int = 0) -> Tensor:
+def philox(seed: Tensor, rows: int, k: int, first_row: int = 0, row_step: int = 1) -> Tensor:
     """Philox4x32-10 draws (Salmon et al. 2011): 32 random bits per unit, int64 (rows, k) in [0, 2^32).
 
     ``seed`` is int64 (2,): the 64-bit key and an offset below 2^32. The draw of unit ``column`` of a row is word
@@ -151,7 +151,7 @@ def philox(seed: Tensor, rows: int, k: int, first_row: int = 0) -> Tensor:
     """
     key, offset = (int(value) for value in seed)
     groups = -(-k // 4)
-    row = torch.arange(first_row, first_row + rows).unsqueeze(1).expand(rows, groups)
+    row = (first_row + row_step * torch.arange(rows)).unsqueeze(1).expand(rows, groups)
     c0 = torch.arange(groups).expand(rows, groups) & _LOW
     c1, c2, c3 = row & _LOW, row >> 32, torch.full_like(row, offset)
     key0, key1 = key & _LOW, key >> 32 & _LOW
@@ -194,20 +194,22 @@ def sample_engram(
     rule: str = "gumbel_top_k",
     temperature: float = 1.0,
     first_row: int = 0,
+    row_step: int = 1,
 ) -> Tensor:
     """Recruits units: floats (M, K) -> gate bits (M, words).
 
     ``"bernoulli"`` recruits each unit independently with probability ``rate`` (``score`` gives the shape only);
     ``"gumbel_top_k"`` recruits the ``max(1, round(rate * K))`` units of largest ``score / temperature + Gumbel``, ties
-    to the lower index; temperature 0 adds no noise, infinity ignores the scores.
+    to the lower index; temperature 0 adds no noise, infinity ignores the scores. Sample m has the :func:`philox` draws
+    of row ``first_row + m row_step``.
     """
     rows, k = score.shape
     if rule == "bernoulli":
-        return _pack(philox(seed, rows, k, first_row) < round(rate * 2**32)).to(score.device)
+        return _pack(philox(seed, rows, k, first_row, row_step) < round(rate * 2**32)).to(score.device)
     count = recruited_units(rate, k)
     key = score.float().cpu()
     if temperature > 0:
-        noise = gumbel(philox(seed, rows, k, first_row))
+        noise = gumbel(philox(seed, rows, k, first_row, row_step))
         inverse = torch.tensor(1.0) / torch.tensor(temperature, dtype=torch.float32)
         key = noise if inverse == 0 else key * inverse + noise
     order = key.argsort(dim=1, descending=True, stable=True)

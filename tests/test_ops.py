@@ -279,6 +279,9 @@ def test_a_rank_draws_what_one_process_would_have_drawn(isa):
         whole = ops.sample_engram(score, seed, 0.1, rule)
         parts = [ops.sample_engram(score[i : i + 5], seed, 0.1, rule, first_row=i) for i in (0, 5)]
         assert torch.equal(whole, torch.cat(parts))
+        for rank in range(3):
+            part = ops.sample_engram(score[rank::3], seed, 0.1, rule, first_row=rank, row_step=3)
+            assert torch.equal(whole[rank::3], part)
 
 
 # ---- the update

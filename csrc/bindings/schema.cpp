@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("top_units(Tensor y, int count) -> Tensor");
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
-      "int first_row=0) -> Tensor");
+      "int first_row=0, int row_step=1) -> Tensor");
   m.def(update_schema("metaplastic_adam_(Tensor(a!) weight, Tensor grad", true, "()").c_str());
   m.def(
       update_schema("gated_metaplastic_adam_(Tensor d, Tensor x_bits, Tensor? gate_bits, Tensor(a!) weight", true, "()")

@@ -108,7 +108,7 @@ struct SampleEngram {
   float inverse_temperature;  // 0: scores ignored; negative: no noise
   uint64_t seed;
   uint32_t offset;
-  uint64_t first_row;
+  uint64_t first_row, row_step;  // sample m has the draws of row first_row + m row_step
   uint32_t* keys;      // scratch for Gumbel-top-k: [M, key_stride] on CUDA, K on the CPU, for each share of the samples
   int64_t key_stride;  // K rounded up to a multiple of 4
   int32_t* nan;

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..continual import folders, plots, report, training
+from ..continual import folders, plots, processes, report, training
 from ..continual.checkpoint import Checkpoint
 from ..continual.files import DamagedFileError, replacing, sweep
 from ..continual.memory import MemoryMeter
@@ -31,7 +31,8 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         help="train a network on one task after another and show what it remembers",
         description="Train a binarized network on a stream of tasks; after each, test it on all of them. "
         "Without options: scikit-learn's digits, two new classes per task, method engram. "
-        "Writes metrics.json and report.png.",
+        "Writes metrics.json and report.png. "
+        "torchrun --nproc-per-node N -m engram_kernels.cli train ... shares each batch among N processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("run")
@@ -60,10 +61,29 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains; returns the exit code."""
+    """Trains, with the other processes that torchrun has started, if any; returns the exit code."""
     plan = plan_of(options)
     if "threads" in options:
         torch.set_num_threads(options.threads)
+    with processes.joined():
+        if processes.rank() > 0:
+            return _assist(plan)
+        code = _lead(plan, options)
+        processes.told_by_the_first()  # that nothing is left to train
+        return code
+
+
+def _assist(plan: Plan) -> int:
+    """Trains what the first process says; writes and prints nothing."""
+    while (run := processes.told_by_the_first()) is not None:
+        seed, folder, resume = run
+        checkpoint = Checkpoint(folder, plan.config_of(seed), resume=resume)
+        training.run(plan.datasets, seed=seed, checkpoint=checkpoint, **plan.arguments)
+    return 0
+
+
+def _lead(plan: Plan, options: argparse.Namespace) -> int:
+    """Trains every seed and writes the results; returns the exit code."""
     output, claim = folders.claim(
         plan.output,
         own="output" in options,
@@ -85,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 results[seed] = runs.show(seed, complete[seed]) if seed in complete else runs.train(seed)
             except Exception as error:  # of this seed alone: the others are trained
-                if len(plan.seeds) == 1 or (message := message_of(error)) is None:
+                if len(plan.seeds) == 1 or processes.size() > 1 or (message := message_of(error)) is None:
                     raise
                 print_error(f"{message} (seed {seed})")
                 failed = True
@@ -118,6 +138,8 @@ def _print_plan(plan: Plan) -> None:
         f"{len(scenario)} tasks; method {plan.config['method']}; "
         f"network {'-'.join(map(str, [scenario.features, *plan.config['hidden'], scenario.num_classes]))}"
     )
+    if processes.size() > 1:
+        print(f"{processes.size()} processes share each batch")
     if config.takes_steps:
         steps = [config.epochs * steps_of(config, len(experience)) for experience in scenario.train_stream]
         span = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
@@ -193,6 +215,7 @@ class _Training(NamedTuple):
             )
         else:
             checkpoint.remove()
+        processes.told_by_the_first((seed, folder, resume))
         method, result = training.run(
             plan.datasets,
             seed=seed,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import processes
 from .checkpoint import Checkpoint
 from .data import Dataset, joined_name
 from .files import reason
@@ -88,6 +89,10 @@ def train(
 ) -> TrainingResult:
     """Train ``method`` on the train stream; after each experience evaluate it on the test stream.
 
+    The processes of torch.distributed's default group, if there is one, share every minibatch and take the steps that
+    one process would take, but for the order in which gradients are summed; each calls this with the same arguments.
+    The first of them reports progress and writes checkpoints, which all read.
+
     The order of the samples comes from ``seed`` alone; engrams are drawn from torch's global generator. A
     KeyboardInterrupt ends training: the half-learned state is evaluated too (a second interrupt skips that)
     and the result so far is returned with ``completed`` False.
@@ -104,13 +109,19 @@ def train(
             then those of a run without a break, to the last bit.
 
     Raises:
-        ValueError: unknown ``evaluation``, or a checkpoint that can't be gone on from.
+        ValueError: unknown ``evaluation``, ``fuse_backward`` with several processes, or a checkpoint that can't be gone
+            on from.
         TrainingError: the loss or a weight became nan or infinite.
         OSError: the checkpoint can't be written.
     """
     if evaluation not in EVALUATIONS:
         raise ValueError(f"evaluation: expected one of {', '.join(EVALUATIONS)}, got {evaluation!r}")
-    progress = NoProgress() if progress is None else progress
+    if processes.size() > 1 and getattr(method.config, "fuse_backward", False):
+        raise ValueError(
+            "fuse_backward: expected False with several processes, which average gradients before the update, got True"
+        )
+    leads = processes.rank() == 0
+    progress = NoProgress() if progress is None or not leads else progress
     memory = MemoryMeter() if memory is None else memory
     tasks, config = len(scenario), method.config
     result = TrainingResult([[None] * tasks for _ in range(tasks)], data=scenario.data())
@@ -130,8 +141,11 @@ def train(
         method.model.eval()
         first = task if evaluation == "new" and not last else 0
         stop = tasks if evaluation == "all" else task + 1
+        own = range(first + processes.rank(), stop, processes.size())
         row: list[float | None] = [None] * tasks
-        row[first:stop] = [evaluate(method.model, experience) for experience in scenario.test_stream[first:stop]]
+        for accuracies in processes.gathered({j: evaluate(method.model, scenario.test_stream[j]) for j in own}):
+            for j, accuracy in accuracies.items():
+                row[j] = accuracy
         result.accuracy_matrix[task] = row
         return row
 
@@ -166,11 +180,14 @@ def train(
             result.tasks_completed = task + 1
             if checkpoint is not None and task + 1 < tasks:
                 measure()  # before the writing, which is no part of training
-                checkpoint.save(_state(method, result, order, step_seconds))
+                if leads:
+                    checkpoint.save(_state(method, result, order, step_seconds))
             progress.learned(task, row)
         result.completed = True
     except KeyboardInterrupt:
         progress.interrupted()
+        if processes.size() > 1:  # the others may be elsewhere in the run, and can't be waited for
+            raise
         try:
             if step_seconds and result.tasks_completed <= task:
                 evaluate_row(last=True)

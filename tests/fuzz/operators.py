@@ -225,6 +225,7 @@ def sample_engram(draw: Draw) -> dict[str, Any]:
         "rule": draw.choice(["gumbel_top_k", "gumbel_top_k", "bernoulli"]),
         "temperature": draw.choice([0.0, 0, 1e-6, 0.1, 1.0, 1e30, INF]),
         "first_row": draw.choice([0, 1, 2**32 - 1, 2**40]),
+        "row_step": draw.choice([1, 1, 2, 2**32 + 1]),
     }
 
 
@@ -359,6 +360,7 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     "temperature": lambda v: v == 0 or v >= 1e-6,
     "first_row": lambda v: v >= 0,
     "count": lambda v: v >= 1,
+    "row_step": lambda v: v >= 1,
     "dtype": lambda v: v in (*FLOATS, torch.float64, torch.int8, torch.int32),
     "lr": lambda v: 0 <= v < INF,
     "beta1": lambda v: 0 <= v < 1,
@@ -377,6 +379,7 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "temperature": [-1.0, 1e-7, NAN, -INF],
     "first_row": [-1, -(2**63)],
     "count": [0, -1, -(2**63)],
+    "row_step": [0, -1, -(2**63)],
     "dtype": [torch.bool, torch.int64, torch.uint8, torch.int16, torch.complex64],
     "lr": [-1e-3, NAN, INF],
     "beta1": [-0.1, 1.0, 2.0, NAN],
@@ -387,7 +390,9 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "step": [0, -1, -(2**63)],
     "weight_bound": [0.0, -1.0, NAN, 1e-50],
 }
-KINDS: dict[str, Any] = {"k": int, "first_row": int, "count": int, "step": int, "rule": str, "dtype": torch.dtype}
+KINDS: dict[str, Any] = {
+    "k": int, "first_row": int, "row_step": int, "count": int, "step": int, "rule": str, "dtype": torch.dtype,
+}  # fmt: skip
 
 
 # ---- memory
