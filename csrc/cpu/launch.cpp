@@ -158,10 +158,16 @@ void binary_matmul(const Runtime& rt, BinaryMatmul p) {
   }
 }
 
+void pack_reached(const Runtime& rt, const int32_t* y, const int32_t* threshold, const uint8_t* flip, int64_t rows,
+                  int64_t n, uint64_t* bits) {
+  const Kernels& kernels = *active().load();
+  share(rt, rows, n,
+        [&](int64_t begin, int64_t end) { kernels.pack_reached(y, threshold, flip, n, bits, begin, end); });
+}
+
 void binary_threshold(const Runtime& rt, const BinaryMatmul& p, const int32_t* threshold, const uint8_t* flip,
                       uint64_t* bits) {
   constexpr int64_t kSamples = 256;  // whose products are held at a time
-  const Kernels& kernels = *active().load();
   BinaryMatmul part = p;
   part.y = workspace<int32_t>(rt, (p.M < kSamples ? p.M : kSamples) * p.N);
   for (int64_t m = 0; m < p.M; m += kSamples) {
@@ -169,9 +175,7 @@ void binary_threshold(const Runtime& rt, const BinaryMatmul& p, const int32_t* t
     part.x = p.x + m * p.words;
     part.gate = p.gate == nullptr ? nullptr : p.gate + m * p.gate_stride;
     binary_matmul(rt, part);
-    share(rt, part.M, p.N, [&](int64_t begin, int64_t end) {
-      kernels.pack_reached(part.y, threshold, flip, p.N, bits + m * words_for(p.N), begin, end);
-    });
+    pack_reached(rt, part.y, threshold, flip, part.M, p.N, bits + m * words_for(p.N));
   }
 }
 
@@ -201,8 +205,7 @@ void transpose_bits(const Runtime& rt, const uint64_t* bits, int64_t rows, int64
         [&](int64_t begin, int64_t end) { kernels.transpose_bits(bits, rows, k, out, begin, end); });
 }
 
-static const uint64_t* transposed(const Runtime& rt, const Kernels& kernels, const uint64_t* bits, int64_t rows,
-                                  int64_t k) {
+static const uint64_t* transposed(const Runtime& rt, const uint64_t* bits, int64_t rows, int64_t k) {
   uint64_t* out = workspace<uint64_t>(rt, k * words_for(rows));
   transpose_bits(rt, bits, rows, k, out);
   return out;
@@ -210,7 +213,7 @@ static const uint64_t* transposed(const Runtime& rt, const Kernels& kernels, con
 
 void sign_matmul(const Runtime& rt, const float* a, const uint64_t* w, float* y, int64_t M, int64_t N, int64_t K) {
   const Kernels& kernels = *active().load();
-  sign_product(rt, kernels, {a, 1, N, transposed(rt, kernels, w, N, K), nullptr, words_for(N), y, K, N, M, K, false});
+  sign_product(rt, kernels, {a, 1, N, transposed(rt, w, N, K), nullptr, words_for(N), y, K, N, M, K, false});
 }
 
 void sign_matmul_t(const Runtime& rt, const void* x, bool exact, const uint64_t* w, void* y, int64_t M, int64_t N,
@@ -227,7 +230,7 @@ void masked_input_grad(const Runtime& rt, const float* d, const uint64_t* w, con
   kernels.popcount_rows(mask, words, recruited, 0, mask_rows);
   int64_t taking_part = 0;
   for (int64_t row = 0; row < mask_rows; ++row) taking_part += recruited[row];
-  const uint64_t* w_t = transposed(rt, kernels, w, N, K);
+  const uint64_t* w_t = transposed(rt, w, N, K);
   if (kDenseInputGrad * taking_part > mask_rows * K) {
     sign_product(rt, kernels, {d, 1, N, w_t, nullptr, words_for(N), dx, K, N, M, K, false});
     share(rt, M, K,
@@ -276,7 +279,7 @@ class WeightGrad {
       return;
     }
     if (p_.gate == nullptr) {
-      plus_ = transposed(rt, kernels, p_.x, p_.M, p_.K);
+      plus_ = transposed(rt, p_.x, p_.M, p_.K);
       return;
     }
     uint64_t* recruited_signs = workspace<uint64_t>(rt, p_.M * words);
@@ -288,7 +291,7 @@ class WeightGrad {
             recruited_signs[m * words + word] = (sign == 0 ? x : ~x) & g;
           }
       });
-      (sign == 0 ? plus_ : minus_) = transposed(rt, kernels, recruited_signs, p_.M, p_.K);
+      (sign == 0 ? plus_ : minus_) = transposed(rt, recruited_signs, p_.M, p_.K);
     }
   }
 

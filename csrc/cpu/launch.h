@@ -44,6 +44,9 @@ void unpack_signs(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k,
 // bits [rows, words of k] -> out [k, words of rows].
 void transpose_bits(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out);
 void binary_matmul(const Runtime&, BinaryMatmul p);  // fills p.recruited itself
+// bits [rows, words_for(n)] of 1{(y >= threshold[n]) != flip[n]}, y [rows, n].
+void pack_reached(const Runtime&, const int32_t* y, const int32_t* threshold, const uint8_t* flip, int64_t rows,
+                  int64_t n, uint64_t* bits);
 // bits [M, words_for(N)] of 1{(y >= threshold[n]) != flip[n]}; p.y is not used.
 void binary_threshold(const Runtime&, const BinaryMatmul& p, const int32_t* threshold, const uint8_t* flip,
                       uint64_t* bits);
