@@ -9,7 +9,9 @@ from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, Stocha
 from .hidden_weight import HiddenWeight
 from .layers import BinaryEngramLinear
 from .networks import EngramMLP
+from .norms import ExactLayerNorm
 from .optim import MetaplasticAdam
+from .packed import PackedModel, load_packed, pack
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 from .summary import Summary, summary
 
@@ -33,9 +35,11 @@ __all__ = [
     "Engram",
     "EngramClassifier",
     "EngramMLP",
+    "ExactLayerNorm",
     "HiddenWeight",
     "InputEncoding",
     "MetaplasticAdam",
+    "PackedModel",
     "PrototypeReadout",
     "Recruitment",
     "RidgeReadout",
@@ -43,7 +47,9 @@ __all__ = [
     "Summary",
     "__version__",
     "convert",
+    "load_packed",
     "ops",
+    "pack",
     "reference",
     "summary",
 ]

@@ -223,6 +223,38 @@ class SignProduct(_Function):
         return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None
 
 
+class Standardisation(_Function):
+    """``apply(y, eps)``: ``(y - mean) / sqrt(variance + eps)`` of each row, floats (M, N) -> (M, N).
+
+    The mean is summed in float64, without error where y holds integers, and subtracted as two numbers of y's dtype, so
+    that the sign of the result is that of ``N y - sum(y)``, ties included, and does not follow from the order of a sum.
+    """
+
+    @staticmethod
+    def forward(y, eps):
+        """The result, and for its gradient the mean and the reciprocal deviation, (M, 1)."""
+        wide = y if y.dtype == torch.float64 else y.float()
+        mean = wide.mean(dim=1, keepdim=True, dtype=torch.float64)
+        high = mean.to(wide.dtype)
+        centred = (wide - high).sub_((mean - high).to(wide.dtype))
+        variance = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square() / y.shape[1]
+        reciprocal = (variance + eps).rsqrt()
+        return (centred * reciprocal).to(y.dtype), high, reciprocal
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the input and the two moments."""
+        ctx.save_for_backward(inputs[0], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, d, *_):
+        """The gradient of y."""
+        y, mean, reciprocal = ctx.saved_tensors
+        own = (d.detach().contiguous(), y, y.shape[1:], mean, reciprocal, None, None, (True, False, False))
+        return _first_derivative(torch.ops.aten.native_layer_norm_backward(*own)[0], d), None
+
+
 class CodeProduct(_Function):
     """Product of centred engram codes with signs, ``y[m, n] = sum_k (g[m, k] - rate) s(W[n, k])``; keeps bits only.
 

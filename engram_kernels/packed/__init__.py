@@ -1,0 +1,13 @@
+"""Packed models: networks for evaluation of bits and integers, in one file.
+
+layers.py    what each layer holds and does
+model.py     the model
+packing.py   makes it of a trained network
+file.py      the file, docs/packed-format.md
+"""
+
+from .file import load_packed
+from .model import PackedModel
+from .packing import pack
+
+__all__ = ["PackedModel", "load_packed", "pack"]
