@@ -11,7 +11,7 @@ from .layers import BinaryEngramLinear
 from .networks import EngramMLP
 from .norms import ExactLayerNorm
 from .optim import MetaplasticAdam
-from .packed import PackedModel, load_packed, pack
+from .packed import PackedModel, export_onnx, load_packed, pack
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 from .summary import Summary, summary
 
@@ -47,6 +47,7 @@ __all__ = [
     "Summary",
     "__version__",
     "convert",
+    "export_onnx",
     "load_packed",
     "ops",
     "pack",

@@ -237,7 +237,7 @@ class PrototypeReadout(_Readout):
     def prototypes(self) -> tuple[Tensor, Tensor]:
         """The prototypes, bits (C, words), and what is taken off their products, ``sum_k f[k] W[c, k]``, (C,)."""
         shares = self.counts.double() / self.samples.clamp(min=1)[:, None]
-        mean = shares.sum(0) / max(1, int((self.samples > 0).sum()))
+        mean = shares.sum(0) / (self.samples > 0).sum().clamp(min=1)
         above = shares - mean > -1e-12  # equal shares may differ from their mean in its last bit
         offset = torch.where(above, mean, -mean).sum(1).float()
         return ops.pack_signs(above.float() - 0.5), offset

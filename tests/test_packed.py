@@ -425,3 +425,56 @@ def test_every_kind_of_layer_is_in_the_page_of_the_format():
     for kind, layer in KINDS.items():
         rows = [line for line in page.splitlines() if line.startswith(f"| `{kind}` | ")]
         assert any(all(f"`{field}`" in row for field in layer.fields) for row in rows), kind
+
+
+# ---- ONNX
+
+
+def run_onnx(path, x):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra onnx)")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+@pytest.fixture
+def onnx():
+    return pytest.importorskip("onnx", reason="onnx is not installed (extra onnx)")
+
+
+@pytest.mark.parametrize("norm", [batch_norm, exact_norm, None])
+@pytest.mark.parametrize("engram", ENGRAMS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_onnx_of_a_sequential_gives_the_same_scores(onnx, norm, engram, dtype, tmp_path):
+    model = sequential((70, 90, 50, 10), norm, engram, norm is not exact_norm, norm is batch_norm)
+    ek.export_onnx(model, tmp_path / "model.onnx", input_dtype=dtype)
+    x = images(40, 70).to(dtype)  # whole numbers, which sum without rounding in any order
+    torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", x), ek.pack(model)(x), rtol=1e-5, atol=1e-5)
+    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} == {""}
+
+
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+@pytest.mark.parametrize("sizes", [(784, 256, 10), (5, 130, 3)])
+def test_onnx_of_every_read_out_gives_the_same_scores(onnx, readout, sizes, tmp_path):
+    model = ek.EngramMLP(sizes, readout=readout)
+    x = images(100, sizes[0])
+    model.encoding(x.float())
+    if readout in ("prototype", "ridge"):
+        model.observe(x, torch.randint(sizes[-1] - 1, (100,)))
+    packed = ek.pack(model)
+    ek.export_onnx(packed, tmp_path / "model.onnx")
+    scores = run_onnx(tmp_path / "model.onnx", x)
+    torch.testing.assert_close(scores, packed(x), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_of_several_segments(onnx, tmp_path):
+    engram = ek.StochasticEngram(0.2)
+    readout = ek.DendriticReadout(64, 3, segments=7, top_segments=3, engram=engram)
+    packed = ek.pack(ek.EngramMLP((100, 64, 3), readout=readout, engram=engram))
+    ek.export_onnx(packed, tmp_path / "model.onnx")
+    x = images(50, 100)
+    torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", x), packed(x), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_of_another_input_is_refused(onnx, tmp_path):
+    with pytest.raises(ValueError, match="input_dtype: expected torch.uint8 or torch.float32, got torch.int8"):
+        ek.export_onnx(ek.EngramMLP((20, 64, 3)), tmp_path / "model.onnx", input_dtype=torch.int8)

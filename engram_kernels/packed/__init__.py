@@ -8,6 +8,7 @@ file.py      the file, docs/packed-format.md
 
 from .file import load_packed
 from .model import PackedModel
+from .onnx import export_onnx
 from .packing import pack
 
-__all__ = ["PackedModel", "load_packed", "pack"]
+__all__ = ["PackedModel", "export_onnx", "load_packed", "pack"]
