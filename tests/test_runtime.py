@@ -163,7 +163,7 @@ def test_networks(runtime, tmp_path, readout, sizes, threads):
 @pytest.mark.parametrize("engram", [None, ek.StochasticEngram(0.3), ek.StochasticEngram(0.3, score="magnitude")])
 def test_own_networks(runtime, tmp_path, norm, engram):
     torch.manual_seed(1)
-    layers = [ek.BinaryEngramLinear(70, 129, False, scaled=False)]
+    layers = [ek.BinaryEngramLinear(70, 129, False, binary_input=False, scaled=False)]
     for k, n in ((129, 65), (65, 3)):
         layers += [] if norm is None else [norm(k)]
         layers.append(ek.BinaryEngramLinear(k, n, False, engram=engram, scaled=norm is batch_norm))
@@ -176,12 +176,21 @@ def test_own_networks(runtime, tmp_path, norm, engram):
 
 def test_wide_inputs_whose_sums_float32_does_not_hold(runtime, tmp_path):
     torch.manual_seed(2)
-    layers = ek.BinaryEngramLinear(70_000, 20, False, scaled=False), ek.BinaryEngramLinear(
-        20, 4, False, engram=ek.StochasticEngram(0.3), scaled=False
-    )
-    packed = ek.pack(nn.Sequential(*layers).eval())
+    first = ek.BinaryEngramLinear(70_000, 20, False, binary_input=False, scaled=False)
+    second = ek.BinaryEngramLinear(20, 4, False, engram=ek.StochasticEngram(0.3), scaled=False)
+    packed = ek.pack(nn.Sequential(first, second).eval())
     packed.save(tmp_path / "model.safetensors")
     assert_same(packed, runtime.load(tmp_path / "model.safetensors"), torch.full((3, 70_000), 255, dtype=torch.uint8))
+
+
+def test_a_first_layer_that_takes_signs_wants_floats(runtime, tmp_path):
+    torch.manual_seed(4)
+    packed = ek.pack(nn.Sequential(ek.BinaryEngramLinear(70, 3, False)).eval())
+    packed.save(tmp_path / "model.safetensors")
+    loaded = runtime.load(tmp_path / "model.safetensors")
+    assert_same(packed, loaded, torch.randn(9, 70))
+    with pytest.raises(ValueError, match="type: expected float32, of which the first layer takes the signs, got uint8"):
+        loaded.predict(images(2, 70))
 
 
 def test_labels(runtime, tmp_path):

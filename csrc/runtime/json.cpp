@@ -1,7 +1,7 @@
 #include "runtime/json.h"
 
+#include <algorithm>
 #include <charconv>
-#include <cmath>
 
 #include "runtime/error.h"
 
@@ -51,12 +51,12 @@ class Json::Parser {
         do {
           skip_space();
           std::string key = parse_string();
-          for (const auto& entry : value.object_) require(entry.first != key, "JSON: expected the key ", key, " once");
           check(take(':'), "':'");
           Json member = parse_value(depth + 1);
           value.object_.emplace_back(std::move(key), std::move(member));
         } while (take(','));
         check(take('}'), "'}'");
+        check_keys(value);
       }
     } else if (take('[')) {
       value.type_ = Type::kList;
@@ -76,6 +76,15 @@ class Json::Parser {
       parse_number(value);
     }
     return value;
+  }
+
+  static void check_keys(const Json& value) {
+    std::vector<std::string_view> keys;
+    for (const auto& entry : value.object_) keys.push_back(entry.first);
+    std::sort(keys.begin(), keys.end());
+    const auto twice = std::adjacent_find(keys.begin(), keys.end());
+    require(twice == keys.end(), "JSON: expected each key once, got ", std::string(twice == keys.end() ? "" : *twice),
+            " again");
   }
 
   void parse_number(Json& value) {

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
 
 #include "core/bits.h"
 #include "runtime/error.h"
 
 namespace engram::runtime {
 namespace {
+
+constexpr int64_t kMostExact = int64_t{1} << 22;  // float32 holds integers four times as large, as ranks may be
 
 // Of `Flow`: units of the values, and signs and gate where a layer needs them.
 void require_units(const Flow& before, int64_t units, const std::string& name) {
@@ -168,7 +171,6 @@ class Sign : public Layer {
     if (file.has_dtype(name + ".threshold", "I32")) {
       const auto* threshold = file.tensor<int32_t>(name + ".threshold", "I32", {units_});
       whole_.assign(threshold, threshold + units_);
-      real_.assign(threshold, threshold + units_);
       return;
     }
     const auto* threshold = file.tensor<float>(name + ".threshold", "F32", {units_});
@@ -191,8 +193,9 @@ class Sign : public Layer {
     const int64_t words = words_for(units_);
     auto* bits = call.memory.get<uint64_t>(state.samples * words);
     state.bits = bits;
-    if (state.y.type == Type::kFloat32) {
-      pack_floats(static_cast<const float*>(state.y.data), state.samples, bits);
+    const bool rounded = !real_.empty() && state.y.largest > kMostExact;  // float32 may reach what integers do not
+    if (state.y.type == Type::kFloat32 || rounded) {
+      pack_floats(as_floats(state, call), state.samples, bits);
       return;
     }
     const int32_t* y = as_integers(state, call);
@@ -217,17 +220,22 @@ class Sign : public Layer {
       for (int64_t n = 0; n < units_; ++n) {
         require(!std::isnan(y[n]), "x: expected numbers whose products are numbers, got NaN");
         const bool reached = by_mean_ ? static_cast<double>(y[n]) >= mean
-                                      : (y[n] >= real_[static_cast<size_t>(n)]) != (flip_[static_cast<size_t>(n)] != 0);
+                                      : (y[n] >= threshold(n)) != (flip_[static_cast<size_t>(n)] != 0);
         bits[n / kWordBits] |= uint64_t{reached} << n % kWordBits;
       }
     }
   }
 
+  float threshold(int64_t n) const {
+    const auto i = static_cast<size_t>(n);
+    return real_.empty() ? static_cast<float>(whole_[i]) : real_[i];
+  }
+
   std::string name_;
   int64_t units_;
   bool by_mean_;
-  std::vector<int32_t> whole_;  // thresholds of integers, and of float32
-  std::vector<float> real_;
+  std::vector<int32_t> whole_;  // thresholds of integers
+  std::vector<float> real_;     // and of float32, where the file has those
   std::vector<uint8_t> flip_;
 };
 
@@ -237,9 +245,10 @@ class Recruit : public Layer {
       : name_(name), units_(size_field(fields, "units", name)), count_(size_field(fields, "recruited", name)) {
     require(count_ <= units_, name, ": expected at most ", units_, " recruited units, got ", count_);
     const std::string& score = fields.at("score", name).string(name);
-    require(score == "value" || score == "magnitude" || score == "distance", name,
-            ": expected score value, magnitude or distance, got ", score);
-    score_ = score == "value" ? Score::kValue : score == "magnitude" ? Score::kMagnitude : Score::kDistance;
+    const char* const names[] = {"value", "magnitude", "standardised", "distance"};
+    const auto found = std::find(std::begin(names), std::end(names), score);
+    require(found != std::end(names), name, ": expected score value, magnitude, standardised or distance, got ", score);
+    score_ = static_cast<Score>(found - names);
   }
 
   Flow flow(const Flow& before) const override {
@@ -266,9 +275,7 @@ class Recruit : public Layer {
   }
 
  private:
-  enum class Score { kValue, kMagnitude, kDistance };
-  static constexpr int64_t kMostExact = int64_t{1} << 22;  // float32 holds four times as much, and ranks are up to that
-
+  enum class Score { kValue, kMagnitude, kStandardised, kDistance };
   // For integers that float32 does not hold. By |N y - sum| in 64 bits where the score is a distance.
   void recruit_exactly(const int32_t* y, int64_t samples, uint64_t* gate) const {
     const size_t units = static_cast<size_t>(units_);
@@ -278,7 +285,7 @@ class Recruit : public Layer {
       const int64_t sum = sum_of(y, units_);
       for (int64_t n = 0; n < units_; ++n) {
         const int64_t value = score_ == Score::kDistance ? units_ * y[n] - sum : y[n];
-        score[static_cast<size_t>(n)] = score_ == Score::kValue ? value : std::abs(value);
+        score[static_cast<size_t>(n)] = has_sign() ? value : std::abs(value);
         order[static_cast<size_t>(n)] = n;
       }
       std::nth_element(order.begin(), order.begin() + (count_ - 1), order.end(), [&](int64_t a, int64_t b) {
@@ -294,16 +301,36 @@ class Recruit : public Layer {
 
   // Numbers in the order of the scores, equal where those are.
   const float* scores(const State& state, const Call& call) const {
-    const bool distance = score_ == Score::kDistance;
-    if (distance && state.y.type != Type::kFloat32) return distance_ranks(as_integers(state, call), state.samples, call);
+    const bool integers = state.y.type != Type::kFloat32;
+    if (integers && score_ == Score::kDistance)
+      return distance_ranks(as_integers(state, call), state.samples, call);
     const float* y = as_floats(state, call);
-    if (score_ == Score::kValue) return y;
+    const bool standardised = !integers && (score_ == Score::kStandardised || score_ == Score::kDistance);
+    if (!standardised && has_sign()) return y;
     float* out = floats(call, state, units_);
-    for (int64_t i = 0; i < state.samples; ++i) {
-      const float mean = distance ? static_cast<float>(mean_of(y + i * units_, units_)) : 0.0f;
-      for (int64_t n = 0; n < units_; ++n) out[i * units_ + n] = std::fabs(y[i * units_ + n] - mean);
+    for (int64_t i = 0; i < state.samples; ++i, y += units_) {
+      float* row = out + i * units_;
+      std::copy_n(y, units_, row);
+      if (standardised) standardise(row, units_);
+      for (int64_t n = 0; n < units_ && !has_sign(); ++n) row[n] = std::fabs(row[n]);
     }
     return out;
+  }
+
+  bool has_sign() const { return score_ == Score::kValue || score_ == Score::kStandardised; }
+
+  // As engram_kernels.ExactLayerNorm rounds, which makes close values equal ones.
+  static void standardise(float* y, int64_t units) {
+    const double mean = mean_of(y, units);
+    const auto high = static_cast<float>(mean), low = static_cast<float>(mean - high);
+    double squares = 0;
+    for (int64_t n = 0; n < units; ++n) {
+      y[n] = (y[n] - high) - low;
+      squares += static_cast<double>(y[n]) * static_cast<double>(y[n]);
+    }
+    const auto variance = static_cast<float>(squares / static_cast<double>(units));
+    const float reciprocal = 1.0f / std::sqrt(variance + 1e-5f);
+    for (int64_t n = 0; n < units; ++n) y[n] *= reciprocal;
   }
 
   // |N y - sum| may need 64 bits; its rank among all that are possible needs no more than y. With sum = q N + r and
@@ -358,6 +385,7 @@ class Affine : public Layer {
       factors_.push_back(static_cast<float>(factor.number(name)));
     if (file.has(name + ".scale")) scale_ = file.tensor<float>(name + ".scale", "F32", {units_});
     if (file.has(name + ".shift")) shift_ = file.tensor<float>(name + ".shift", "F32", {units_});
+    require(scale_ == nullptr || shift_ != nullptr, name, ".shift: expected a tensor beside a scale, got none");
   }
 
   Flow flow(const Flow& before) const override {
@@ -372,8 +400,10 @@ class Affine : public Layer {
       for (int64_t n = 0; n < units_; ++n) {
         float value = y[i * units_ + n];
         for (const float factor : factors_) value *= factor;
-        if (scale_ != nullptr) value *= scale_[n];
-        if (shift_ != nullptr) value += shift_[n];
+        if (scale_ != nullptr)
+          value = std::fma(value, scale_[n], shift_[n]);
+        else if (shift_ != nullptr)
+          value += shift_[n];
         out[i * units_ + n] = value;
       }
     }

@@ -24,6 +24,7 @@ Network::Network(int64_t features, const Json& layers, File& file) : features_(f
   }
   require(!layers_.empty(), "layers: expected at least one, got none");
   classes_ = flow.units;
+  takes_bytes_ = layers.list("layers")[0].at("kind", "0").string("0.kind") != "sign";
   readout_ = dynamic_cast<CountedReadout*>(layers_.back().get());
 }
 
@@ -38,16 +39,18 @@ static const void* rows_from(const void* x, Type type, int64_t row, int64_t feat
   return static_cast<const uint8_t*>(x) + row * features * size;
 }
 
-static void check_numbers(const void* x, Type type, int64_t samples, int64_t features) {
+void Network::check_input(const void* x, Type type, int64_t samples) const {
+  require(type == Type::kFloat32 || takes_bytes_,
+          "type: expected float32, of which the first layer takes the signs, got uint8");
   if (type == Type::kUint8) return;
   const auto* numbers = static_cast<const float*>(x);
-  for (int64_t i = 0; i < samples * features; ++i)
-    require(!std::isnan(numbers[i]), "x: expected numbers, got NaN in sample ", i / features, ", feature ",
-            i % features);
+  for (int64_t i = 0; i < samples * features_; ++i)
+    require(!std::isnan(numbers[i]), "x: expected numbers, got NaN in sample ", i / features_, ", feature ",
+            i % features_);
 }
 
 void Network::predict(const void* x, Type type, int64_t samples, float* scores, const Call& call) const {
-  check_numbers(x, type, samples, features_);
+  check_input(x, type, samples);
   for (int64_t begin = 0; begin < samples; begin += kSamples) {
     call.memory.clear();
     const int64_t count = std::min(kSamples, samples - begin);
@@ -64,7 +67,7 @@ void Network::predict(const void* x, Type type, int64_t samples, float* scores, 
 
 void Network::learn(const void* x, Type type, int64_t samples, const int64_t* classes, const Call& call) {
   require(readout_ != nullptr, "expected a model with a counted read-out (prototype or ridge), got another");
-  check_numbers(x, type, samples, features_);
+  check_input(x, type, samples);
   for (int64_t i = 0; i < samples; ++i)
     require(classes[i] >= 0 && classes[i] < classes_, "class_numbers: expected 0 to ", classes_ - 1, ", got ", classes[i]);
   std::vector<uint64_t> gates;  // of all samples, so that whatever fails does so before the first is counted

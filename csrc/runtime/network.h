@@ -75,7 +75,10 @@ class Network {
  private:
   State run(const void* x, Type type, int64_t samples, size_t layers, const Call& call) const;
 
+  void check_input(const void* x, Type type, int64_t samples) const;
+
   int64_t features_, classes_ = 0;
+  bool takes_bytes_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
   CountedReadout* readout_ = nullptr;  // the last layer, if it is one
 };
