@@ -4,9 +4,9 @@
 aarch64 it runs under qemu, built for x86-64 with AVX-512 under Bochs, on the bare machine of ``cross/bochs``.
 """
 
-import ast
 import functools
 import itertools
+import json
 import math
 import os
 import shutil
@@ -25,6 +25,7 @@ from test_ops import ADAM, FLOATS, GATES, assert_close, bits_of
 from engram_kernels import ops, reference
 
 ROOT = Path(__file__).parents[1]
+BUILD = json.loads((ROOT / "csrc" / "cpu" / "build.json").read_text())
 COMPILERS = {"aarch64": "aarch64-linux-gnu-g++", "x86_64": "x86_64-linux-gnu-g++"}
 QEMU = "qemu-aarch64"
 EMULATED = [("aarch64", "neon"), ("aarch64", "scalar"), ("x86_64", "avx512")]  # processor, instruction set
@@ -165,7 +166,7 @@ def sample_engram_cases() -> Iterator[Case]:
 
     def case(score, rate, rule, temperature=1.0):
         m, k = score.shape
-        count, threshold = max(1, round(rate * k)), round(rate * 2**32)  # as csrc/bindings.cpp computes them
+        count, threshold = max(1, round(rate * k)), round(rate * 2**32)  # as csrc/bindings/sampling.cpp computes them
         inverse = -1.0 if temperature == 0 else (torch.tensor(1.0) / torch.tensor(temperature)).item()
         fields = [m, k, rule == "bernoulli", count, threshold, inverse, *seed.tolist(), first_row, score]
         if score.isnan().any():
@@ -186,7 +187,7 @@ def sample_engram_cases() -> Iterator[Case]:
     yield case(with_nan, 0.1, "gumbel_top_k")
 
 
-# dtypes of the hidden weight and its gradient, and formats of the moments in the order of enum Moments in kernels.h
+# dtypes of the hidden weight and its gradient, and formats of the moments in the order of enum Moments, csrc/cpu/kernels.h
 WEIGHTS_AND_GRADS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 MOMENTS = ["float32", "bfloat16", "scaled"]
 STATE = ["weight", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "sign_bits"]
@@ -228,7 +229,7 @@ def update_case(label, state, grad, gradient_fields, metaplasticity, weight_boun
     weight, exp_avg = state["weight"], state["exp_avg"]
     moments = [torch.float32, torch.bfloat16, torch.int8].index(exp_avg.dtype)
     beta1, beta2, step = adam["beta1"], adam["beta2"], adam["step"]
-    step_size = adam["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # as csrc/bindings.cpp computes it
+    step_size = adam["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # as csrc/bindings/update.cpp computes it
     settings = [beta1, 1 - beta1, beta2, 1 - beta2, adam["eps"], adam["weight_decay"], metaplasticity, step_size]
     settings += [weight_bound]
     fields = [*weight.shape, FLOATS.index(weight.dtype), moments, *settings, *seed.tolist(), first_row]
@@ -303,14 +304,6 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def setup_constant(name: str):
-    """A literal that setup.py assigns. Importing it would start a build."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.literal_eval(node.value)
-    raise LookupError(f"setup.py: expected an assignment to {name}")
-
-
 def missing(processor: str) -> list[str]:
     """What is not installed here of what it takes to build for a processor and to emulate it."""
     tools = [COMPILERS[processor], *([QEMU] if processor == "aarch64" else [])]
@@ -322,12 +315,14 @@ def build(processor: str, folder: Path) -> Path:
     csrc, plain = ROOT / "csrc", ["-O2", "-std=c++17"]
     sources = {"launch": (csrc / "cpu" / "launch.cpp", plain)}
     sources["kernel_runner"] = (ROOT / "tests" / "cross" / "kernel_runner.cpp", plain)
-    for isa, flags in setup_constant("ISA_FLAGS")[processor].items():
-        macros = [f"-DENGRAM_ISA={isa}", f"-DENGRAM_ISA_{isa.upper()}"]
+    for isa, flags in BUILD["instruction_sets"][processor].items():
         unused = [] if (processor, isa) in EMULATED else ["-O0"]  # linked, never run
-        for name in setup_constant("KERNELS"):
+        for name in [*BUILD["prediction_kernels"], *BUILD["training_kernels"]]:
             source = csrc / "cpu" / f"{name}.cpp"
-            sources[f"{isa}_{name}"] = (source, [*setup_constant("KERNEL_FLAGS"), *macros, *flags, *unused])
+            sources[f"{isa}_{name}"] = (
+                source,
+                [*BUILD["flags"], f"-DENGRAM_ISA={isa}", *flags, *unused],
+            )
 
     def compiler(*arguments):
         done = subprocess.run([COMPILERS[processor], *map(str, arguments)], capture_output=True, text=True)

@@ -135,10 +135,14 @@ class Product : public Layer {
     Type type = Type::kInt32;
     if (real_) {
       const bool exact = state.y.type != Type::kFloat32;
-      cpu::sign_matmul_t(call.kernels, state.y.data, exact, weight_, y, state.samples, outputs_, inputs_);
+      SignProduct p{};
+      p.a = state.y.data, p.element = exact ? Element::kUint8 : Element::kFloat32;
+      p.signs = weight_, p.y = y;
+      p.R = state.samples, p.I = inputs_, p.V = outputs_;
+      cpu::sign_product(call.kernels, p);
       type = exact ? Type::kInt32 : Type::kFloat32;
     } else {
-      cpu::BinaryMatmul p{};
+      BinaryMatmul p{};
       p.x = state.bits, p.w = weight_, p.gate = state.gate, p.gate_stride = state.gate_stride;
       p.y = static_cast<int32_t*>(y);
       p.M = state.samples, p.N = outputs_, p.K = inputs_, p.words = words_for(inputs_);
@@ -199,15 +203,17 @@ class Sign : public Layer {
       return;
     }
     const int32_t* y = as_integers(state, call);
-    if (!by_mean_) {
-      cpu::pack_reached(call.kernels, y, whole_.data(), flip_.data(), state.samples, units_, bits);
-      return;
-    }
+    BinaryMatmul p{};
+    p.y = const_cast<int32_t*>(y), p.threshold = whole_.data(), p.flip = flip_.data(), p.y_bits = bits;
+    p.M = state.samples, p.N = units_;
+    if (!by_mean_) return cpu::pack_reached(call.kernels, p);
     auto* least = call.memory.get<int32_t>(units_);
+    p.M = 1, p.threshold = least;
     for (int64_t i = 0; i < state.samples; ++i) {
       const int64_t sum = sum_of(y + i * units_, units_);  // y >= sum / units where y >= the integer above it
       std::fill_n(least, units_, static_cast<int32_t>(-floor_div(-sum, units_)));
-      cpu::pack_reached(call.kernels, y + i * units_, least, flip_.data(), 1, units_, bits + i * words);
+      cpu::pack_reached(call.kernels, p);
+      p.y += units_, p.y_bits += words;
     }
   }
 
@@ -266,7 +272,7 @@ class Recruit : public Layer {
       state.gate = gate;
       return;
     }
-    cpu::SampleEngram p{};
+    SampleEngram p{};
     p.score = scores(state, call), p.gate = gate;
     p.M = state.samples, p.K = units_, p.words = words_for(units_);
     p.count = count_, p.inverse_temperature = -1.0f;

@@ -25,7 +25,7 @@ const uint64_t* own_gates(const State& state, int64_t words, const Call& call) {
 // y[i, row] = sum over the recruited units k of s(W[row, k]).
 int32_t* recruited_products(const State& state, const uint64_t* weight, int64_t rows, int64_t units, const Call& call) {
   auto* y = call.memory.get<int32_t>(state.samples * rows);
-  cpu::BinaryMatmul p{};
+  BinaryMatmul p{};
   p.x = own_gates(state, words_for(units), call), p.w = weight;
   p.gate = state.gate, p.gate_stride = state.gate_stride, p.y = y;
   p.M = state.samples, p.N = rows, p.K = units, p.words = words_for(units);
@@ -247,7 +247,10 @@ class Ridge : public Counts {
     const int64_t words = words_for(inputs_), M = state.samples;
     const uint64_t* gates = own_gates(state, words, call);
     float* y = call.memory.get<float>(classes_ * M);  // a gate is half the sum of its sign and 1
-    cpu::sign_matmul_t(call.kernels, weight_, false, gates, y, classes_, M, inputs_);
+    SignProduct p{};
+    p.a = weight_, p.signs = gates, p.y = y;
+    p.R = classes_, p.I = inputs_, p.V = M;
+    cpu::sign_product(call.kernels, p);
     for (int64_t i = 0; i < M; ++i)
       for (int64_t c = 0; c < classes_; ++c) {
         const float score = 0.5f * (y[c * M + i] + weight_sums_[static_cast<size_t>(c)]) + bias_[c];
@@ -263,11 +266,11 @@ class Ridge : public Counts {
   void count_pairs(const uint64_t* gates, int64_t samples, const Call& call) {
     const int64_t words = words_for(samples);
     auto* by_unit = call.memory.get<uint64_t>(inputs_ * words);
-    cpu::transpose_bits(call.kernels, gates, samples, inputs_, by_unit);
+    cpu::transpose_bits(call.kernels, {gates, samples, inputs_, by_unit});
     auto* own = call.memory.get<int32_t>(inputs_);
     for (int64_t k = 0; k < inputs_; ++k) own[k] = static_cast<int32_t>(popcount(by_unit + k * words, samples));
     auto* y = call.memory.get<int32_t>(inputs_ * inputs_);
-    cpu::BinaryMatmul p{};
+    BinaryMatmul p{};
     p.x = by_unit, p.w = by_unit, p.y = y;
     p.M = inputs_, p.N = inputs_, p.K = samples, p.words = words;
     cpu::binary_matmul(call.kernels, p);
