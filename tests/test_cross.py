@@ -4,9 +4,9 @@
 aarch64 it runs under qemu, built for x86-64 with AVX-512 under Bochs, on the bare machine of ``cross/bochs``.
 """
 
-import ast
 import functools
 import itertools
+import json
 import math
 import os
 import shutil
@@ -25,6 +25,7 @@ from test_ops import ADAM, FLOATS, GATES, assert_close, bits_of
 from engram_kernels import ops, reference
 
 ROOT = Path(__file__).parents[1]
+BUILD = json.loads((ROOT / "csrc" / "cpu" / "build.json").read_text())
 COMPILERS = {"aarch64": "aarch64-linux-gnu-g++", "x86_64": "x86_64-linux-gnu-g++"}
 QEMU = "qemu-aarch64"
 EMULATED = [("aarch64", "neon"), ("aarch64", "scalar"), ("x86_64", "avx512")]  # processor, instruction set
@@ -303,14 +304,6 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def setup_constant(name: str):
-    """A literal that setup.py assigns. Importing it would start a build."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.literal_eval(node.value)
-    raise LookupError(f"setup.py: expected an assignment to {name}")
-
-
 def missing(processor: str) -> list[str]:
     """What is not installed here of what it takes to build for a processor and to emulate it."""
     tools = [COMPILERS[processor], *([QEMU] if processor == "aarch64" else [])]
@@ -322,13 +315,13 @@ def build(processor: str, folder: Path) -> Path:
     csrc, plain = ROOT / "csrc", ["-O2", "-std=c++17"]
     sources = {"launch": (csrc / "cpu" / "launch.cpp", plain)}
     sources["kernel_runner"] = (ROOT / "tests" / "cross" / "kernel_runner.cpp", plain)
-    for isa, flags in setup_constant("ISA_FLAGS")[processor].items():
+    for isa, flags in BUILD["instruction_sets"][processor].items():
         unused = [] if (processor, isa) in EMULATED else ["-O0"]  # linked, never run
-        for name in setup_constant("KERNELS"):
+        for name in [*BUILD["prediction_kernels"], *BUILD["training_kernels"]]:
             source = csrc / "cpu" / f"{name}.cpp"
             sources[f"{isa}_{name}"] = (
                 source,
-                [*setup_constant("KERNEL_FLAGS"), f"-DENGRAM_ISA={isa}", *flags, *unused],
+                [*BUILD["flags"], f"-DENGRAM_ISA={isa}", *flags, *unused],
             )
 
     def compiler(*arguments):

@@ -113,26 +113,30 @@ struct MetaplasticAdam {
 };
 
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
-// where a weight could not be updated. transpose_bits works on
-// words of units, list_samples on words of units, split_gates on words, metaplastic_adam on words of weights,
-// row-major.
-#define ENGRAM_CPU_KERNELS(KERNEL)                        \
-  KERNEL(bool, pack_signs, PackSigns, Range)              \
-  KERNEL(void, pack_window, PackWindow, Range)            \
-  KERNEL(void, unpack_signs, UnpackSigns, Range)          \
-  KERNEL(void, popcount_rows, PopcountRows, Range)        \
-  KERNEL(void, transpose_bits, TransposeBits, Range)      \
+// where a weight could not be updated. transpose_bits and list_samples work on words of units, split_gates on words,
+// metaplastic_adam on words of weights, row-major.
+#define ENGRAM_PREDICTION_KERNELS(KERNEL)               \
+  KERNEL(bool, pack_signs, PackSigns, Range)            \
+  KERNEL(void, pack_window, PackWindow, Range)          \
+  KERNEL(void, unpack_signs, UnpackSigns, Range)        \
+  KERNEL(void, popcount_rows, PopcountRows, Range)      \
+  KERNEL(void, transpose_bits, TransposeBits, Range)    \
+  KERNEL(void, split_gates, SplitGates, Range)          \
+  KERNEL(void, binary_matmul, PreparedMatmul, Block)    \
+  KERNEL(void, sign_product, StridedSignProduct, Block) \
+  KERNEL(bool, sample_engram, SampleEngram, Range)      \
+  KERNEL(void, value_signs, PreparedSigns, Range)       \
+  KERNEL(void, top_units, TopUnits, Range)
+// Those that the runtime (csrc/runtime) does without: gradients and the update.
+#define ENGRAM_TRAINING_KERNELS(KERNEL)                   \
   KERNEL(void, zero_unrecruited, ZeroUnrecruited, Range)  \
-  KERNEL(void, split_gates, SplitGates, Range)            \
-  KERNEL(void, binary_matmul, PreparedMatmul, Block)      \
-  KERNEL(void, sign_product, StridedSignProduct, Block)   \
   KERNEL(void, gated_input_grad, GatedInputGrad, Range)   \
   KERNEL(void, list_samples, GatedWeightGrad, Range)      \
   KERNEL(void, gated_weight_grad, GatedWeightGrad, Block) \
-  KERNEL(bool, sample_engram, SampleEngram, Range)        \
-  KERNEL(void, value_signs, PreparedSigns, Range)         \
-  KERNEL(void, top_units, TopUnits, Range)                \
   KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)
+#define ENGRAM_CPU_KERNELS(KERNEL)  \
+  ENGRAM_PREDICTION_KERNELS(KERNEL) \
+  ENGRAM_TRAINING_KERNELS(KERNEL)
 
 struct Kernels {
   const char* isa;
