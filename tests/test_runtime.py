@@ -1,4 +1,4 @@
-"""The runtime without torch gives what packed models give in Python, learns what they learn, and refuses what they refuse."""
+"""The runtime without torch predicts and learns as packed models do in Python, and refuses the same files."""
 
 import ctypes
 import json
