@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-TESTED = {"class_incremental_digits.py", "own_network.py", "avalanche_naive.py", "layer_sizes.py"}
+TESTED = {
+    "class_incremental_digits.py", "own_network.py", "avalanche_naive.py", "layer_sizes.py", "convolution.py",
+}  # fmt: skip
 
 
 def run(name, *arguments):
@@ -55,6 +57,12 @@ def test_layers_of_any_size_are_timed():
         [size, kind] for size in ("130x70", "256x128") for kind in ("forward", "step")
     ]
     assert all(float(number.rstrip("x")) > 0 for row in rows for number in row.split()[2:])
+
+
+@pytest.mark.slow
+def test_convolutions_of_signs_come_near_to_those_of_floats():
+    floats, signs = (percentages(row)[0] for row in run("convolution.py", "--epochs", "8", "--channels", "16"))
+    assert signs > floats - 3 and signs > 90
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/window.h"
+
 namespace engram::cpu {
 
 // Element types that pack_signs reads.
@@ -127,6 +129,26 @@ struct Kernels {
   bool (*sample_engram)(const SampleEngram&, uint32_t* keys, int64_t m_begin, int64_t m_end);
   // Range in words of weights, row-major; true if a weight could not be updated.
   bool (*metaplastic_adam)(const MetaplasticAdam&, int64_t begin, int64_t end);
+
+  // Writes the taps of output pixels [begin, end) of all samples, row_words apart and 0 behind their last. Samples of
+  // bits lie `stride` words apart; 0: one serves all.
+  void (*unfold_bits)(const Window&, const uint64_t* bits, int64_t stride, int64_t group, uint64_t* rows,
+                      int64_t row_words, int64_t begin, int64_t end);
+  // sums[t,n] of n rows of w, `words` apart, that hold the channels of each tap.
+  void (*tap_sums)(const uint64_t* w_bits, int64_t n, int64_t words, int64_t taps, int64_t channels, int32_t* sums);
+  // Pixels [begin, end) of all samples; sums [end - begin, n] are changed, pixel m goes to y[m * y_stride ..]. tap_sums
+  // may be null.
+  void (*finish_pixels)(const Window&, int32_t* sums, int64_t n, const int32_t* tap_sums, float scale, float* y,
+                        int64_t y_stride, int64_t begin, int64_t end);
+  // Adds to some channels of dx, the image of one sample, scale times the terms z [end - begin, taps, channels] of its
+  // pixels.
+  void (*fold_taps)(const Window&, const float* z, int64_t channels, float scale, float* dx, int64_t begin,
+                    int64_t end);
+  // padded[n] = the sum of d, whose pixels [samples, out pixels] lie `stride` floats apart, where the tap is padding.
+  void (*add_padding)(const Window&, const float* d, int64_t stride, int64_t n, int64_t samples, int64_t tap,
+                      float* padded);
+  // Samples [begin, end), each `rows` rows of k bits.
+  void (*interleave_bits)(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
 };
 
 }  // namespace engram::cpu

@@ -3,6 +3,7 @@
 #include "cpu/launch.h"
 
 #include <atomic>
+#include <cstring>
 
 #include "core/bits.h"
 #include "cpu/float_mode.h"
@@ -316,10 +317,18 @@ class WeightGrad {
 }  // namespace
 
 void gated_weight_grad(const Runtime& rt, const WeightGradOperands& p, float* dw) {
+  constexpr int64_t kUnits = 256;  // at least, so that their tables are worth making
   const WeightGrad gradient(rt, *active().load(), p);
-  share(rt, ceil_div(p.N, WeightGrad::kOutputs), p.M * p.K * 8, [&](int64_t begin, int64_t end) {
-    const int64_t n_begin = begin * WeightGrad::kOutputs, n_end = end * WeightGrad::kOutputs;
-    gradient.block(n_begin, n_end < p.N ? n_end : p.N, 0, p.K, dw + n_begin * p.K, p.K);
+  const int64_t outputs = ceil_div(p.N, WeightGrad::kOutputs);
+  const int64_t parts = enough_blocks(rt, outputs) ? 1 : ceil_div(4 * rt.threads, outputs < 1 ? 1 : outputs);
+  const int64_t even = ceil_div(ceil_div(p.K, parts), kWordBits) * kWordBits, units = even > kUnits ? even : kUnits;
+  const int64_t blocks = ceil_div(p.K, units);
+  share(rt, outputs * blocks, p.M * units * 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / blocks * WeightGrad::kOutputs, n_end = n + WeightGrad::kOutputs;
+      const int64_t k = i % blocks * units, k_end = k + units;
+      gradient.block(n, n_end < p.N ? n_end : p.N, k, k_end < p.K ? k_end : p.K, dw + n * p.K + k, p.K);
+    }
   });
 }
 
@@ -378,6 +387,235 @@ bool gated_metaplastic_adam(const Runtime& rt, const WeightGradOperands& operand
     }
   });
   return nan.load();
+}
+
+// ---- convolutions
+
+namespace {
+
+// The samples of a row of blocks, each with scratch of its own, among the threads: f(block, scratch of its share).
+template <typename F>
+void share_blocks(const Runtime& rt, int64_t blocks, int64_t work, int64_t scratch_bytes, const F& f) {
+  const int64_t shares = rt.threads < blocks ? rt.threads : blocks;
+  if (shares == 0) return;
+  const int64_t bytes = ceil_div(scratch_bytes, 64) * 64 + 64;  // shares write to no common line of the cache
+  char* scratch = workspace<char>(rt, shares * bytes);
+  share(rt, shares, work * blocks / shares, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t block = blocks * i / shares; block < blocks * (i + 1) / shares; ++block)
+        f(block, scratch + i * bytes);
+  });
+}
+
+// A runtime that gives the memory of one round again in the next, which asks for the same sizes or smaller ones.
+class Rounds {
+ public:
+  explicit Rounds(const Runtime& rt) : rt_(rt) {}
+  Runtime next() {
+    used_ = 0;
+    Runtime own = rt_;
+    own.owner = this;
+    own.allocate = [](void* owner, size_t bytes) -> void* {
+      auto& self = *static_cast<Rounds*>(owner);
+      if (self.used_ == self.memory_.size()) self.memory_.push_back({nullptr, 0});
+      Memory& memory = self.memory_[self.used_++];
+      if (memory.bytes < bytes) memory = {self.rt_.allocate(self.rt_.owner, bytes), bytes};
+      return memory.data;
+    };
+    return own;
+  }
+
+ private:
+  struct Memory {
+    void* data;
+    size_t bytes;
+  };
+  const Runtime& rt_;
+  std::vector<Memory> memory_;
+  size_t used_ = 0;
+};
+
+bool has_padding(const Window& w) { return (w.top | w.bottom | w.left | w.right) != 0; }
+
+}  // namespace
+
+void unfold_bits(const Runtime& rt, const Window& window, const uint64_t* bits, int64_t samples, int64_t group,
+                 uint64_t* rows) {
+  const int64_t stride = words_for(units(window));
+  const Kernels& kernels = *active().load();
+  const int64_t words = words_for(group_units(window));
+  share(rt, samples * out_pixels(window), taps(window) * 4 + words, [&](int64_t begin, int64_t end) {
+    kernels.unfold_bits(window, bits, stride, group, rows + begin * words, words, begin, end);
+  });
+}
+
+void binary_conv2d(const Runtime& rt, const Window& window, const BinaryConvolution& p) {
+  constexpr int64_t kPixels = 240;  // whose taps and sums stay in the second-level cache
+  const Kernels& kernels = *active().load();
+  const int64_t M = p.samples * out_pixels(window), groups = window.groups, N = p.outputs / groups;
+  const int64_t K = group_units(window), channels = group_channels(window);
+  const int64_t words = ceil_div(K, kWordBits);  // without the padding to 128 bits, which the product would count
+  uint64_t* w = workspace<uint64_t>(rt, p.outputs * words);
+  for (int64_t n = 0; n < p.outputs; ++n)
+    for (int64_t i = 0; i < words; ++i) w[n * words + i] = p.w[n * words_for(K) + i];
+  int32_t* tap_sums = nullptr;
+  if (p.gate == nullptr && has_padding(window)) {
+    tap_sums = workspace<int32_t>(rt, groups * taps(window) * N);
+    for (int64_t group = 0; group < groups; ++group)
+      kernels.tap_sums(w + group * N * words, N, words, taps(window), channels, tap_sums + group * taps(window) * N);
+  }
+  const int64_t even = ceil_div(M, 4 * rt.threads), pixels = even < 16 ? 16 : even < kPixels ? even : kPixels;
+  const int64_t rows = pixels * words * static_cast<int64_t>(sizeof(uint64_t));
+  const bool splits = p.gate != nullptr && kernels.gate_parts > 1;
+  const int64_t gate_rows = p.gate == nullptr ? 0 : rows, parts = splits ? kernels.gate_parts * rows : 0;
+  const int64_t counts = (N + 1) * pixels * static_cast<int64_t>(sizeof(int32_t));
+  share_blocks(
+      rt, ceil_div(M, pixels), pixels * N * words, rows + gate_rows + parts + counts,
+      [&](int64_t block, char* scratch) {
+        const int64_t begin = block * pixels, end = begin + pixels < M ? begin + pixels : M;
+        auto* x = reinterpret_cast<uint64_t*>(scratch);
+        auto* gate = reinterpret_cast<uint64_t*>(scratch + rows);
+        auto* gate_parts = reinterpret_cast<uint64_t*>(scratch + rows + gate_rows);
+        auto* sums = reinterpret_cast<int32_t*>(scratch + rows + gate_rows + parts);
+        int32_t* recruited = sums + N * pixels;
+        for (int64_t group = 0; group < groups; ++group) {
+          kernels.unfold_bits(window, p.x, words_for(units(window)), group, x, words, begin, end);
+          BinaryMatmul product{x,      w + group * N * words, nullptr, words, nullptr, sums, end - begin, N, K, words,
+                               nullptr};
+          if (p.gate != nullptr) {
+            kernels.unfold_bits(window, p.gate, p.gate_stride, group, gate, words, begin, end);
+            kernels.popcount_rows(gate, words, recruited, 0, end - begin);
+            if (splits) kernels.split_gates(gate, gate_parts, 0, (end - begin) * words);
+            product.gate = gate, product.recruited = recruited, product.gate_parts = splits ? gate_parts : gate;
+          }
+          kernels.binary_matmul(product, 0, end - begin, 0, N);
+          kernels.finish_pixels(window, sums, N, tap_sums == nullptr ? nullptr : tap_sums + group * taps(window) * N,
+                                p.scale, p.y + group * N, p.outputs, begin, end);
+        }
+      });
+}
+
+void masked_conv2d_input_grad(const Runtime& rt, const Window& window, const float* d, const uint64_t* w,
+                              const uint64_t* mask, int64_t mask_stride, float scale, float* dx, int64_t samples,
+                              int64_t outputs) {
+  constexpr int64_t kTerms = 3 << 15;  // floats, which stay in the second-level cache
+  constexpr int64_t kTile = 16;        // of sign_product
+  const Kernels& kernels = *active().load();
+  const int64_t groups = window.groups, N = outputs / groups, K = group_units(window),
+                channels = group_channels(window);
+  const int64_t pixels = out_pixels(window), per_sample = units(window), words = words_for(N);
+  // Where there are few samples, threads share the channels of each.
+  const int64_t parts = samples * groups >= 2 * rt.threads ? 1 : 2 * rt.threads;
+  const int64_t even = ceil_div(ceil_div(channels, parts), kTile) * kTile, part = even < channels ? even : channels;
+  const int64_t blocks = ceil_div(channels, part);
+  const bool whole = groups * blocks == 1;                      // the channels of a sample by one thread
+  uint64_t* w_t = workspace<uint64_t>(rt, groups * K * words);  // by group, block, tap and channel
+  for (int64_t group = 0; group < groups; ++group) {
+    const uint64_t* by_tap = transposed(rt, kernels, w + group * N * words_for(K), N, K);
+    for (int64_t i = 0; i < K; ++i) {
+      const int64_t tap = i / channels, c = i % channels, block = c / part;
+      const int64_t own = part < channels - block * part ? part : channels - block * part;
+      const int64_t row = group * K + block * part * taps(window) + tap * own + c % part;
+      memcpy(w_t + row * words, by_tap + i * words, static_cast<size_t>(words) * sizeof(uint64_t));
+    }
+  }
+  const auto zero = [&](int64_t sample) {
+    memset(dx + sample * per_sample, 0, static_cast<size_t>(per_sample) * sizeof(float));
+  };
+  const auto finish = [&](int64_t begin, int64_t end) {
+    kernels.zero_unrecruited(dx + begin * per_sample, per_sample, mask + begin * mask_stride, mask_stride, 0,
+                             end - begin);
+  };
+  if (!whole)
+    share(rt, samples, per_sample, [&](int64_t begin, int64_t end) {
+      for (int64_t sample = begin; sample < end; ++sample) zero(sample);
+    });
+  const int64_t fit = kTerms / (taps(window) * part) / kTile * kTile, most = fit < kTile ? kTile : fit;
+  const int64_t tile = most < pixels ? most : pixels;
+  const int64_t scratch = tile * taps(window) * part * static_cast<int64_t>(sizeof(float));
+  share_blocks(
+      rt, samples * groups * blocks, pixels * N * part * taps(window) / 16, scratch, [&](int64_t i, char* memory) {
+        const int64_t sample = i / (groups * blocks), group = i / blocks % groups, first = i % blocks * part;
+        const int64_t own = part < channels - first ? part : channels - first, rows = taps(window) * own;
+        auto* z = reinterpret_cast<float*>(memory);
+        if (whole) zero(sample);
+        for (int64_t m = 0; m < pixels; m += tile) {
+          const int64_t some = tile < pixels - m ? tile : pixels - m;
+          const float* terms = d + (sample * pixels + m) * outputs + group * N;
+          const uint64_t* signs = w_t + (group * K + first * taps(window)) * words;
+          kernels.sign_product({terms, 1, outputs, signs, nullptr, words, z, rows, N, some, rows, false}, 0, some, 0,
+                               rows);
+          kernels.fold_taps(window, z, own, scale, dx + sample * per_sample + group * channels + first, m, m + some);
+        }
+        if (whole) finish(sample, sample + 1);
+      });
+  if (!whole) share(rt, samples, per_sample, finish);
+}
+
+void gated_conv2d_weight_grad(const Runtime& rt, const Window& window, const float* d, const uint64_t* x,
+                              const uint64_t* gate, int64_t gate_stride, float scale, float* dw, int64_t samples,
+                              int64_t outputs) {
+  constexpr int64_t kUnfoldedWords = 1 << 18;  // 2 MiB of taps at a time
+  const Kernels& kernels = *active().load();
+  const int64_t groups = window.groups, N = outputs / groups, K = group_units(window),
+                channels = group_channels(window);
+  const int64_t M = samples * out_pixels(window), words = words_for(K), stride = words_for(units(window));
+  const int64_t fit = kUnfoldedWords / words / kSampleChunk * kSampleChunk,
+                rows = fit < kSampleChunk ? kSampleChunk : fit;
+  const auto unfold = [&](const Runtime& own, const uint64_t* bits, int64_t own_stride, int64_t group, int64_t m,
+                          int64_t some) {
+    uint64_t* out = workspace<uint64_t>(own, some * words);
+    share(rt, some, taps(window) * 4 + words, [&](int64_t begin, int64_t end) {
+      kernels.unfold_bits(window, bits, own_stride, group, out + begin * words, words, m + begin, m + end);
+    });
+    return out;
+  };
+  Rounds rounds(rt);
+  float* sums = M > rows ? workspace<float>(rt, N * K) : nullptr;
+  float* padded = gate == nullptr && has_padding(window) ? workspace<float>(rt, taps(window) * N) : nullptr;
+  for (int64_t group = 0; group < groups; ++group) {
+    float* own_dw = dw + group * N * K;
+    int64_t m = 0;
+    do {  // at least once: an empty batch has a gradient of zeros
+      const Runtime own = rounds.next();
+      const int64_t some = rows < M - m ? rows : M - m;
+      const uint64_t* x_rows = unfold(own, x, stride, group, m, some);
+      const uint64_t* gate_rows = gate == nullptr ? nullptr : unfold(own, gate, gate_stride, group, m, some);
+      const float* terms = d + m * outputs;
+      if (groups > 1) {
+        float* packed = workspace<float>(own, some * N);
+        share(rt, some, N, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i)
+            memcpy(packed + i * N, d + (m + i) * outputs + group * N, static_cast<size_t>(N) * sizeof(float));
+        });
+        terms = packed;
+      }
+      gated_weight_grad(own, {terms, x_rows, gate_rows, words, some, N, K}, m == 0 ? own_dw : sums);
+      if (m > 0)
+        share(rt, N * K, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) own_dw[i] += sums[i];
+        });
+      m += rows;
+    } while (m < M);
+    if (padded != nullptr)
+      share(rt, taps(window), M * N / 4, [&](int64_t begin, int64_t end) {
+        for (int64_t tap = begin; tap < end; ++tap)
+          kernels.add_padding(window, d + group * N, outputs, N, samples, tap, padded + tap * N);
+      });
+    share(rt, N, K, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t i = 0; i < K; ++i) {
+          const float sum = padded == nullptr ? own_dw[n * K + i] : own_dw[n * K + i] + padded[i / channels * N + n];
+          own_dw[n * K + i] = sum * scale;
+        }
+    });
+  }
+}
+
+void interleave_bits(const Runtime& rt, const uint64_t* bits, int64_t samples, int64_t rows, int64_t k, uint64_t* out) {
+  const Kernels& kernels = *active().load();
+  share(rt, samples, rows * k / 8,
+        [&](int64_t begin, int64_t end) { kernels.interleave_bits(bits, rows, k, out, begin, end); });
 }
 
 }  // namespace engram::cpu

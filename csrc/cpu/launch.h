@@ -57,6 +57,31 @@ void masked_input_grad(const Runtime&, const float* d, const uint64_t* w, const 
 // dw [N, K].
 void gated_weight_grad(const Runtime&, const WeightGradOperands& p, float* dw);
 bool sample_engram(const Runtime&, const SampleEngram& p);
+
+// Convolutions (core/window.h): M = samples * out_pixels rows, K = group_units.
+struct BinaryConvolution {
+  const uint64_t* x;     // [samples, words_for(units)]
+  const uint64_t* w;     // [outputs, words_for(K)]
+  const uint64_t* gate;  // like x, or one row, or null
+  int64_t gate_stride;
+  float* y;  // [M, outputs]
+  int64_t samples, outputs;
+  float scale;
+};
+// rows [M, words_for(K)] of the channels of a group.
+void unfold_bits(const Runtime&, const Window& window, const uint64_t* bits, int64_t samples, int64_t group,
+                 uint64_t* rows);
+void binary_conv2d(const Runtime&, const Window& window, const BinaryConvolution& p);
+// d [M, outputs], mask [samples or 1, words_for(units)], dx [samples, units].
+void masked_conv2d_input_grad(const Runtime&, const Window& window, const float* d, const uint64_t* w,
+                              const uint64_t* mask, int64_t mask_stride, float scale, float* dx, int64_t samples,
+                              int64_t outputs);
+// d [M, outputs], x and gate as in BinaryConvolution, dw [outputs, K].
+void gated_conv2d_weight_grad(const Runtime&, const Window& window, const float* d, const uint64_t* x,
+                              const uint64_t* gate, int64_t gate_stride, float scale, float* dw, int64_t samples,
+                              int64_t outputs);
+// bits [samples * rows, words_for(k)] -> out [samples, words_for(rows * k)].
+void interleave_bits(const Runtime&, const uint64_t* bits, int64_t samples, int64_t rows, int64_t k, uint64_t* out);
 // True if a weight could not be updated.
 bool metaplastic_adam(const Runtime&, const MetaplasticAdam& p);
 // The same with the gradient that gated_weight_grad would give, made and consumed block by block; p.grad is not read.

@@ -28,6 +28,12 @@ const Kernels kernels = {
     gated_weight_grad,
     sample_engram,
     metaplastic_adam,
+    unfold_bits,
+    tap_sums,
+    finish_pixels,
+    fold_taps,
+    add_padding,
+    interleave_bits,
 };
 
 }  // namespace engram::cpu::ENGRAM_ISA

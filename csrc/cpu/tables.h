@@ -24,5 +24,14 @@ void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end,
                        float* dw, int64_t dw_stride);
 bool sample_engram(const SampleEngram& p, uint32_t* keys, int64_t m_begin, int64_t m_end);
 bool metaplastic_adam(const MetaplasticAdam& p, int64_t begin, int64_t end);
+void unfold_bits(const Window& w, const uint64_t* bits, int64_t stride, int64_t group, uint64_t* rows,
+                 int64_t row_words, int64_t begin, int64_t end);
+void tap_sums(const uint64_t* w_bits, int64_t n, int64_t words, int64_t taps, int64_t channels, int32_t* sums);
+void finish_pixels(const Window& w, int32_t* sums, int64_t n, const int32_t* tap_sums, float scale, float* y,
+                   int64_t y_stride, int64_t begin, int64_t end);
+void fold_taps(const Window& w, const float* z, int64_t channels, float scale, float* dx, int64_t begin, int64_t end);
+void add_padding(const Window& w, const float* d, int64_t stride, int64_t n, int64_t samples, int64_t tap,
+                 float* padded);
+void interleave_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
 
 }  // namespace engram::cpu::ENGRAM_ISA

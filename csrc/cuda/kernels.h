@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "core/window.h"
+
 namespace engram::cuda {
 
 enum class Element { kFloat32, kBFloat16, kFloat16, kUint8 };
@@ -72,6 +74,15 @@ struct SignProduct {
   int64_t R, I, V;
 };
 
+struct UnfoldBits {
+  const uint64_t* bits;  // [samples, words_for(units)]
+  int64_t samples;
+  Window window;
+  int64_t group;
+  uint64_t* rows;  // [samples * out_pixels, words]
+  int64_t words;   // words_for(group_units)
+};
+
 struct SampleEngram {
   const float* score;  // [M, K]
   uint64_t* gate;      // [M, words]
@@ -94,6 +105,7 @@ int launch_unpack_signs(const UnpackSigns& p, void* stream);
 int launch_valid_gate(const ValidGate& p, void* stream);
 int launch_binary_matmul(const BinaryMatmul& p, void* stream);
 int launch_sign_product(const SignProduct& p, void* stream);
+int launch_unfold_bits(const UnfoldBits& p, void* stream);
 int launch_sample_engram(const SampleEngram& p, void* stream);
 
 bool built();  // with CUDA kernels

@@ -6,6 +6,7 @@
 #include "cuda/pack.cuh"
 #include "cuda/sample_engram.cuh"
 #include "cuda/sign_product.cuh"
+#include "cuda/unfold.cuh"
 #include "cuda/unpack.cuh"
 #include "cuda/valid_gate.cuh"
 
@@ -24,6 +25,7 @@ int launch_pack_window(const PackWindow& p, void* stream) { return pack_window(p
 int launch_unpack_signs(const UnpackSigns& p, void* stream) { return unpack_signs(p, as_stream(stream)); }
 int launch_valid_gate(const ValidGate& p, void* stream) { return valid_gate(p, as_stream(stream)); }
 int launch_sign_product(const SignProduct& p, void* stream) { return sign_product(p, as_stream(stream)); }
+int launch_unfold_bits(const UnfoldBits& p, void* stream) { return unfold_bits(p, as_stream(stream)); }
 int launch_sample_engram(const SampleEngram& p, void* stream) { return sample_engram(p, as_stream(stream)); }
 
 int launch_binary_matmul(const BinaryMatmul& p, void* stream) {

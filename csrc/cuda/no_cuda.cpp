@@ -14,6 +14,7 @@ int launch_unpack_signs(const UnpackSigns&, void*) { return kNoCuda; }
 int launch_valid_gate(const ValidGate&, void*) { return kNoCuda; }
 int launch_binary_matmul(const BinaryMatmul&, void*) { return kNoCuda; }
 int launch_sign_product(const SignProduct&, void*) { return kNoCuda; }
+int launch_unfold_bits(const UnfoldBits&, void*) { return kNoCuda; }
 int launch_sample_engram(const SampleEngram&, void*) { return kNoCuda; }
 int use_device(int, int*) { return kNoCuda; }
 int leave_device(int) { return kNoCuda; }

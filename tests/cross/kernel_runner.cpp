@@ -14,11 +14,16 @@
 #include <vector>
 
 #include "core/bits.h"
+#include "core/window.h"
 #include "cpu/launch.h"
 
 namespace {
 
 using namespace engram::cpu;
+using engram::group_units;
+using engram::out_pixels;
+using engram::units;
+using engram::Window;
 using engram::words_for;
 
 enum class Operator : int64_t {
@@ -33,6 +38,11 @@ enum class Operator : int64_t {
   kSampleEngram,
   kMetaplasticAdam,
   kGatedMetaplasticAdam,
+  kUnfoldBits,
+  kInterleaveBits,
+  kBinaryConv2d,
+  kMaskedConv2dInputGrad,
+  kGatedConv2dWeightGrad,
 };
 
 int64_t cases_begun = 0;
@@ -148,6 +158,14 @@ WeightGradOperands weight_grad_operands(Case& c) {
   return p;
 }
 
+Window window_of(Case& c) {
+  Window w{};
+  for (int64_t* number : {&w.height, &w.width, &w.channels, &w.kernel_h, &w.kernel_w, &w.stride_h, &w.stride_w, &w.top,
+                          &w.bottom, &w.left, &w.right, &w.dilation_h, &w.dilation_w, &w.groups})
+    *number = c.integer();
+  return w;
+}
+
 // All but the gradient.
 MetaplasticAdam update_operands(Case& c) {
   MetaplasticAdam p{};
@@ -245,6 +263,45 @@ void run(Case& c, Operator op) {
     case Operator::kGatedMetaplasticAdam: {
       const MetaplasticAdam p = update_operands(c);
       return c.send_flag(gated_metaplastic_adam(rt, weight_grad_operands(c), p));
+    }
+    case Operator::kUnfoldBits: {
+      const Window w = window_of(c);
+      const int64_t samples = c.integer(), group = c.integer();
+      const auto* bits = c.array<uint64_t>();
+      auto* rows = c.output<uint64_t>(samples * out_pixels(w) * words_for(group_units(w)) * kWord);
+      return unfold_bits(rt, w, bits, samples, group, rows);
+    }
+    case Operator::kInterleaveBits: {
+      const int64_t samples = c.integer(), rows = c.integer(), k = c.integer();
+      const auto* bits = c.array<uint64_t>();
+      return interleave_bits(rt, bits, samples, rows, k, c.output<uint64_t>(samples * words_for(rows * k) * kWord));
+    }
+    case Operator::kBinaryConv2d: {
+      const Window w = window_of(c);
+      BinaryConvolution p{};
+      p.samples = c.integer(), p.outputs = c.integer(), p.gate_stride = c.integer();
+      p.scale = c.number<float>();
+      p.x = c.array<uint64_t>(), p.w = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+      p.y = c.output<float>(p.samples * out_pixels(w) * p.outputs * kFloat);
+      return binary_conv2d(rt, w, p);
+    }
+    case Operator::kMaskedConv2dInputGrad: {
+      const Window w = window_of(c);
+      const int64_t samples = c.integer(), outputs = c.integer(), stride = c.integer();
+      const auto scale = c.number<float>();
+      const auto* d = c.array<float>();
+      const auto *filters = c.array<uint64_t>(), *mask = c.array<uint64_t>();
+      auto* dx = c.output<float>(samples * units(w) * kFloat);
+      return masked_conv2d_input_grad(rt, w, d, filters, mask, stride, scale, dx, samples, outputs);
+    }
+    case Operator::kGatedConv2dWeightGrad: {
+      const Window w = window_of(c);
+      const int64_t samples = c.integer(), outputs = c.integer(), stride = c.integer();
+      const auto scale = c.number<float>();
+      const auto* d = c.array<float>();
+      const auto *x = c.array<uint64_t>(), *gate = c.array<uint64_t>();
+      auto* dw = c.output<float>(outputs * group_units(w) * kFloat);
+      return gated_conv2d_weight_grad(rt, w, d, x, gate, stride, scale, dw, samples, outputs);
     }
   }
   fail(3, "unknown operator");

@@ -94,6 +94,23 @@ MUTATIONS = [
         ("pointer not asked for alignment", " && reinterpret_cast<uintptr_t>(p.out) % 16 == 0", ""),
     ),
     *_of(
+        "unfold.cuh",
+        ("second word left out", "if (shift + count > kWordBits)", "if (false)"),
+        ("second word read in any case", "if (shift + count > kWordBits)", "if (shift > 0)"),
+        ("bits of the next tap", "value & valid_bits(0, count)", "value"),
+        ("run beyond the word", "if (count > first + kWordBits - at) count = first + kWordBits - at;", ""),
+        ("padding read above", "row >= rows.first && ", ""),
+        ("padding read below", "row < rows.last && ", ""),
+        ("padding read on the left", "column >= columns.first && ", ""),
+        ("padding read on the right", " && column < columns.last", ""),
+        ("dilation of the other axis", "row * w.dilation_h", "row * w.dilation_w"),
+        ("the first group", "p.group * channels + c", "c"),
+        ("channels of a group as a pixel's", "(y * w.width + x) * w.channels", "(y * w.width + x) * channels"),
+        ("words of a sample without padding", "words_for(units(w))", "ceil_div(units(w), kWordBits)"),
+        ("bits at the start of the word", " << (at - first)", ""),
+        ("tap by row", "tap / w.kernel_w, column", "tap / w.kernel_h, column"),
+    ),
+    *_of(
         "sample_engram.cuh",
         ("counter by unit",
          "philox(p.seed, static_cast<uint64_t>(unit / 4), p.first_row + static_cast<uint64_t>(m), p.offset);\n"
@@ -282,6 +299,7 @@ _TILES = ["run_binary_matmul"], ["binary_dot.cuh", "binary_matmul.cuh"]
 PARTS = {
     "pack.cuh": (["run_pack_signs", "run_pack_window"], ["pack.cuh"]),
     "unpack.cuh": (["run_unpack_signs"], ["unpack.cuh"]),
+    "unfold.cuh": (["run_unfold_bits"], ["unfold.cuh"]),
     "valid_gate.cuh": (["run_valid_gate"], ["valid_gate.cuh"]),
     "sample_engram.cuh": (["run_sample_engram"], ["sample_engram.cuh"]),
     "binary_matmul.cuh": _TILES,
