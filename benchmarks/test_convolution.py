@@ -1,4 +1,4 @@
-"""Binary convolutions beside torch's: forward, in training, and what they keep. Sizes of small networks' middle layers."""
+"""Binary convolutions beside torch's: forward, in training, and what they keep. Middle layers of small networks."""
 
 import pytest
 import torch

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import ops
 from .fused_backward import gradient_consumer
@@ -327,10 +328,10 @@ class SignConvolution(_Function):
         if ctx.needs_input_grad[0]:
             shape = (d.shape[0], w.channels, w.height + w.top + w.bottom, w.width + w.left + w.right)
             signs = _signs(w_bits, ctx.weight_shape, d.dtype) * ctx.scale
-            padded = nn.grad.conv2d_input(shape, signs, own, **_steps(w))
+            padded = conv2d_input(shape, signs, own, **_steps(w))
             dx = padded[:, :, w.top : w.top + w.height, w.left : w.left + w.width]
         if ctx.needs_input_grad[1]:
-            grad = nn.grad.conv2d_weight(_padded(x.detach(), w), ctx.weight_shape, own, **_steps(w)) * ctx.scale
+            grad = conv2d_weight(_padded(x.detach(), w), ctx.weight_shape, own, **_steps(w)) * ctx.scale
             dw = _give_filters(ctx, rows_of(grad.to(ctx.weight_dtype)).contiguous())
         return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None, None
 

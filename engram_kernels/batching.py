@@ -21,7 +21,8 @@ def _loop(
 ) -> Batched:
     """One call for each member of the batch."""
     results = [
-        operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, dims, strict=True)))
+        # lists of numbers have a list of dimensions, all None
+        operator(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, dims, strict=True)))
         for i in range(size)
     ]
     return torch.stack(results), 0

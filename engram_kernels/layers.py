@@ -25,8 +25,9 @@ class HiddenWeightModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Makes whatever is assigned to ``weight`` a hidden weight."""
-        hidden = name == "weight" and param is not None
-        super().register_parameter(name, as_hidden_weight(param, self.weight_dims) if hidden else param)
+        if name == "weight" and param is not None:
+            param = as_hidden_weight(param, self.weight_dims)
+        super().register_parameter(name, param)
 
     def _apply(self, fn, recurse=True):
         """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""

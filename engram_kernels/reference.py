@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 _WORD_BITS = 64
 _ROW_BITS = 128
@@ -221,7 +222,7 @@ def masked_conv2d_input_grad(
     """
     w = Window(*window)
     shape = (d.shape[0], w.channels, w.height + w.top + w.bottom, w.width + w.left + w.right)
-    dx = torch.nn.grad.conv2d_input(
+    dx = conv2d_input(
         shape,
         _filters(w_bits, w),
         d.double().permute(0, 3, 1, 2),
@@ -239,7 +240,7 @@ def gated_conv2d_weight_grad(
 ) -> Tensor:
     """Gradient of the filters of :func:`binary_conv2d`. (B, out_height, out_width, O) -> (O, K)."""
     w = Window(*window)
-    dw = torch.nn.grad.conv2d_weight(
+    dw = conv2d_weight(
         _gated_image(x_bits, w, gate_bits),
         (d.shape[3], w.channels // w.groups, w.kernel_h, w.kernel_w),
         d.double().permute(0, 3, 1, 2),

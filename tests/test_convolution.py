@@ -9,6 +9,7 @@ from test_ops import FLOATS, assert_close, fake_refuses
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.library import opcheck
+from torch.nn.utils import parametrizations, prune
 
 import engram_kernels as ek
 from engram_kernels import ops, reference, unfolding
@@ -179,6 +180,7 @@ def test_the_composition_that_cuda_takes_is_the_same(window, gate, monkeypatch):
     assert torch.equal(dw, ops.gated_conv2d_weight_grad(d, x, w, gate_bits))
 
 
+@pytest.mark.slow
 def test_operators_pass_opcheck():
     o, w = torch.ops.engram_kernels, list(Window(5, 4, 7, 3, 3, 1, 1, 1, 1, 1, 1))
     x, filters, gate, d = bits_of(2, 140), bits_of(3, 63), bits_of(2, 140), torch.randn(2, 5, 4, 3)
@@ -276,7 +278,8 @@ def test_outputs_and_gradients_agree_with_float_autograd(isa, settings, layout, 
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(layer.weight.grad, weight.grad)
     else:
-        torch.testing.assert_close((y, x.grad, layer.weight.grad), (expected, plain_x.grad, weight.grad))
+        for own, wanted in ((y, expected), (x.grad, plain_x.grad), (layer.weight.grad, weight.grad)):
+            torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-4)
     assert layer.weight.grad.shape == layer.weight.shape
 
 
@@ -453,6 +456,7 @@ def test_gradients_by_torch_func_are_those_of_a_loop():
             torch.testing.assert_close(gradients[name][i], p.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_and_exported_layers_give_the_same():
     model = nn.Sequential(
         ek.BinaryEngramConv2d(3, 8, 3, padding=1, binary_input=False), nn.BatchNorm2d(8),
@@ -525,10 +529,10 @@ def test_bad_settings_and_inputs_are_named():
 
 def test_weights_that_are_computed_and_pruned():
     layer = layer_of("3x3")
-    nn.utils.prune.random_unstructured(layer, "weight", amount=0.5)
+    prune.random_unstructured(layer, "weight", amount=0.5)
     with pytest.raises(RuntimeError, match="weight: expected no exact zeros"):
         layer(torch.randn(1, 3, 5, 5))
     layer = layer_of("3x3")
-    nn.utils.parametrizations.weight_norm(layer)
+    parametrizations.weight_norm(layer)
     x = torch.randn(1, 3, 5, 5)
     assert torch.equal(layer(x), plain_layer(layer, x, layer.weight))
