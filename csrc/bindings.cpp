@@ -715,8 +715,8 @@ Window check_window(const std::vector<int64_t>& numbers, int64_t least_dilation 
 // Weights (O, K), whose rows the groups of the window share out evenly.
 void check_filters(const Tensor& w_bits, const Window& w, const Place& place) {
   check_packed("w_bits", w_bits, group_units(w), place);
-  require(w_bits.size(0) % w.groups == 0, "w_bits: expected rows that ", w.groups, " groups share out evenly, got ",
-          describe(w_bits));
+  require(w_bits.size(0) >= 1 && w_bits.size(0) % w.groups == 0, "w_bits: expected a row or more, which ", w.groups,
+          " groups share out evenly, got ", describe(w_bits));
 }
 
 // Gradients (B, out_h, out_w, O) of the outputs.
@@ -799,8 +799,8 @@ Tensor gated_conv2d_weight_grad(const Tensor& d, const Tensor& x_bits, std::vect
   require(d.dim() == 4, "d: expected 4 dimensions, got ", describe(d));
   const int64_t samples = d.size(0), outputs = d.size(3);
   check_output_grad(d, w, outputs, place);
-  require(outputs % w.groups == 0, "d: expected outputs that ", w.groups, " groups share out evenly, got ",
-          describe(d));
+  require(outputs >= 1 && outputs % w.groups == 0, "d: expected an output or more, which ", w.groups,
+          " groups share out evenly, got ", describe(d));
   check_packed("x_bits", x_bits, units(w), place);
   require(x_bits.size(0) == samples, "x_bits: expected ", samples, " samples like d, got ", describe(x_bits));
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, samples, units(w), place) : 0;

@@ -235,8 +235,9 @@ def _check_window(numbers: Any, least_dilation: int = 1) -> Window:
 
 def _check_filters(w_bits: Tensor, w: Window) -> None:
     _check_packed("w_bits", w_bits, w.group_units)
-    shared = w_bits.shape[0] % w.groups == 0
-    _require(shared, "w_bits", f"rows that {w.groups} groups share out evenly", w_bits)
+    expected = f"a row or more, which {w.groups} groups share out evenly"
+    _require(w_bits.shape[0] >= 1, "w_bits", expected, w_bits)
+    _require(w_bits.shape[0] % w.groups == 0, "w_bits", expected, w_bits)
 
 
 def _check_output_grad(d: Tensor, w: Window, outputs: Any) -> None:
@@ -291,7 +292,9 @@ def _(d, x_bits, window, gate_bits=None, scale=1.0):
     _check_floats("d", d)
     _require(d.dim() == 4, "d", "4 dimensions", d)
     _check_output_grad(d, w, d.shape[3])
-    _require(d.shape[3] % w.groups == 0, "d", f"outputs that {w.groups} groups share out evenly", d)
+    expected = f"an output or more, which {w.groups} groups share out evenly"
+    _require(d.shape[3] >= 1, "d", expected, d)
+    _require(d.shape[3] % w.groups == 0, "d", expected, d)
     _check_packed("x_bits", x_bits, w.units)
     _require(x_bits.shape[0] == d.shape[0], "x_bits", f"{d.shape[0]} samples like d", x_bits)
     _check_gate("gate_bits", gate_bits, d.shape[0], w.units)

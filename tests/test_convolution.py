@@ -209,6 +209,8 @@ def test_operators_name_what_is_wrong():
         (o.masked_conv2d_input_grad, "mask_bits", d, filters, w, x[:1]),
         (o.gated_conv2d_weight_grad, "x_bits", d, x[:1], w),
         (o.gated_conv2d_weight_grad, "d", d[0], x, w),
+        (o.gated_conv2d_weight_grad, "d", d[..., :0], x, w),
+        (o.binary_conv2d, "w_bits", x, filters[:0], w),
         (o.gated_conv2d_weight_grad, "gate_bits", d, x, w, wide),
     ):
         fake_refuses(operator, name, *arguments)

@@ -224,7 +224,7 @@ def interleave_bits(draw: Draw) -> dict[str, Any]:
 
 def binary_conv2d(draw: Draw) -> dict[str, Any]:
     w, samples = window_of(draw), draw.choice([0, 1, 2, 5])
-    filters = draw.words(w.groups * draw.choice([0, 1, 2, 17]), w.group_units)
+    filters = draw.words(w.groups * draw.choice([1, 2, 17]), w.group_units)
     gate = draw.optional_gate(samples, w.units)
     return {"x_bits": draw.words(samples, w.units), "w_bits": filters, "window": w, "gate_bits": gate}
 
@@ -237,14 +237,14 @@ def output_grad(draw: Draw, w: Window, samples: int, outputs: int) -> Tensor:
 
 def masked_conv2d_input_grad(draw: Draw) -> dict[str, Any]:
     w, samples = window_of(draw), draw.choice([0, 1, 2, 5])
-    outputs = w.groups * draw.choice([0, 1, 2, 17])
+    outputs = w.groups * draw.choice([1, 2, 17])
     filters, mask = draw.words(outputs, w.group_units), draw.gate(samples, w.units)
     return {"d": output_grad(draw, w, samples, outputs), "w_bits": filters, "window": w, "mask_bits": mask}
 
 
 def gated_conv2d_weight_grad(draw: Draw) -> dict[str, Any]:
     w, samples = window_of(draw), draw.choice([0, 1, 2, 5])
-    d = output_grad(draw, w, samples, w.groups * draw.choice([0, 1, 2, 17]))
+    d = output_grad(draw, w, samples, w.groups * draw.choice([1, 2, 17]))
     gate = draw.optional_gate(samples, w.units)
     return {"d": d, "x_bits": draw.words(samples, w.units), "window": w, "gate_bits": gate}
 
@@ -627,7 +627,7 @@ def shapes_agree(call: Call) -> bool:
         alternatives = [s for s in call.operator.tensors[name].shapes.split("|") if len(s.split()) == t.dim()]
         if not fits(t, (alternatives or call.operator.tensors[name].shapes.split("|"))[0]):
             return False
-    if "window" in call.arguments and sizes.get("N", 0) % w.groups:
+    if "window" in call.arguments and "N" in sizes and (sizes["N"] < 1 or sizes["N"] % w.groups):
         return False
     if call.name == "interleave_bits" and sizes["M"] % call.arguments["rows"]:
         return False
