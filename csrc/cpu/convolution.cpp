@@ -63,112 +63,118 @@ ENGRAM_INLINE void for_taps(const Window& w, const Pixel& p, bool join, const F&
   }
 }
 
-// Calls f(pixel, m - begin) for output pixels [begin, end) of all samples.
+// Calls f(pixel, m - its first) for the output pixels of a range.
 template <typename F>
-ENGRAM_INLINE void for_pixels(const Window& w, int64_t begin, int64_t end, const F& f) {
+ENGRAM_INLINE void for_pixels(const Window& w, Range range, const F& f) {
   const int64_t out_h = out_height(w), out_w = out_width(w);
-  Pixel pixel = pixel_of(w, begin);
-  for (int64_t m = begin; m < end; ++m, advance(pixel, out_h, out_w)) f(pixel, m - begin);
+  Pixel pixel = pixel_of(w, range.begin);
+  for (int64_t m = 0; m < range.end - range.begin; ++m, advance(pixel, out_h, out_w)) f(pixel, m);
 }
 
 }  // namespace
 
-void unfold_bits(const Window& w, const uint64_t* bits, int64_t stride, int64_t group, uint64_t* rows,
-                 int64_t row_words, int64_t begin, int64_t end) {
-  const int64_t channels = group_channels(w), first = group * channels;
+void unfold_bits(const UnfoldBits& p, Range pixels) {
+  const Window& w = p.window;
+  const int64_t channels = group_channels(w), first = p.group * channels;
   const bool join = taps_join(w, channels);
-  for_pixels(w, begin, end, [&](const Pixel& pixel, int64_t m) {
-    uint64_t* row = rows + m * row_words;
-    const uint64_t* sample = bits + pixel.sample * stride;
-    for (int64_t i = 0; i < row_words; ++i) row[i] = 0;
+  for_pixels(w, pixels, [&](const Pixel& pixel, int64_t m) {
+    uint64_t* row = p.rows + m * p.words;
+    const uint64_t* sample = p.bits + pixel.sample * p.stride;
+    for (int64_t i = 0; i < p.words; ++i) row[i] = 0;
     for_taps(w, pixel, join, [&](int64_t tap, int64_t at, int64_t count) {
       copy_bits(sample, at * w.channels + first, row, tap * channels, count * channels);
     });
   });
 }
 
-void tap_sums(const uint64_t* w_bits, int64_t n, int64_t words, int64_t taps, int64_t channels, int32_t* sums) {
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t row = 0; row < n; ++row) {
+void tap_sums(const TapSums& p, Range taps) {
+  for (int64_t tap = taps.begin; tap < taps.end; ++tap)
+    for (int64_t n = 0; n < p.N; ++n) {
       int64_t positive = 0;
-      for (int64_t i = 0; i < channels; i += kWordBits)
+      for (int64_t i = 0; i < p.channels; i += kWordBits)
         positive +=
-            scalar_popcount(bits_at(w_bits + row * words, tap * channels + i, smaller(kWordBits, channels - i)));
-      sums[tap * n + row] = static_cast<int32_t>(2 * positive - channels);
+            scalar_popcount(bits_at(p.w + n * p.words, tap * p.channels + i, smaller(kWordBits, p.channels - i)));
+      p.sums[tap * p.N + n] = static_cast<int32_t>(2 * positive - p.channels);
     }
 }
 
-void finish_pixels(const Window& w, int32_t* sums, int64_t n, const int32_t* tap_sums, float scale, float* y,
-                   int64_t y_stride, int64_t begin, int64_t end) {
-  for_pixels(w, begin, end, [&](const Pixel& pixel, int64_t m) {
-    int32_t* own = sums + m * n;
-    if (tap_sums != nullptr) {
+void finish_pixels(const FinishPixels& p, Range pixels) {
+  const Window& w = p.window;
+  for_pixels(w, pixels, [&](const Pixel& pixel, int64_t m) {
+    int32_t* own = p.sums + m * p.N;
+    if (p.tap_sums != nullptr) {
       const Taps rows = taps_of_row(w, pixel.y), columns = taps_of_column(w, pixel.x);
       if (rows.last - rows.first < w.kernel_h || columns.last - columns.first < w.kernel_w) {
         for (int64_t i = 0; i < w.kernel_h; ++i)
           for (int64_t j = 0; j < w.kernel_w; ++j) {
             if (i >= rows.first && i < rows.last && j >= columns.first && j < columns.last) continue;
-            const int32_t* missing = tap_sums + (i * w.kernel_w + j) * n;
-            for (int64_t c = 0; c < n; ++c) own[c] += missing[c];
+            const int32_t* missing = p.tap_sums + (i * w.kernel_w + j) * p.N;
+            for (int64_t n = 0; n < p.N; ++n) own[n] += missing[n];
           }
       }
     }
-    float* out = y + (begin + m) * y_stride;
-    for (int64_t c = 0; c < n; ++c) out[c] = static_cast<float>(own[c]) * scale;
+    float* out = p.y + (pixels.begin + m) * p.y_stride;
+    for (int64_t n = 0; n < p.N; ++n) out[n] = static_cast<float>(own[n]) * p.scale;
   });
 }
 
-void fold_taps(const Window& w, const float* z, int64_t channels, float scale, float* dx, int64_t begin, int64_t end) {
-  const bool join = taps_join(w, channels);
-  const int64_t row = taps(w) * channels;
-  for_pixels(w, begin, end, [&](const Pixel& pixel, int64_t m) {
+void fold_taps(const FoldTaps& p, Range pixels) {
+  const Window& w = p.window;
+  const bool join = taps_join(w, p.channels);
+  const int64_t row = taps(w) * p.channels;
+  for_pixels(w, pixels, [&](const Pixel& pixel, int64_t m) {
     for_taps(w, pixel, join, [&](int64_t tap, int64_t at, int64_t count) {
-      const float* from = z + m * row + tap * channels;
-      float* to = dx + at * w.channels;
+      const float* from = p.z + m * row + tap * p.channels;
+      float* to = p.dx + at * w.channels;
       int64_t i = 0;
-      for (; i + kLanes <= count * channels; i += kLanes) store(to + i, add(load(to + i), load(from + i) * all(scale)));
-      for (; i < count * channels; ++i) to[i] += from[i] * scale;
+      for (; i + kLanes <= count * p.channels; i += kLanes)
+        store(to + i, add(load(to + i), load(from + i) * all(p.scale)));
+      for (; i < count * p.channels; ++i) to[i] += from[i] * p.scale;
     });
   });
 }
 
-void add_padding(const Window& w, const float* d, int64_t stride, int64_t n, int64_t samples, int64_t tap,
-                 float* padded) {
-  const int64_t out_h = out_height(w), out_w = out_width(w), i = tap / w.kernel_w, j = tap % w.kernel_w;
-  for (int64_t c = 0; c < n; ++c) padded[c] = 0.0f;
-  for (int64_t line = 0; line < samples * out_h; ++line) {
-    const Taps rows = taps_of_row(w, line % out_h);
-    const bool whole = i < rows.first || i >= rows.last;
-    for (int64_t x = 0; x < out_w; ++x) {
-      const Taps columns = taps_of_column(w, x);
-      if (!whole && j >= columns.first && j < columns.last) continue;
-      const float* own = d + (line * out_w + x) * stride;
-      for (int64_t c = 0; c < n; ++c) padded[c] += own[c];
+void add_padding(const AddPadding& p, Range taps) {
+  const Window& w = p.window;
+  const int64_t out_h = out_height(w), out_w = out_width(w);
+  for (int64_t tap = taps.begin; tap < taps.end; ++tap) {
+    const int64_t i = tap / w.kernel_w, j = tap % w.kernel_w;
+    float* padded = p.padded + tap * p.N;
+    for (int64_t n = 0; n < p.N; ++n) padded[n] = 0.0f;
+    for (int64_t line = 0; line < p.samples * out_h; ++line) {
+      const Taps rows = taps_of_row(w, line % out_h);
+      const bool whole = i < rows.first || i >= rows.last;
+      for (int64_t x = 0; x < out_w; ++x) {
+        const Taps columns = taps_of_column(w, x);
+        if (!whole && j >= columns.first && j < columns.last) continue;
+        const float* own = p.d + (line * out_w + x) * p.d_stride;
+        for (int64_t n = 0; n < p.N; ++n) padded[n] += own[n];
+      }
     }
   }
 }
 
-void interleave_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end) {
-  const int64_t words = words_for(k), used = ceil_div(k, kWordBits), out_words = words_for(rows * k);
+void interleave_bits(const InterleaveBits& p, Range samples) {
+  const int64_t words = words_for(p.K), used = ceil_div(p.K, kWordBits), out_words = words_for(p.rows * p.K);
   Words block[kWordBits];
-  for (int64_t sample = begin; sample < end; ++sample) {
-    uint64_t* own = out + sample * out_words;
+  for (int64_t sample = samples.begin; sample < samples.end; ++sample) {
+    uint64_t* own = p.out + sample * out_words;
     for (int64_t i = 0; i < out_words; ++i) own[i] = 0;
-    for (int64_t first = 0; first < rows; first += kWordBits) {
-      const int64_t some = smaller(kWordBits, rows - first);
+    for (int64_t first = 0; first < p.rows; first += kWordBits) {
+      const int64_t some = smaller(kWordBits, p.rows - first);
       for (int64_t word = 0; word < used; word += kWordLanes) {
         const int64_t lanes = smaller<int64_t>(kWordLanes, used - word);
         for (int64_t r = 0; r < kWordBits; ++r) {
           block[r] = Words{};
           if (r < some)
-            memcpy(&block[r], bits + (sample * rows + first + r) * words + word,
+            memcpy(&block[r], p.bits + (sample * p.rows + first + r) * words + word,
                    static_cast<size_t>(lanes) * sizeof(uint64_t));
         }
         transpose_64x64(block);
         for (int64_t lane = 0; lane < lanes; ++lane) {
           const int64_t unit = (word + lane) * kWordBits;
-          for (int64_t i = 0; i < smaller(kWordBits, k - unit); ++i)
-            put_bits(own, (unit + i) * rows + first, some, block[i][lane]);
+          for (int64_t i = 0; i < smaller(kWordBits, p.K - unit); ++i)
+            put_bits(own, (unit + i) * p.rows + first, some, block[i][lane]);
         }
       }
     }

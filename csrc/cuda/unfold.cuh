@@ -22,13 +22,13 @@ __device__ __forceinline__ uint64_t run_of_bits(const uint64_t* bits, int64_t at
 
 __global__ void __launch_bounds__(kBlock) unfold_kernel(UnfoldBits p) {
   const Window& w = p.window;
-  const int64_t channels = group_channels(w), used = group_units(w), sample_words = words_for(units(w));
+  const int64_t channels = group_channels(w), used = group_units(w);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock, all = p.samples * out_pixels(w) * p.words;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < all; i += step) {
     const int64_t first = i % p.words * kWordBits;
     const Pixel pixel = pixel_of(w, i / p.words);
     const Taps rows = taps_of_row(w, pixel.y), columns = taps_of_column(w, pixel.x);
-    const uint64_t* sample = p.bits + pixel.sample * sample_words;
+    const uint64_t* sample = p.bits + pixel.sample * p.stride;
     uint64_t word = 0;
     for (int64_t at = first; at < first + kWordBits && at < used;) {
       const int64_t tap = at / channels, c = at % channels, row = tap / w.kernel_w, column = tap % w.kernel_w;

@@ -8,8 +8,8 @@
 #include "cuda/unpack.cuh"
 #include "cuda/valid_gate.cuh"
 
+using namespace engram;
 using namespace engram::cuda;
-using engram::words_for;
 
 #define ENGRAM_EXPORT extern "C" __attribute__((visibility("default"))) int
 
@@ -32,8 +32,9 @@ ENGRAM_EXPORT run_unpack_signs(const uint64_t* bits, int64_t rows, int64_t k, in
 ENGRAM_EXPORT run_unfold_bits(const uint64_t* bits, int64_t samples, const int64_t* window, int64_t group,
                               uint64_t* rows) {
   static_assert(sizeof(engram::Window) == 14 * sizeof(int64_t));
-  UnfoldBits p{bits, samples, {}, group, rows, 0};
+  UnfoldBits p{bits, samples, 0, {}, group, rows, 0};
   memcpy(&p.window, window, sizeof p.window);
+  p.stride = words_for(engram::units(p.window));
   p.words = words_for(group_units(p.window));
   return unfold_bits(p, nullptr);
 }
@@ -47,11 +48,9 @@ ENGRAM_EXPORT run_binary_matmul(int64_t form, const uint64_t* x, const uint64_t*
                                 int64_t gate_stride, int64_t m, int64_t n, int64_t k, int32_t* y,
                                 const int32_t* threshold, const uint8_t* flip, uint64_t* y_bits) {
   const BinaryMatmul p{x, w, gate, gate_stride, m, n, k, words_for(k), y, threshold, flip, y_bits};
-  int multiprocessors = 0;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
-  if (form == 1) return binary_matmul_tiles(p, multiprocessors, nullptr);
+  if (form == 1) return binary_matmul_tiles(p, nullptr);
   if (form == 2) return binary_matmul_dots(p, nullptr);
-  return binary_matmul(p, multiprocessors, nullptr);
+  return binary_matmul(p, nullptr);
 }
 
 ENGRAM_EXPORT run_sign_product(const void* a, int64_t element, int64_t a_transposed, const uint64_t* signs,
