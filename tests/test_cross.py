@@ -186,7 +186,7 @@ def sample_engram_cases() -> Iterator[Case]:
     yield case(with_nan, 0.1, "gumbel_top_k")
 
 
-# dtypes of the hidden weight and its gradient, and formats of the moments in the order of enum Moments, csrc/cpu/kernels.h
+# dtypes of the hidden weight and its gradient; formats of the moments in the order of enum Moments, cpu/kernels.h
 WEIGHTS_AND_GRADS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 MOMENTS = ["float32", "bfloat16", "scaled"]
 STATE = ["weight", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "sign_bits"]
