@@ -40,11 +40,11 @@ def test_convolution_forward_and_backward(side_by_side, target, threads, channel
     engram = None if rate is None else ek.StochasticEngram(rate)
     layer, plain, x = _pair(channels, size, layout, engram=engram)
     x.requires_grad_()
-    d = torch.randn(BATCH, channels, size, size).to(memory_format=LAYOUTS[layout])
+    gradients = {own: torch.randn_like(own(x)) for own in (layer, plain)}  # in the layout of the outputs
 
     def train(own):
         x.grad = own.weight.grad = None
-        own(x).backward(d)
+        own(x).backward(gradients[own])
 
     gates = "" if rate is None else f", channels at rate {rate}"
     side_by_side(

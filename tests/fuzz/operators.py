@@ -629,7 +629,7 @@ def shapes_agree(call: Call) -> bool:
             return False
     if "window" in call.arguments and "N" in sizes and (sizes["N"] < 1 or sizes["N"] % w.groups):
         return False
-    if call.name == "interleave_bits" and sizes["M"] % call.arguments["rows"]:
+    if call.name == "interleave_bits" and sizes.get("M", 0) % call.arguments["rows"]:
         return False
     return sizes.get("K", 1) >= 1 and (call.name != "binary_threshold" or sizes.get("N", 1) >= 1)
 
