@@ -106,7 +106,7 @@ MUTATIONS = [
         ("dilation of the other axis", "row * w.dilation_h", "row * w.dilation_w"),
         ("the first group", "p.group * channels + c", "c"),
         ("channels of a group as a pixel's", "(y * w.width + x) * w.channels", "(y * w.width + x) * channels"),
-        ("words of a sample without padding", "words_for(units(w))", "ceil_div(units(w), kWordBits)"),
+        ("words of a sample without padding", "pixel.sample * p.stride", "pixel.sample * ceil_div(units(w), kWordBits)"),
         ("bits at the start of the word", " << (at - first)", ""),
         ("tap by row", "tap / w.kernel_w, column", "tap / w.kernel_h, column"),
     ),
