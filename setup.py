@@ -155,11 +155,17 @@ def kernel_commands(folder: Path) -> dict[Path, list[str]]:
     """The object of every CPU kernel file and instruction set, in ``folder``, and the command that compiles it."""
     commands = {}
     for isa, flags in isa_flags().items():
-        macros = [f"-DENGRAM_ISA={isa}", f"-DENGRAM_ISA_{isa.upper()}"]
         for name in KERNELS:
             source, target = CSRC / "cpu" / f"{name}.cpp", folder / isa / f"{name}.o"
             files = ["-c", str(source), "-o", str(target), f"-I{CSRC}"]
-            commands[target] = [*compiler_words(), *files, *KERNEL_FLAGS, *macros, *flags, *sanitizer_flags()]
+            commands[target] = [
+                *compiler_words(),
+                *files,
+                *KERNEL_FLAGS,
+                f"-DENGRAM_ISA={isa}",
+                *flags,
+                *sanitizer_flags(),
+            ]
     return commands
 
 
@@ -198,7 +204,7 @@ def bindings() -> CppExtension:
     without_cuda = [] if cuda_compiler() else [str(CSRC / "cuda" / "no_cuda.cpp")]
     extension = CppExtension(
         "engram_kernels._C",
-        [str(CSRC / "bindings.cpp"), str(CSRC / "cpu" / "launch.cpp"), *without_cuda],
+        [*sorted(map(str, (CSRC / "bindings").glob("*.cpp"))), str(CSRC / "cpu" / "launch.cpp"), *without_cuda],
         include_dirs=[str(CSRC)],
         depends=sorted(
             str(path) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")

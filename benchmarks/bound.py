@@ -37,7 +37,7 @@ def library(isa: str) -> ctypes.CDLL:
     """
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     flags = setup_constant("KERNEL_FLAGS") + setup_constant("ISA_FLAGS").get(machine, {"scalar": []})[isa]
-    flags += [f"-DENGRAM_ISA={isa}", f"-DENGRAM_ISA_{isa.upper()}", f"-I{ROOT / 'csrc'}", "-shared"]
+    flags += [f"-DENGRAM_ISA={isa}", f"-I{ROOT / 'csrc'}", "-shared"]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "bound.so"
         command = [os.environ.get("CXX", "c++"), *flags, str(Path(__file__).with_name("bound.cpp")), "-o", str(target)]

@@ -10,14 +10,18 @@ before they have run, a NaN is reported by a later call, or by :func:`check_numb
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from . import batching, fakes, library, triton_kernels  # noqa: F401  the first two register what torch asks for
+from . import batching, fakes, library, reference, triton_kernels  # noqa: F401  the first two register what torch asks for
 from .library import operators
+
+P = ParamSpec("P")
 
 __all__ = [
     "available_isas",
@@ -274,39 +278,37 @@ def check_numbers() -> None:
         operators._check_nan_flags()
 
 
-def _note_changes(*tensors: Tensor | None) -> None:
+def _note_update(
+    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sign_bits: Tensor | None, settings: dict[str, Any]
+) -> None:
     """Has graphs that saved these tensors notice the change: the Stable ABI leaves version counters alone."""
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+        scales = settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")
+        changed = weight, exp_avg, exp_avg_sq, sign_bits, *scales
+        torch.autograd.graph.increment_version([t for t in changed if t is not None])
 
 
+def _arguments_of(definition: Callable[P, None]) -> Callable[[Callable[..., None]], Callable[P, None]]:
+    """Gives an operator the arguments of its definition, which alone states them."""
+
+    def decorate(operator: Callable[..., None]) -> Callable[P, None]:
+        operator.__signature__ = inspect.signature(definition)  # type: ignore[attr-defined]
+        return operator
+
+    return decorate
+
+
+@_arguments_of(reference.metaplastic_adam_)
 def metaplastic_adam_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    sign_bits: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    metaplasticity: float,
-    step: int,
-    weight_bound: float = float("inf"),
-    exp_avg_scale: Tensor | None = None,
-    exp_avg_sq_scale: Tensor | None = None,
-    seed: Tensor | None = None,
-    first_row: int = 0,
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sign_bits: Tensor | None, **settings: Any
 ) -> None:
     """One metaplastic Adam step in place, in a single pass over memory; writes fresh sign bits in the same pass.
 
     Shapes: all (N, K), ``sign_bits`` (N, words) or None. ``weight`` is float32 or bfloat16, ``grad`` float32 or like
     the weight, the moments float32, bfloat16, or int8 and uint8 with scales (N, ceil(K / 64)). ``step`` counts from 1;
     the weight is clipped to ``[-weight_bound, weight_bound]``, in float32 before it is rounded; ``seed`` as in
-    :func:`sample_engram`, needed for everything that is not float32. Formula, formats and source in
-    :func:`engram_kernels.reference.metaplastic_adam_`.
+    :func:`sample_engram`, needed for everything that is not float32. Formula, formats and source, and ``settings`` with
+    their defaults, in :func:`engram_kernels.reference.metaplastic_adam_`.
 
     >>> weight, mu, v = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.zeros(1, 2)
     >>> settings = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, metaplasticity=2.0, step=1)
@@ -314,26 +316,8 @@ def metaplastic_adam_(
     >>> [round(w, 3) for w in weight[0].tolist()]  # |W| shrinks less than it grows
     [0.458, -0.6]
     """
-    operators.metaplastic_adam_(
-        weight,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        sign_bits,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        metaplasticity=metaplasticity,
-        step=step,
-        weight_bound=weight_bound,
-        exp_avg_scale=exp_avg_scale,
-        exp_avg_sq_scale=exp_avg_sq_scale,
-        seed=seed,
-        first_row=first_row,
-    )
-    _note_changes(weight, exp_avg, exp_avg_sq, sign_bits, exp_avg_scale, exp_avg_sq_scale)
+    operators.metaplastic_adam_(weight, grad, exp_avg, exp_avg_sq, sign_bits, **settings)
+    _note_update(weight, exp_avg, exp_avg_sq, sign_bits, settings)
 
 
 def gated_metaplastic_adam_(
@@ -360,8 +344,7 @@ def gated_metaplastic_adam_(
     [0.458, -0.6]
     """
     operators.gated_metaplastic_adam_(d, x_bits, gate_bits, weight, exp_avg, exp_avg_sq, sign_bits, **settings)
-    scales = settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")
-    _note_changes(weight, exp_avg, exp_avg_sq, sign_bits, *scales)
+    _note_update(weight, exp_avg, exp_avg_sq, sign_bits, settings)
 
 
 torch.library.impl("engram_kernels::metaplastic_adam_", "cuda", triton_kernels.metaplastic_adam_)

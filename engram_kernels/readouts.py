@@ -33,11 +33,16 @@ from .layers import INIT_RANGE, HiddenWeightModule
 
 def _outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """As ``torch.compiler.disable``, which would import the compiler, a second of time, for those who never compile."""
-    disabled = functools.cache(lambda: torch.compiler.disable(function))
+    disabled: Callable[..., Any] | None = None  # not functools.cache, which Dynamo warns of
 
     @functools.wraps(function)
     def outside(*arguments: Any) -> Any:
-        return (disabled() if "torch._dynamo" in sys.modules else function)(*arguments)
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return function(*arguments)
+            disabled = torch.compiler.disable(function)
+        return disabled(*arguments)
 
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
     return outside

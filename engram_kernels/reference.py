@@ -149,7 +149,7 @@ def gumbel(draws: Tensor) -> Tensor:
 
 
 def recruited_units(rate: float, k: int) -> int:
-    """Units that a share ``rate`` of ``k`` units is: at least one, halves to even (csrc/bindings.cpp rounds alike)."""
+    """Units that a share ``rate`` of ``k`` units is: at least one, halves to even (as csrc/bindings/sampling.cpp)."""
     return max(1, round(rate * k))
 
 

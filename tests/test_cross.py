@@ -165,7 +165,7 @@ def sample_engram_cases() -> Iterator[Case]:
 
     def case(score, rate, rule, temperature=1.0):
         m, k = score.shape
-        count, threshold = max(1, round(rate * k)), round(rate * 2**32)  # as csrc/bindings.cpp computes them
+        count, threshold = max(1, round(rate * k)), round(rate * 2**32)  # as csrc/bindings/sampling.cpp computes them
         inverse = -1.0 if temperature == 0 else (torch.tensor(1.0) / torch.tensor(temperature)).item()
         fields = [m, k, rule == "bernoulli", count, threshold, inverse, *seed.tolist(), first_row, score]
         if score.isnan().any():
@@ -186,7 +186,7 @@ def sample_engram_cases() -> Iterator[Case]:
     yield case(with_nan, 0.1, "gumbel_top_k")
 
 
-# dtypes of the hidden weight and its gradient, and formats of the moments in the order of enum Moments in kernels.h
+# dtypes of the hidden weight and its gradient, and formats of the moments in the order of enum Moments, csrc/cpu/kernels.h
 WEIGHTS_AND_GRADS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 MOMENTS = ["float32", "bfloat16", "scaled"]
 STATE = ["weight", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "sign_bits"]
@@ -228,7 +228,7 @@ def update_case(label, state, grad, gradient_fields, metaplasticity, weight_boun
     weight, exp_avg = state["weight"], state["exp_avg"]
     moments = [torch.float32, torch.bfloat16, torch.int8].index(exp_avg.dtype)
     beta1, beta2, step = adam["beta1"], adam["beta2"], adam["step"]
-    step_size = adam["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # as csrc/bindings.cpp computes it
+    step_size = adam["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # as csrc/bindings/update.cpp computes it
     settings = [beta1, 1 - beta1, beta2, 1 - beta2, adam["eps"], adam["weight_decay"], metaplasticity, step_size]
     settings += [weight_bound]
     fields = [*weight.shape, FLOATS.index(weight.dtype), moments, *settings, *seed.tolist(), first_row]
@@ -323,11 +323,13 @@ def build(processor: str, folder: Path) -> Path:
     sources = {"launch": (csrc / "cpu" / "launch.cpp", plain)}
     sources["kernel_runner"] = (ROOT / "tests" / "cross" / "kernel_runner.cpp", plain)
     for isa, flags in setup_constant("ISA_FLAGS")[processor].items():
-        macros = [f"-DENGRAM_ISA={isa}", f"-DENGRAM_ISA_{isa.upper()}"]
         unused = [] if (processor, isa) in EMULATED else ["-O0"]  # linked, never run
         for name in setup_constant("KERNELS"):
             source = csrc / "cpu" / f"{name}.cpp"
-            sources[f"{isa}_{name}"] = (source, [*setup_constant("KERNEL_FLAGS"), *macros, *flags, *unused])
+            sources[f"{isa}_{name}"] = (
+                source,
+                [*setup_constant("KERNEL_FLAGS"), f"-DENGRAM_ISA={isa}", *flags, *unused],
+            )
 
     def compiler(*arguments):
         done = subprocess.run([COMPILERS[processor], *map(str, arguments)], capture_output=True, text=True)

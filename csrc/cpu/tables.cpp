@@ -3,31 +3,11 @@
 
 #include "cpu/simd.h"
 
-#define ENGRAM_TEXT_(x) #x
-#define ENGRAM_TEXT(x) ENGRAM_TEXT_(x)
-
 namespace engram::cpu::ENGRAM_ISA {
 
+#define ENGRAM_ENTRY(Result, name, Arguments, Part) name,
 extern const Kernels kernels;
-const Kernels kernels = {
-    ENGRAM_TEXT(ENGRAM_ISA),
-    2 * kBitLanes,
-    kGateParts,
-    pack_signs,
-    pack_window,
-    unpack_signs,
-    popcount_rows,
-    pack_reached,
-    transpose_bits,
-    zero_unrecruited,
-    split_gates,
-    binary_matmul,
-    sign_product,
-    gated_input_grad,
-    list_samples,
-    gated_weight_grad,
-    sample_engram,
-    metaplastic_adam,
-};
+const Kernels kernels = {ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes, kGateParts, ENGRAM_CPU_KERNELS(ENGRAM_ENTRY)};
+#undef ENGRAM_ENTRY
 
 }  // namespace engram::cpu::ENGRAM_ISA

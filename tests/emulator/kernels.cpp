@@ -7,8 +7,8 @@
 #include "cuda/unpack.cuh"
 #include "cuda/valid_gate.cuh"
 
+using namespace engram;
 using namespace engram::cuda;
-using engram::words_for;
 
 #define ENGRAM_EXPORT extern "C" __attribute__((visibility("default"))) int
 
@@ -37,11 +37,9 @@ ENGRAM_EXPORT run_binary_matmul(int64_t form, const uint64_t* x, const uint64_t*
                                 int64_t gate_stride, int64_t m, int64_t n, int64_t k, int32_t* y,
                                 const int32_t* threshold, const uint8_t* flip, uint64_t* y_bits) {
   const BinaryMatmul p{x, w, gate, gate_stride, m, n, k, words_for(k), y, threshold, flip, y_bits};
-  int multiprocessors = 0;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
-  if (form == 1) return binary_matmul_tiles(p, multiprocessors, nullptr);
+  if (form == 1) return binary_matmul_tiles(p, nullptr);
   if (form == 2) return binary_matmul_dots(p, nullptr);
-  return binary_matmul(p, multiprocessors, nullptr);
+  return binary_matmul(p, nullptr);
 }
 
 ENGRAM_EXPORT run_sign_product(const void* a, int64_t element, int64_t a_transposed, const uint64_t* signs,

@@ -1,6 +1,6 @@
 """The operators of ``engram_kernels.ops`` on the emulated CUDA kernels: the same names and arguments.
 
-Work that ``csrc/bindings.cpp`` does for CUDA tensors, allocating and choosing arguments, is done here for emulated
+Work that ``csrc/bindings`` does for CUDA tensors, allocating and choosing arguments, is done here for emulated
 ones.
 """
 

@@ -49,7 +49,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def packed(form: str, *values: int | float | bool) -> bytes:
-    """A struct of csrc/cuda/kernels.h, padded as C++ does."""
+    """A struct of csrc/core/operands.h, padded as C++ does."""
     return struct.pack(f"@{form}0q", *values)
 
 

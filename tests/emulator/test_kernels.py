@@ -24,8 +24,16 @@ SIZES = [1, 3, 31, 64, 65, 127, 129, 300]
 OFFSETS = [0, 1, 2]  # in elements: aligned, aligned to one number, and to two
 
 
+# Each architecture in one order and each order once; every pair with the slow tests.
+QUICK = set(zip(build.ARCHITECTURES, (2, 1, 0), strict=True))
+
+
 @pytest.fixture(
-    params=[(a, s) for a in build.ARCHITECTURES for s in (0, 1, 2)], ids=lambda p: f"sm_{p[0]}-order_{p[1]}"
+    params=[
+        pytest.param((a, s), marks=[] if (a, s) in QUICK else pytest.mark.slow, id=f"sm_{a}-order_{s}")
+        for a in build.ARCHITECTURES
+        for s in (0, 1, 2)
+    ]
 )
 def ops(request):
     return EmulatedOps(request.param[0], schedule=request.param[1])
