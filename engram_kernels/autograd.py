@@ -36,8 +36,8 @@ class _Function(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
             return super().apply(*arguments)
         unwrap = torch._C._functorch.unwrap_if_dead
-        arguments = [unwrap(a) if isinstance(a, Tensor) else a for a in arguments]
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+        alive = [unwrap(a) if isinstance(a, Tensor) else a for a in arguments]
+        return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
 
 
 class _FirstDerivative(_Function):

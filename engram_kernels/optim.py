@@ -67,7 +67,8 @@ class MetaplasticAdam(Optimizer):
         W  -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)
         W   = min(max(W, -weight_bound), weight_bound)
 
-    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam, fused on the CPU.
+    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam, which is
+    the fused one on the CPU.
 
     Args:
         params: parameters, or groups of them, each with settings of its own if wanted (``metaplasticity`` may differ

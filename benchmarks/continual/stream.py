@@ -63,7 +63,7 @@ GRID = {
     ],
     "metaplasticity, bounded, engram": [
         *(Settings(lr, m / BOUND, BOUND, 0.5) for lr, m in itertools.product((1e-4, 3e-4, 1e-3), (0.5, 1.0, 1.5))),
-        *(Settings(lr, m / BOUND, BOUND, 0.8) for lr, m in itertools.product((1e-3, 3e-3), (0.25, 0.5))),
+        Settings(1e-3, 0.25 / BOUND, BOUND, 0.8),
     ],
 }
 
