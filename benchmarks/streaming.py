@@ -2,9 +2,9 @@
 
     python benchmarks/streaming.py
 
-A step is forward, cross-entropy, backward and optimizer, on one thread. All contenders take turns; the table has medians
-of the processor's time, which other processes disturb less than the clock's, and multiples of the fastest compiled step.
-*Compiled* is ``torch.compile`` of the network and its loss.
+A step is forward, cross-entropy, backward and optimizer, on one thread. All contenders take turns. The table has
+medians of the processor's time, which other processes disturb less than the clock's. *Compiled* is ``torch.compile`` of
+the network and its loss.
 """
 
 from __future__ import annotations
