@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from . import ops
 from .fused_backward import gradient_consumer
 from .hidden_weight import HiddenWeight, from_rows, rows_of
-from .reference import Window
+from .reference import Window, words_for
 
 _BLOCK_ELEMENTS = 1 << 18  # of a gradient that is consumed block by block
 _BLOCK_SAMPLES = 128  # of a sum over samples
@@ -31,11 +31,15 @@ class _Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *arguments):
-        """As in torch, which inspects the signature of ``forward`` first, 30 us, to fill in default values."""
+        """As in torch, which inspects the signature of ``forward`` first to fill in default values.
+
+        That takes as long as the rest of a small layer.
+        """
         if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
             return super().apply(*arguments)
-        arguments = torch._functorch.utils.unwrap_dead_wrappers(arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+        unwrap = torch._C._functorch.unwrap_if_dead
+        alive = [unwrap(a) if isinstance(a, Tensor) else a for a in arguments]
+        return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
 
 
 class _FirstDerivative(_Function):
@@ -58,16 +62,16 @@ class _FirstDerivative(_Function):
         )
 
 
-def _first_derivative(gradient: Tensor | None, d: Tensor) -> Tensor | None:
-    """``gradient``, which depends on ``d``; a second derivative of it is an error."""
-    if gradient is None or not torch.is_grad_enabled():  # without create_graph=True
-        return gradient
-    return _FirstDerivative.apply(gradient, d)
+def _first_derivatives(d: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``gradients``, which depend on ``d``; a second derivative of them is an error."""
+    if not torch.is_grad_enabled():  # without create_graph=True
+        return gradients
+    return tuple(None if gradient is None else _FirstDerivative.apply(gradient, d) for gradient in gradients)
 
 
-def _remember(ctx: Any, weight: Tensor, consumed: bool) -> None:
-    """Keeps what the gradient of ``weight`` (N, K) needs to know of it."""
-    ctx.k, ctx.weight_dtype = weight.shape[1], weight.dtype
+def _remember(ctx: Any, x: Tensor, weight: Tensor, consumed: bool) -> None:
+    """Keeps what the gradients of ``x`` (M, K) and ``weight`` (N, K) need to know of them."""
+    ctx.k, ctx.weight_dtype = x.shape[1], weight.dtype  # a hidden weight takes longer to tell its shape
     ctx.weight = weight if consumed else None
 
 
@@ -122,108 +126,122 @@ def _product_over_samples(d: Tensor, x: Tensor) -> Tensor:
 
 def _sum_over_samples(d: Tensor) -> Tensor:
     """Floats (M, N) -> (N, 1). The bits of torch's sum depend on the number of threads; those of the kernel do not."""
-    ones = ops.pack_signs(torch.ones(d.shape[0], 1, dtype=torch.float32, device=d.device))
-    return ops.gated_weight_grad(d, ones, 1)
+    if d.shape[0] == 1:
+        return d.T
+    plus = torch.ones(d.shape[0], words_for(1), dtype=torch.int64, device=d.device)  # bit 0: the sign of one unit
+    return ops.gated_weight_grad(d, plus, 1)
 
 
-class BiasSum(_Function):
-    """``apply(y, bias)``: ``y + bias``, floats (M, N), (N,) -> (M, N)."""
+def _scaled_and_shifted(sums: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """``scale sums + bias``: floats (M, N), (N,) -> (M, N)."""
+    y = sums if scale == 1.0 else sums * scale
+    return y if bias is None else y + bias
 
-    @staticmethod
-    def forward(y, bias):
-        """The sum."""
-        return y + bias
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Keeps nothing."""
-        ctx.dtype = inputs[1].dtype
+def _remember_scale(ctx: Any, x: Tensor, scale: float, bias: Tensor | None) -> None:
+    """Keeps what the gradients through :func:`_scaled_and_shifted` need to know."""
+    ctx.scale = scale
+    ctx.sums_dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
-    @staticmethod
-    def backward(ctx, d):
-        """Gradients of y and of the bias."""
-        db = _sum_over_samples(d.detach()).squeeze(1).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return d, _first_derivative(db, d)
+
+def _through_scale_and_bias(ctx: Any, d: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the sums (M, N) and of the bias (N,) or None."""
+    db = _sum_over_samples(d).squeeze(1).to(ctx.bias_dtype) if needs_bias else None
+    own = d if d.dtype == ctx.sums_dtype else d.to(ctx.sums_dtype)
+    return own if ctx.scale == 1.0 else own * ctx.scale, db
+
+
+def _undifferentiated(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """An operator that is differentiable by itself, called past that, which takes it longer than a small product."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
 class GatedSignProduct(_Function):
-    """Gated product of signs, ``y[m, n] = sum_k g[m, k] s(x[m, k]) s(W[n, k])``; keeps bits only.
+    """Gated product of signs, ``y[m, n] = scale sum_k g[m, k] s(x[m, k]) s(W[n, k]) + bias[n]``; keeps bits only.
 
-    ``apply(x, weight, x_bits, w_bits, gate_bits, window, consumed)``: floats (M, K) and hidden weights (N, K), of which
-    only the gradients count, and their bits -> (M, N) in the dtype of x. The gradient of x reaches recruited units with
-    ``|x| <= window``. ``consumed``: the weight has a consumer of its gradient.
+    ``apply(x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed)``: floats (M, K) and hidden weights
+    (N, K), of which only the gradients count, bias (N,) or None, and their bits -> (M, N) in the dtype of x. The
+    gradient of x reaches recruited units with ``|x| <= window``. ``consumed``: the weight has a consumer of its
+    gradient. Scale and bias are part of the function, since each function of its own costs as much as a small product.
     """
 
     @staticmethod
-    def forward(x, weight, x_bits, w_bits, gate_bits, window, consumed):
+    def forward(x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed):
         """The product."""
-        return ops.binary_matmul(x_bits, w_bits, weight.shape[1], gate_bits).to(x.dtype)
+        sums = ops.binary_matmul(x_bits, w_bits, x.shape[1], gate_bits)
+        return _scaled_and_shifted(sums.to(x.dtype), scale, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the bits, and the window as one more of them."""
-        x, weight, x_bits, w_bits, gate_bits, window, consumed = inputs
+        x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed = inputs
         mask_bits = ops.pack_window(x.detach(), window, gate_bits) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
-        _remember(ctx, weight, consumed)
+        _remember(ctx, x, weight, consumed)
+        _remember_scale(ctx, x, scale, bias)
 
     @staticmethod
     def backward(ctx, d):
-        """Gradients of x and of the hidden weights, straight-through."""
+        """Gradients of x, of the hidden weights, straight-through, and of the bias."""
         _refuse_second_gradient(ctx.weight)
         x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
-        own = d.detach()
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        own, db = _through_scale_and_bias(ctx, d.detach(), needs_bias)
         dx = dw = None
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             dx = ops.masked_input_grad(own, w_bits, ctx.k, mask_bits)
         # after dx: the update changes w_bits
-        if ctx.needs_input_grad[1] and not _consume(
-            ctx, functools.partial(ops.gated_metaplastic_adam_, own, x_bits, gate_bits)
-        ):
+        if needs_weight and not _consume(ctx, functools.partial(ops.gated_metaplastic_adam_, own, x_bits, gate_bits)):
             dw = ops.gated_weight_grad(own.to(ctx.weight_dtype), x_bits, ctx.k, gate_bits)
-        return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None, None, None
+        return (*_first_derivatives(d, dx, dw, db), None, None, None, None, None, None)
 
 
 class SignProduct(_Function):
-    """Product of a real-valued input with signs, ``x s(W)^T``; keeps the input, which the weight's gradient needs.
+    """Product of a real-valued input with signs, ``scale x s(W)^T + bias``; keeps the input for the weight's gradient.
 
-    ``apply(x, weight, w_bits, consumed, backward_dtype)``: floats or uint8 (M, K), hidden weights (N, K), of which only
-    the gradient counts, and their bits -> (M, N). ``backward_dtype`` is that of
+    ``apply(x, weight, bias, w_bits, scale, consumed, backward_dtype)``: floats or uint8 (M, K), hidden weights (N, K),
+    of which only the gradient counts, bias (N,) or None, and the weight's bits -> (M, N). ``backward_dtype`` is that of
     :class:`~engram_kernels.BinaryEngramLinear`.
     """
 
     @staticmethod
-    def forward(x, weight, w_bits, consumed, backward_dtype):
+    def forward(x, weight, bias, w_bits, scale, consumed, backward_dtype):
         """The product."""
-        y = ops.sign_matmul_t(x, w_bits, weight.shape[1])
-        return y.float() if x.dtype == torch.uint8 else y
+        sums = _undifferentiated(ops.sign_matmul_t, x, w_bits, x.shape[1])
+        return _scaled_and_shifted(sums.float() if x.dtype == torch.uint8 else sums, scale, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the input where the weight learns."""
-        x, weight, w_bits, consumed, ctx.backward_dtype = inputs
+        x, weight, bias, w_bits, scale, consumed, ctx.backward_dtype = inputs
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
-        _remember(ctx, weight, consumed)
+        _remember(ctx, x, weight, consumed)
+        _remember_scale(ctx, x, scale, bias)
 
     @staticmethod
     def backward(ctx, d):
-        """Gradients of x and of the hidden weights."""
+        """Gradients of x, of the hidden weights and of the bias."""
         _refuse_second_gradient(ctx.weight)
         x, w_bits = ctx.saved_tensors
-        own = d.detach()
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        own, db = _through_scale_and_bias(ctx, d.detach(), needs_bias)
         dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = ops.sign_matmul(own, w_bits, ctx.k)
-        if ctx.needs_input_grad[1]:
+        if needs_x:
+            dx = _undifferentiated(ops.sign_matmul, own, w_bits, ctx.k)
+        if needs_weight:
             dtype = ctx.backward_dtype
-            x = x.detach().to(d.dtype if dtype is None else dtype)
+            x = x.detach().to(own.dtype if dtype is None else dtype)
 
             def gradient_of_rows(rows: slice) -> Tensor:
                 return _product_over_samples(own[:, rows], x)
 
             if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
                 dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
-        return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None
+        return (*_first_derivatives(d, dx, dw, db), None, None, None, None)
 
 
 def image_sign_bits(x: Tensor) -> Tensor:
@@ -395,7 +413,7 @@ class CodeProduct(_Function):
     @staticmethod
     def forward(x, weight, w_bits, gate_bits, mask_bits, rate, consumed):
         """The product."""
-        k = weight.shape[1]
+        k = x.shape[1]
         # a recruited unit counts +1: its gate's bit is its sign too
         recruited = ops.binary_matmul(gate_bits, w_bits, k, gate_bits)
         ones = ops.pack_signs(torch.ones(1, k, dtype=torch.float32, device=w_bits.device))
@@ -408,7 +426,7 @@ class CodeProduct(_Function):
         x, weight, w_bits, gate_bits, mask_bits, ctx.rate, consumed = inputs
         ctx.save_for_backward(w_bits, gate_bits, mask_bits)
         ctx.dtype = x.dtype
-        _remember(ctx, weight, consumed)
+        _remember(ctx, x, weight, consumed)
 
     @staticmethod
     def backward(ctx, d):
@@ -428,7 +446,7 @@ class CodeProduct(_Function):
 
             if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
                 dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
-        return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None, None, None
+        return (*_first_derivatives(d, dx, dw), None, None, None, None, None)
 
 
 # ---- the operators that are differentiable by themselves

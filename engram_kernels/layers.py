@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .autograd import BiasSum, GatedSignProduct, SignProduct
+from .autograd import GatedSignProduct, SignProduct
 from .checks import check_flag, check_hidden_dtype, check_number, check_size
 from .engrams import Engram, Recruitment
 from .fused_backward import gradient_consumer
@@ -161,22 +161,20 @@ class BinaryEngramLinear(HiddenWeightModule):
             raise RuntimeError(f"input: expected shape (*, {self.in_features}), got {tuple(x.shape)}")
         weight, w_bits = self.signed_weight()
         consumed = gradient_consumer(weight) is not None
-        rows = x.reshape(-1, self.in_features)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        engram, scale = self.engram, 1.0
         if self.binary_input:
-            gate_bits, scale = Recruitment(None) if self.engram is None else self.engram(rows)
-            x_bits = ops.pack_signs(rows.detach())
-            y = GatedSignProduct.apply(rows, weight, x_bits, w_bits, gate_bits, self.ste_window, consumed)
-        else:
-            scale = 1.0
-            y = SignProduct.apply(rows, weight, w_bits, consumed, self.backward_dtype)
+            gate_bits, scale = Recruitment(None) if engram is None else engram(rows)
         if self.scaled:
-            recruited = self.in_features if self.engram is None else self.engram.recruited(self.in_features)
-            scale /= math.sqrt(recruited)
-        if scale != 1.0:
-            y = y * scale
-        if self.bias is not None:
-            y = BiasSum.apply(y, self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
+            scale /= math.sqrt(self.in_features if engram is None else engram.recruited(self.in_features))
+        if self.binary_input:
+            x_bits = ops.pack_signs(rows.detach())
+            y = GatedSignProduct.apply(
+                rows, weight, self.bias, x_bits, w_bits, gate_bits, self.ste_window, scale, consumed
+            )
+        else:
+            y = SignProduct.apply(rows, weight, self.bias, w_bits, scale, consumed, self.backward_dtype)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""

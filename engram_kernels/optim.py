@@ -68,7 +68,8 @@ class MetaplasticAdam(Optimizer):
         W  -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)
         W   = min(max(W, -weight_bound), weight_bound)
 
-    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam.
+    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam, which is
+    the fused one on the CPU.
 
     Args:
         params: parameters, or groups of them, each with settings of its own if wanted (``metaplasticity`` may differ
@@ -185,6 +186,11 @@ class MetaplasticAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch._C.DisableTorchFunctionSubclass():  # hidden weights answer slowly, and what is asked here is known
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         consumed = {id(parameter) for parameter in self._parameters() if self._ends_consuming(parameter)}
         to_update = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         for parameter in (parameter for _, parameters in to_update for parameter in parameters):
@@ -205,7 +211,14 @@ class MetaplasticAdam(Optimizer):
                     self._update_hidden(parameter, group, functools.partial(_apply_gradient, parameter.grad))
         for group, parameters in to_update:  # last, since the hidden weights may find that gradients are NaN
             self._update_others([p for p in parameters if not is_hidden_weight(p)], group)
-        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. Raises: RuntimeError if a gradient has been consumed since the last step."""
+        for parameter in self._parameters():
+            if isinstance(parameter, HiddenWeight) and parameter.fused_backward is not None:
+                parameter.fused_backward.refuse_access_to_gradient()
+        with torch._C.DisableTorchFunctionSubclass():
+            super().zero_grad(set_to_none)
 
     def consume(self, weight: HiddenWeight, update: Callable[..., None]) -> None:
         """Applies a gradient during the backward pass that makes it.
@@ -414,7 +427,8 @@ class MetaplasticAdam(Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"].double() for state in states],  # torch adds the step to floats only
+            [state["step"].float() for state in states],  # torch adds the step to floats only
+            fused=all(parameter.is_cpu and parameter.is_floating_point() for parameter in parameters) or None,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -423,5 +437,4 @@ class MetaplasticAdam(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for state in states:
-            state["step"] += 1
+        torch._foreach_add_([state["step"] for state in states], 1)
