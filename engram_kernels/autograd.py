@@ -70,7 +70,7 @@ def _first_derivatives(d: Tensor, *gradients: Tensor | None) -> tuple[Tensor | N
 
 
 def _remember(ctx: Any, x: Tensor, weight: Tensor, consumed: bool) -> None:
-    """Keeps what the gradients of ``x`` (M, K) and ``weight`` (N, K) need to know of them."""
+    """Keeps what the gradients of ``x`` (M, K) or (B, C, ...) and of ``weight`` need to know of them."""
     ctx.k, ctx.weight_dtype = x.shape[1], weight.dtype  # a hidden weight takes longer to tell its shape
     ctx.weight = weight if consumed else None
 
@@ -266,6 +266,26 @@ def _channels_first(x: Tensor) -> bool:
     return x.is_contiguous() and not x.is_cuda
 
 
+class BiasSum(_Function):
+    """``apply(y, bias)``: ``y + bias``, floats (M, N), (N,) -> (M, N)."""
+
+    @staticmethod
+    def forward(y, bias):
+        """The sum."""
+        return y + bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps nothing."""
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, d):
+        """Gradients of y and of the bias."""
+        db = _sum_over_samples(d.detach()).squeeze(1).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return (d, *_first_derivatives(d, db))
+
+
 class GatedSignConvolution(_Function):
     """Gated convolution of signs, padded by 0; keeps bits only.
 
@@ -286,7 +306,7 @@ class GatedSignConvolution(_Function):
         x, weight, x_bits, w_bits, gate_bits, ctx.window, ctx.scale, ste_window, consumed = inputs
         mask_bits = _image_window_bits(x.detach(), ste_window, gate_bits) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
-        _remember(ctx, weight, consumed)
+        _remember(ctx, x, weight, consumed)
         ctx.weight_shape = weight.shape
 
     @staticmethod
@@ -302,7 +322,7 @@ class GatedSignConvolution(_Function):
         if ctx.needs_input_grad[1]:
             rows = ops.gated_conv2d_weight_grad(own.to(ctx.weight_dtype), x_bits, ctx.window, gate_bits, ctx.scale)
             dw = _give_filters(ctx, rows)
-        return _first_derivative(dx, d), _first_derivative(dw, d), *[None] * 7
+        return (*_first_derivatives(d, dx, dw), *[None] * 7)
 
 
 def _give_filters(ctx: Any, rows: Tensor) -> Tensor | None:
@@ -333,7 +353,7 @@ class SignConvolution(_Function):
         """Keeps the images where the filters learn."""
         x, weight, w_bits, ctx.window, ctx.scale, consumed = inputs
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
-        _remember(ctx, weight, consumed)
+        _remember(ctx, x, weight, consumed)
         ctx.weight_shape = weight.shape
 
     @staticmethod
@@ -351,7 +371,7 @@ class SignConvolution(_Function):
         if ctx.needs_input_grad[1]:
             grad = conv2d_weight(_padded(x.detach(), w), ctx.weight_shape, own, **_steps(w)) * ctx.scale
             dw = _give_filters(ctx, rows_of(grad.to(ctx.weight_dtype)).contiguous())
-        return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None, None
+        return (*_first_derivatives(d, dx, dw), None, None, None, None)
 
 
 def _padded(x: Tensor, window: Window) -> Tensor:
@@ -398,8 +418,12 @@ class Standardisation(_Function):
     def backward(ctx, d, *_):
         """The gradient of y."""
         y, mean, reciprocal = ctx.saved_tensors
-        own = (d.detach().contiguous(), y, y.shape[1:], mean, reciprocal, None, None, (True, False, False))
-        return _first_derivative(torch.ops.aten.native_layer_norm_backward(*own)[0], d), None
+        values, own = y.to(mean.dtype), d.detach().contiguous().to(mean.dtype)
+        needed = (True, False, False)
+        dy = torch.ops.aten.native_layer_norm_backward(own, values, y.shape[1:], mean, reciprocal, None, None, needed)[
+            0
+        ]
+        return (*_first_derivatives(d, dy.to(y.dtype)), None)
 
 
 class CodeProduct(_Function):

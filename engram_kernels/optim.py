@@ -68,8 +68,7 @@ class MetaplasticAdam(Optimizer):
         W  -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)
         W   = min(max(W, -weight_bound), weight_bound)
 
-    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam, which is
-    the fused one on the CPU.
+    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam.
 
     Args:
         params: parameters, or groups of them, each with settings of its own if wanted (``metaplasticity`` may differ
@@ -428,7 +427,8 @@ class MetaplasticAdam(Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"].float() for state in states],  # torch adds the step to floats only
-            fused=all(parameter.is_cpu and parameter.is_floating_point() for parameter in parameters) or None,
+            # neither the fused Adam nor the one of lists, which round otherwise: shards would differ from the whole
+            foreach=False,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
