@@ -195,7 +195,6 @@ WITH_UNITS = (OURS, "RanPAC", "RanDumb")  # of which images give the number; tab
 
 
 def accuracy(names: list[str], methods: list[str], units: list[int], seeds: int, data_dir: Path | None) -> None:
-    rows = read(FILE)
     for name in names:
         for method in methods:
             if name in TABLES and method in OF_IMAGES:
@@ -203,11 +202,11 @@ def accuracy(names: list[str], methods: list[str], units: list[int], seeds: int,
             widths = units if name in IMAGES and method in WITH_UNITS else [None]
             for width, seed in [(width, seed) for width in widths for seed in range(seeds)]:
                 key = {"data": name, "method": method, "seed": seed} | ({"units": width} if width else {})
-                if any(key.items() <= row.items() for row in rows):
+                if any(key.items() <= row.items() for row in read(FILE)):
                     continue
-                rows.append(key | METHODS[method](task(name, seed, data_dir, width or UNITS), seed))
-                print(rows[-1], flush=True)
-                write(FILE, rows)
+                row = key | METHODS[method](task(name, seed, data_dir, width or UNITS), seed)
+                print(row, flush=True)
+                write(FILE, [*read(FILE), row])
 
 
 # ---- the choice of settings

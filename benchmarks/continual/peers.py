@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-BATCH = 4096  # samples whose features exist together
+BATCH = 1024  # samples whose features exist together
 
 
 class RandomFeatures:
