@@ -41,6 +41,7 @@ SAMPLES = [1024, 2048, 4096, 8192]
 MEMORY_UNITS = [1024, 2048, 4096, 8192, 10_000]
 AT_UNITS, AT_SAMPLES = 4096, 2048  # where the other one grows
 PSEUDO_INVERSE_UNITS = 1024  # where StreamingLDA is asked for an answer: with 4096 it would take minutes
+PARTS = ["memory", "pairs_ratio", "one_more", "growth"]
 WAYS = ["whole images", "patches", "RanPAC"]
 LABELS = {"whole images": "ours, projections", "patches": "ours, patches", "RanPAC": "RanPAC"}
 
@@ -147,16 +148,21 @@ def memory_in_fresh_process(way: str, units: int) -> dict[str, int | None]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, env=variables, check=True).stdout)
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    content: dict[str, Any] = {"environment": environment(), "threads": 1, "isa": ek.ops.isa()}
-    content["memory"] = [
-        {"way": way, "units": units} | memory_in_fresh_process(way, units) for units in MEMORY_UNITS for way in WAYS
-    ]
-    print(content["memory"], flush=True)
-    content["pairs_ratio"] = pairs(rounds)
-    content["one_more"] = {str(units): one_more(units, rounds) for units in (PSEUDO_INVERSE_UNITS, AT_UNITS)}
-    content["growth"] = growth(rounds)
-    return content
+def measure(parts: list[str], rounds: int) -> None:
+    """Measures each part and puts it into the file, in place of what was there."""
+    run: dict[str, Callable[[], Any]] = {
+        "memory": lambda: [
+            {"way": way, "units": units} | memory_in_fresh_process(way, units) for units in MEMORY_UNITS for way in WAYS
+        ],
+        "pairs_ratio": lambda: pairs(rounds),
+        "one_more": lambda: {str(units): one_more(units, rounds) for units in (PSEUDO_INVERSE_UNITS, AT_UNITS)},
+        "growth": lambda: growth(rounds),
+    }
+    for part in parts:
+        found = run[part]()
+        content = json.loads(FILE.read_text()) if FILE.exists() else {}
+        content |= {"environment": environment(), "isa": ek.ops.isa(), part: found}
+        FILE.write_text(json.dumps(content, indent=1) + "\n")
 
 
 # ---- the picture
@@ -217,8 +223,9 @@ def _axes(axes: Any, title: str, label: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS, help="what to measure: all, or some")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--draw", action="store_true", help="draw what was measured before")
+    parser.add_argument("--draw", action="store_true", help="draw what was measured before, and measure nothing")
     parser.add_argument("--memory", nargs=2, metavar=("WAY", "UNITS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -227,7 +234,7 @@ def main() -> None:
             print(json.dumps(memory(arguments.memory[0], int(arguments.memory[1]))))
             return
         if not arguments.draw:
-            FILE.write_text(json.dumps(measure(arguments.rounds), indent=1) + "\n")
+            measure(arguments.parts, arguments.rounds)
     draw(FILE.with_suffix(".png"), json.loads(FILE.read_text()))
 
 

@@ -175,7 +175,7 @@ def whole(make: Callable[[], Any]) -> Callable[[Task, int], dict[str, float]]:
 
 # Chosen by ``search``: penalties of both, the width of RanDumb's kernel.
 RANPAC = {"penalty": 1e-4}
-RANDUMB = {"gamma": 0.02, "penalty": 1e-4}
+RANDUMB = {"gamma": 0.01, "penalty": 1e-4}
 OF_IMAGES: dict[str, Callable[[Task, int], dict[str, float]]] = {
     "RanPAC": peer(lambda d, n, c, seed: RanPAC(d, n, c, seed=seed, **RANPAC)),
     "RanDumb": peer(lambda d, n, c, seed: RanDumb(d, n, c, seed=seed, **RANDUMB)),
