@@ -43,6 +43,7 @@ from engram_kernels.continual.data import load
 
 FILE = RESULTS / "classifier.json"
 SEARCH_FILE = RESULTS / "classifier-search.json"
+COST_FILE = RESULTS.parents[1] / "results" / "classifier-cost.json"
 SEARCH_UNITS = 2048
 VALIDATION = 5000
 UNITS = 8192
@@ -293,6 +294,15 @@ def table() -> None:
         f"Accuracy in % on the last {VALIDATION} training images, which were not learned, with {SEARCH_UNITS} units.",
         "",
         *searches(read(SEARCH_FILE)),
+        "",
+        "## Cost",
+        "",
+        "Processor seconds of one thread on images of 784 pixels, with the ratios of one run; by",
+        "`python benchmarks/classifier_cost.py`. The code exists already, and the solution is not found.",
+        "",
+        "![Processor seconds and memory against units and samples](../results/classifier-cost.png)",
+        "",
+        *costs(json.loads(COST_FILE.read_text())),
     ]
     (Path(__file__).parent / "CLASSIFIER.md").write_text("\n".join(lines) + "\n")
 
@@ -336,6 +346,31 @@ def searches(rows: list[dict[str, Any]]) -> list[str]:
         right = {row["data"]: f"{100 * row['validation_accuracy']:.2f}" for row in same}
         settings = ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
         lines.append(line([method, settings, *[right.get(name, "") for name in IMAGES]]))
+    return lines
+
+
+def costs(content: dict[str, Any]) -> list[str]:
+    """Learning by units, memory, and one sample more."""
+    peer, ways = "RanPAC", {"whole images": "ours, projections", "patches": "ours, patches"}
+    units = sorted({point["units"] for point in content["units"]})
+    took = {(point["way"], point["units"]): point["seconds"] for point in content["units"]}
+    lines = header(["times less than RanPAC to learn a sample, with units:", *map(str, units)])
+    for way, label in ways.items():
+        lines.append(line([label, *[f"{took[peer, n] / took[way, n]:.1f}" for n in units]]))
+    units = sorted({point["units"] for point in content["memory"]})
+    lines += ["", *header(["peak MB while learning / with the solution, with units:", *map(str, units)])]
+    for way, label in (ways | {peer: peer}).items():
+        points = {point["units"]: point for point in content["memory"] if point["way"] == way}
+        lines.append(
+            line([label, *[f"{points[n]['learning'] / 1e6:.0f} / {points[n]['solving'] / 1e6:.0f}" for n in units]])
+        )
+    lines += ["", f"Counting pairs of 8192 codes of 4096 units takes {content['pairs_ratio']:.1f} times less than the"]
+    lines += ["float32 product of the same codes. One sample more, in milliseconds:", ""]
+    names = dict.fromkeys(name for row in content["one_more"].values() for name in row)
+    lines += header(["", *[f"{n} units" for n in content["one_more"]]])
+    for name in names:
+        cells = [row.get(name) for row in content["one_more"].values()]
+        lines.append(line([name, *["" if seconds is None else f"{1e3 * seconds:.3g}" for seconds in cells]]))
     return lines
 
 
