@@ -4,7 +4,7 @@
 //   every kCountSteps          total = add_wide(total, widen(partial))
 //
 // A gate takes the place of the exclusive or, or joins it, in one instruction: it has the same bound.
-// `changed` tells the compiler that a register may hold something new, at no instruction: without it the one distance
+// `in_order` tells the compiler that a register may hold something new, at no instruction: without it the one distance
 // would be computed once. The result is the number of differing bits, which the caller knows. Not for plain C++, where
 // the compiler itself chooses the vectors and the loop below would keep it from doing so.
 #include "cpu/simd.h"
@@ -16,14 +16,6 @@ namespace {
 // Each waits for its last addition, one cycle, while the others take their turn; with more, AVX2 runs out of registers.
 constexpr int kAccumulators = 4;
 
-ENGRAM_INLINE void changed(Bits& v) {
-#if defined(ENGRAM_ISA_NEON)
-  asm volatile("" : "+w"(v));
-#else
-  asm volatile("" : "+v"(v));
-#endif
-}
-
 int64_t distance(uint64_t x_word, uint64_t w_word, int64_t steps) {
   Bits x = bits_all(x_word), w = bits_all(w_word), total = bits_zero();
   for (int64_t first = 0; first < steps;) {
@@ -33,9 +25,9 @@ int64_t distance(uint64_t x_word, uint64_t w_word, int64_t steps) {
     for (int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 4
       for (int a = 0; a < kAccumulators; ++a) {
-        changed(w);
+        in_order(w);
         partial[a] = add_count(partial[a], count(differ(x, w)));
-        changed(partial[a]);
+        in_order(partial[a]);
       }
     }
     for (int a = 0; a < kAccumulators; ++a) total = add_wide(total, widen(partial[a]));

@@ -36,6 +36,7 @@ from peers import RanPAC, StreamingLDA
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "classifier-cost.json"
 PIXELS, CLASSES = 784, 10
+FEATURES = 512  # as of embeddings, where one sample more is learned
 UNITS = [1024, 2048, 4096, 8192, 16384]
 SAMPLES = [1024, 2048, 4096, 8192]
 MEMORY_UNITS = [1024, 2048, 4096, 8192, 10_000]
@@ -105,7 +106,7 @@ def one_more(units: int, rounds: int) -> dict[str, float]:
     """Seconds to learn one more sample and to predict one: with our last solution, and with none; and StreamingLDA."""
     rng = np.random.default_rng(0)
     y = np.arange(3 * units) % CLASSES
-    x = rng.normal(size=(len(y), 64)) + rng.normal(size=(CLASSES, 64))[y]
+    x = rng.normal(size=(len(y), FEATURES)) + rng.normal(size=(CLASSES, FEATURES))[y]
     model = ek.EngramClassifier(units).fit(x, y)
     model.predict(x[:1])
     features, labels = torch.randn(2, units), torch.tensor([0, 1])

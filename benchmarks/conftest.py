@@ -131,6 +131,10 @@ def pytest_addoption(parser):
     )  # fmt: skip
 
 
+def pytest_xdist_auto_num_workers():
+    return 0  # measured one after the other
+
+
 def pytest_configure(config):
     if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:
         report.NOTES.append(f"other processes were running when this began (load average {load:.1f})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .autograd import BiasSum, GatedSignProduct, SignProduct
 from .checks import check_flag, check_hidden_dtype, check_number, check_size
 from .engrams import Engram, Recruitment
 from .fused_backward import gradient_consumer
-from .hidden_weight import HiddenWeight, as_hidden_weight, sign_bits_of
+from .hidden_weight import HiddenWeight, as_hidden_weight, layers_with_hidden_weights, sign_bits_of
 
 INIT_RANGE = 0.05  # hidden weights start uniform in [-0.05, 0.05] (Laborieux et al. 2021)
 
@@ -21,17 +22,26 @@ class HiddenWeightModule(nn.Module):
     """A module with a hidden ``weight``, which whatever is assigned to it becomes."""
 
     weight: HiddenWeight
+    weight_dims = 2
+
+    def __new__(cls, *arguments: Any, **settings: Any) -> HiddenWeightModule:
+        """Notes the layer among those alive, whether it is made, copied or unpickled."""
+        layer: HiddenWeightModule = super().__new__(cls)
+        layers_with_hidden_weights.add(layer)
+        return layer
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Makes whatever is assigned to ``weight`` a hidden weight."""
-        super().register_parameter(name, as_hidden_weight(param) if name == "weight" and param is not None else param)
+        if name == "weight" and param is not None:
+            param = as_hidden_weight(param, self.weight_dims)
+        super().register_parameter(name, param)
 
     def _apply(self, fn, recurse=True):
         """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""
         super()._apply(fn, recurse)
         weight = self._parameters.get("weight")  # pruning and parametrization keep it elsewhere
         if weight is not None:
-            self._parameters["weight"] = as_hidden_weight(weight)
+            self._parameters["weight"] = as_hidden_weight(weight, self.weight_dims)
         return self
 
     def signed_weight(self) -> tuple[Tensor, Tensor]:
@@ -41,14 +51,14 @@ class HiddenWeightModule(nn.Module):
         """
         weight: Tensor = self.weight
         if type(weight) is nn.Parameter:  # swapped in past every hook
-            weight = as_hidden_weight(weight)
+            weight = as_hidden_weight(weight, self.weight_dims)
         if "weight" not in self._parameters:
             _refuse_zeros(weight)
         return weight, sign_bits_of(weight)
 
 
 def _refuse_zeros(weight: Tensor) -> None:
-    """Raises: RuntimeError for a computed weight (N, K) with zeros, as pruning and other masks make them."""
+    """Raises: RuntimeError for a computed weight with zeros, as pruning and other masks make them."""
     whole = (weight != 0).all()
     message = (
         "weight: expected no exact zeros from what computes it (torch.nn.utils.prune, a parametrization, a hook), got "

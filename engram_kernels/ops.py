@@ -10,26 +10,35 @@ before they have run, a NaN is reported by a later call, or by :func:`check_numb
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from . import batching, fakes, library, triton_kernels  # noqa: F401  the first two register what torch asks for
+from . import batching, fakes, library, reference, triton_kernels, unfolding  # noqa: F401  most register what torch asks
 from .library import operators
+from .reference import Window
+
+P = ParamSpec("P")
 
 __all__ = [
     "available_isas",
+    "binary_conv2d",
     "binary_matmul",
     "binary_threshold",
     "build_info",
     "check_numbers",
     "draw_seed",
+    "gated_conv2d_weight_grad",
     "gated_input_grad",
     "gated_metaplastic_adam_",
     "gated_weight_grad",
+    "interleave_bits",
     "isa",
+    "masked_conv2d_input_grad",
     "masked_input_grad",
     "metaplastic_adam_",
     "pack_signs",
@@ -38,8 +47,11 @@ __all__ = [
     "set_isa",
     "sign_matmul",
     "sign_matmul_t",
+    "top_units",
     "transpose_bits",
+    "unfold_bits",
     "unpack_signs",
+    "value_signs",
 ]
 
 
@@ -177,17 +189,39 @@ def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     return operators.sign_matmul(a, w_bits, k)
 
 
-def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
+def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int, w_groups: Tensor | None = None) -> Tensor:
     """``y = x @ s(W).T``: the real-valued first layer.
 
     Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``. uint8 (M, K), as images come -> int32, exact, for
-    K up to 8 421 504.
+    K up to 8 421 504. ``w_groups``, what :func:`engram_kernels.reference.group_signs` makes of signs that stay, makes
+    that faster on the CPU.
 
     >>> w_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
     >>> ek.ops.sign_matmul_t(torch.tensor([[0.5, 2.0, 4.0]]), w_bits, 3).tolist()
     [[2.5]]
     """
-    return operators.sign_matmul_t(x, w_bits, k)
+    return operators.sign_matmul_t(x, w_bits, k, w_groups)
+
+
+def value_signs(y: Tensor, threshold: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+    """Signs of integers by a threshold a unit, ``(y >= threshold) != flip``, or by the mean, ``y[m] >= mean of y[m]``.
+
+    Shapes: int32 (M, N), int32 (N,), bool (N,) -> bits (M, words of N).
+
+    >>> y = torch.tensor([[1, 2, 3]], dtype=torch.int32)
+    >>> ek.ops.value_signs(y).tolist()  # 2 >= 2 and 3 >= 2
+    [[6, 0]]
+    """
+    return operators.value_signs(y, threshold, flip)
+
+
+def top_units(y: Tensor, count: int) -> Tensor:
+    """The ``count`` units of largest y, equal ones by the lower number first. int32 (M, K) -> gate bits (M, words).
+
+    >>> ek.ops.top_units(torch.tensor([[1, 3, 2, 3]], dtype=torch.int32), 1).tolist()
+    [[2, 0]]
+    """
+    return operators.top_units(y, count)
 
 
 def gated_input_grad(d: Tensor, w_bits: Tensor, x: Tensor, gate_bits: Tensor | None = None) -> Tensor:
@@ -226,6 +260,80 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
     return operators.gated_weight_grad(d, x_bits, k, gate_bits)
 
 
+def unfold_bits(bits: Tensor, window: Window, group: int = 0) -> Tensor:
+    """The taps of every output pixel of a convolution, 0 in the padding: its products become those of matrices.
+
+    Bits (B, words of units) -> (B * out_height * out_width, words of K), for the channels of one group. ``window`` as
+    in :class:`engram_kernels.reference.Window`.
+
+    >>> bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))  # three pixels of one channel in a row
+    >>> window = ek.reference.Window(height=1, width=3, channels=1, kernel_h=1, kernel_w=2)
+    >>> ek.ops.unfold_bits(bits, window)[:, 0].tolist()  # + -, then - +
+    [1, 2]
+    """
+    return operators.unfold_bits(bits, window, group)
+
+
+def interleave_bits(bits: Tensor, rows: int, k: int) -> Tensor:
+    """Rows of a sample, taken in turn: images whose channels come first as those whose channels come last.
+
+    Bits (B * rows, words of k) -> (B, words of rows * k): unit ``i * rows + r`` is unit i of row r. On the CPU alone.
+
+    >>> bits = ek.ops.pack_signs(torch.tensor([[1.0, 1.0], [-1.0, 1.0]]))
+    >>> ek.ops.interleave_bits(bits, 2, 2).tolist()  # + - + +
+    [[13, 0]]
+    """
+    return operators.interleave_bits(bits, rows, k)
+
+
+def binary_conv2d(
+    x_bits: Tensor, w_bits: Tensor, window: Window, gate_bits: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Gated convolution of signs, ``y = scale conv2d(g s(x), s(W))``; padding counts nothing.
+
+    Shapes: ``x_bits`` (B, words of units), ``w_bits`` (O, words of K), ``gate_bits`` (words of units,) shared or like
+    ``x_bits`` -> float32 (B, out_height, out_width, O). Sums are exact integers before ``scale``, below 2^24 after it
+    too.
+
+    >>> x, w = torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+    >>> window = ek.reference.Window(height=1, width=3, channels=1, kernel_h=1, kernel_w=2, right=1)
+    >>> ek.ops.binary_conv2d(ek.ops.pack_signs(x), ek.ops.pack_signs(w), window).flatten().tolist()
+    [0.0, 0.0, 1.0]
+    """
+    return operators.binary_conv2d(x_bits, w_bits, window, gate_bits, scale)
+
+
+def masked_conv2d_input_grad(
+    d: Tensor, w_bits: Tensor, window: Window, mask_bits: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Gradient of the input of :func:`binary_conv2d`, times a mask as :func:`pack_window` makes it.
+
+    Shapes: ``d`` (B, out_height, out_width, O), ``w_bits`` (O, words of K), ``mask_bits`` (words of units,) or
+    (B, words of units) -> (B, height, width, channels).
+
+    >>> window = ek.reference.Window(height=1, width=3, channels=1, kernel_h=1, kernel_w=2)
+    >>> w_bits, mask_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0]])), torch.tensor([[3, 0]])
+    >>> ek.ops.masked_conv2d_input_grad(torch.tensor([2.0, 3.0]).view(1, 1, 2, 1), w_bits, window, mask_bits).flatten()
+    tensor([2., 1., 0.])
+    """
+    return operators.masked_conv2d_input_grad(d, w_bits, window, mask_bits, scale)
+
+
+def gated_conv2d_weight_grad(
+    d: Tensor, x_bits: Tensor, window: Window, gate_bits: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Gradient of the filters of :func:`binary_conv2d`.
+
+    Shapes: ``d`` (B, out_height, out_width, O), ``x_bits`` and ``gate_bits`` as there -> (O, K).
+
+    >>> x_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
+    >>> window = ek.reference.Window(height=1, width=3, channels=1, kernel_h=1, kernel_w=2)
+    >>> ek.ops.gated_conv2d_weight_grad(torch.tensor([2.0, 3.0]).view(1, 1, 2, 1), x_bits, window).tolist()
+    [[-1.0, 1.0]]
+    """
+    return operators.gated_conv2d_weight_grad(d, x_bits, window, gate_bits, scale)
+
+
 def sample_engram(
     score: Tensor,
     seed: Tensor,
@@ -233,12 +341,14 @@ def sample_engram(
     rule: str = "gumbel_top_k",
     temperature: float = 1.0,
     first_row: int = 0,
+    row_step: int = 1,
 ) -> Tensor:
     """Recruits units: floats (M, K) -> gate bits (M, words). Rules in :func:`engram_kernels.reference.sample_engram`.
 
     ``seed`` is int64 (2,) on the CPU: the Philox key and an offset below 2^32; :func:`draw_seed` takes one from torch's
-    generator. ``first_row`` is the number of this batch's first sample in the whole batch of a data-parallel step.
-    The same seed gives the same engram on every device, for any thread count.
+    generator. Sample m has the draws of row ``first_row + m row_step``, its number in the whole batch of a
+    data-parallel step: a contiguous part of that batch has a ``first_row``, every W-th sample of it a ``row_step`` of
+    W. The same seed gives the same engram on every device, for any thread count.
 
     >>> score = torch.tensor([[0.1, 2.0, -3.0, 0.7]])
     >>> ek.ops.sample_engram(score, ek.ops.draw_seed(), 0.5, temperature=0.0).tolist()  # units 1 and 3: 2 + 8
@@ -246,7 +356,7 @@ def sample_engram(
     """
     if rule not in ("gumbel_top_k", "bernoulli"):
         raise RuntimeError(f"rule: expected 'gumbel_top_k' or 'bernoulli', got {rule!r}")
-    return operators.sample_engram(score, seed, rate, rule == "bernoulli", temperature, first_row)
+    return operators.sample_engram(score, seed, rate, rule == "bernoulli", temperature, first_row, row_step)
 
 
 def draw_seed() -> Tensor:
@@ -274,39 +384,37 @@ def check_numbers() -> None:
         operators._check_nan_flags()
 
 
-def _note_changes(*tensors: Tensor | None) -> None:
+def _note_update(
+    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sign_bits: Tensor | None, settings: dict[str, Any]
+) -> None:
     """Has graphs that saved these tensors notice the change: the Stable ABI leaves version counters alone."""
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+        scales = settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")
+        changed = weight, exp_avg, exp_avg_sq, sign_bits, *scales
+        torch.autograd.graph.increment_version([t for t in changed if t is not None])
 
 
+def _arguments_of(definition: Callable[P, None]) -> Callable[[Callable[..., None]], Callable[P, None]]:
+    """Gives an operator the arguments of its definition, which alone states them."""
+
+    def decorate(operator: Callable[..., None]) -> Callable[P, None]:
+        operator.__signature__ = inspect.signature(definition)  # type: ignore[attr-defined]
+        return operator
+
+    return decorate
+
+
+@_arguments_of(reference.metaplastic_adam_)
 def metaplastic_adam_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    sign_bits: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    metaplasticity: float,
-    step: int,
-    weight_bound: float = float("inf"),
-    exp_avg_scale: Tensor | None = None,
-    exp_avg_sq_scale: Tensor | None = None,
-    seed: Tensor | None = None,
-    first_row: int = 0,
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sign_bits: Tensor | None, **settings: Any
 ) -> None:
     """One metaplastic Adam step in place, in a single pass over memory; writes fresh sign bits in the same pass.
 
     Shapes: all (N, K), ``sign_bits`` (N, words) or None. ``weight`` is float32 or bfloat16, ``grad`` float32 or like
     the weight, the moments float32, bfloat16, or int8 and uint8 with scales (N, ceil(K / 64)). ``step`` counts from 1;
     the weight is clipped to ``[-weight_bound, weight_bound]``, in float32 before it is rounded; ``seed`` as in
-    :func:`sample_engram`, needed for everything that is not float32. Formula, formats and source in
-    :func:`engram_kernels.reference.metaplastic_adam_`.
+    :func:`sample_engram`, needed for everything that is not float32. Formula, formats and source, and ``settings`` with
+    their defaults, in :func:`engram_kernels.reference.metaplastic_adam_`.
 
     >>> weight, mu, v = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.zeros(1, 2)
     >>> settings = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, metaplasticity=2.0, step=1)
@@ -314,26 +422,8 @@ def metaplastic_adam_(
     >>> [round(w, 3) for w in weight[0].tolist()]  # |W| shrinks less than it grows
     [0.458, -0.6]
     """
-    operators.metaplastic_adam_(
-        weight,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        sign_bits,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        metaplasticity=metaplasticity,
-        step=step,
-        weight_bound=weight_bound,
-        exp_avg_scale=exp_avg_scale,
-        exp_avg_sq_scale=exp_avg_sq_scale,
-        seed=seed,
-        first_row=first_row,
-    )
-    _note_changes(weight, exp_avg, exp_avg_sq, sign_bits, exp_avg_scale, exp_avg_sq_scale)
+    operators.metaplastic_adam_(weight, grad, exp_avg, exp_avg_sq, sign_bits, **settings)
+    _note_update(weight, exp_avg, exp_avg_sq, sign_bits, settings)
 
 
 def gated_metaplastic_adam_(
@@ -360,9 +450,10 @@ def gated_metaplastic_adam_(
     [0.458, -0.6]
     """
     operators.gated_metaplastic_adam_(d, x_bits, gate_bits, weight, exp_avg, exp_avg_sq, sign_bits, **settings)
-    scales = settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")
-    _note_changes(weight, exp_avg, exp_avg_sq, sign_bits, *scales)
+    _note_update(weight, exp_avg, exp_avg_sq, sign_bits, settings)
 
 
 torch.library.impl("engram_kernels::metaplastic_adam_", "cuda", triton_kernels.metaplastic_adam_)
 torch.library.impl("engram_kernels::gated_metaplastic_adam_", "cuda", triton_kernels.gated_metaplastic_adam_)
+for _name in ("value_signs", "top_units"):  # in CUDA's memory by torch's operators
+    torch.library.impl(f"engram_kernels::{_name}", "cuda", getattr(reference, _name))

@@ -9,10 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import engram_kernels as ek
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-TESTED = {"class_incremental_digits.py", "own_network.py", "avalanche_naive.py", "layer_sizes.py", "intents.py"}
+TESTED = {
+    "avalanche_naive.py",
+    "convolution.py",
+    "class_incremental_digits.py",
+    "intents.py",
+    "layer_sizes.py",
+    "lightning_digits.py",
+    "own_network.py",
+    "trainer_digits.py",
+}
 
 
 def run(name, *arguments):
@@ -65,6 +77,30 @@ def test_intents_are_learned_one_by_one_from_a_dozen_sentences():
     assert "nearest centroid" in header
     assert ours > 95 and ours > neighbour and ours > centroid - 2  # one sentence of 60 is 1.7 points
     assert [row.split(": ")[1] for row in rows if row.startswith("'")] == ["lost card", "volume", "weather"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_lightning_trains_in_one_process_and_in_two(processes):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    (accuracy,) = percentages(run("lightning_digits.py", processes)[-1])
+    assert accuracy > 91
+
+
+@pytest.mark.slow
+def test_trainer_trains_and_keeps_a_folder(tmp_path):
+    for package in ("accelerate", "safetensors", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    (accuracy,) = percentages(run("trainer_digits.py", str(tmp_path))[-1])
+    assert accuracy > 85
+    model = ek.from_pretrained(tmp_path)
+    assert model(torch.zeros(3, 64)).shape == (3, 10)
+
+
+@pytest.mark.slow
+def test_convolutions_of_signs_come_near_to_those_of_floats():
+    floats, signs = (percentages(row)[0] for row in run("convolution.py"))
+    assert signs > floats - 3 and signs > 93
 
 
 @pytest.mark.slow

@@ -72,13 +72,14 @@ def test_cuda_tensors_reach_the_triton_update():
 # ---- checks, which all backends share
 
 
-def test_the_step_size_is_that_of_the_reference_and_gradients_are_optional():
+def test_the_numbers_are_those_of_the_reference_in_float32_and_gradients_are_optional():
     (weight, *state), settings = compact_arguments(3, 70, torch.float32, torch.int8)
     for grad in (None, torch.zeros(3, 70)):
-        step_size = torch.ops.engram_kernels._check_update(weight, grad, *state, **settings)
-        assert step_size == pytest.approx(
-            settings["lr"] * (1 - settings["beta2"] ** 3) ** 0.5 / (1 - settings["beta1"] ** 3), rel=1e-6
-        )
+        numbers = torch.ops.engram_kernels._check_update(weight, grad, *state, **settings | {"metaplasticity": 1e39})
+        beta1, beta2 = settings["beta1"], settings["beta2"]
+        step_size = settings["lr"] * (1 - beta2**3) ** 0.5 / (1 - beta1**3)
+        expected = [beta1, 1 - beta1, beta2, 1 - beta2, settings["eps"], settings["weight_decay"], 1e38, step_size]
+        assert numbers == torch.tensor([*expected, math.inf]).tolist()  # infinity times a weight of 0 would be a NaN
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_bad_input_is_named(changes, message):
 def test_interpreted_the_update_is_that_of_the_cpu_bit_for_bit():
     pytest.importorskip("triton", reason="Triton is not installed")
     result = in_a_process(
-        "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / "emulator" / "interpreted_update.py"),
+        "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(TESTS / "emulator" / "interpreted_update.py"),
         TRITON_INTERPRET="1",
     )  # fmt: skip
     print(result.stdout)
@@ -214,12 +215,12 @@ def test_a_launch_asks_for_what_is_compiled_here_whatever_the_numbers(triton_ptx
 
     monkeypatch.setattr(metaplastic_adam, "metaplastic_adam_kernel", Kernel())
     weight_dtype, grad_dtype, state_dtype = formats
-    settings = dict(beta1=0.0, eps=1e-8, beta2=0.999, weight_decay=1.0, metaplasticity=1.35, step_size=0.0)
+    numbers = [0.0, 1.0, 0.999, 0.001, 1e-8, 1.0, 1.35, 0.0, math.inf]
     for n, k, seed, first_row in [(1, 64, [1, 1], 0), (16, 260, [-5, 2**32 - 1], 1), (33, 784, [2**40, 16], 2**33)]:
         (weight, *state), compact = compact_arguments(n, k, weight_dtype, state_dtype)
-        compact = {name: compact[name] for name in ("exp_avg_scale", "exp_avg_sq_scale") if name in compact}
-        rounding = dict(seed=torch.tensor(seed), first_row=first_row, nan_flag=2**47 + 4)
-        metaplastic_adam.launch(weight, torch.ones(n, k, dtype=grad_dtype), *state, **settings, **compact, **rounding)
+        scales = compact.get("exp_avg_scale"), compact.get("exp_avg_sq_scale")
+        grad, held = torch.ones(n, k, dtype=grad_dtype), (*state[:2], *scales, state[2])
+        metaplastic_adam.launch(weight, grad, held, numbers, torch.tensor(seed), first_row, 2**47 + 4)
         (programs,), (arguments, specialization, options) = launches.pop()
 
         update = triton_ptx.compile_update(*formats, 90)

@@ -1,9 +1,6 @@
 // binary_matmul: y[m,n] = popc(g[m]) - 2 popc((x[m] ^ w[n]) & g[m])
 //
-//   x  [M, words]  packed signs of the activations (core/bits.h)
-//   w  [N, words]  packed signs of the weights; their padding bits do not count
-//   g  [words] or [M, words] gate, 1 = recruited; null means every unit, and popc(g) = K
-//   y  [M, N] int32
+// Operands as in core/operands.h; without a gate popc(g) = K. Padding bits of w do not count.
 //
 // Panel form: 2 * kBitLanes rows of w are re-laid word by word into a panel that stays in the first-level cache, and
 // kTileRows samples meet it in registers. A word of x is broadcast; lane j of an accumulator is output column j, so
@@ -20,16 +17,11 @@ namespace {
 constexpr int kPanel = 2 * kBitLanes;
 constexpr int64_t kBlockWords = 128;    // words of a panel worked on together: 16 KiB of w with AVX-512
 constexpr int64_t kBlockSamples = 240;  // whose words and gates stay in the second-level cache: a multiple of all tiles
-// Samples up to which re-laying w costs more than it saves: more where counting is slow, as with AVX2, and few where
-// rows are so short that summing lanes at their end is most of the dot form's work.
-#if defined(ENGRAM_ISA_AVX2)
-constexpr int64_t kDotSamples = 8;
-#else
-constexpr int64_t kDotSamples = 3;
-#endif
+// Up to kDotSamples samples re-laying w costs more than it saves, unless rows are so short that summing lanes at their
+// end is most of the dot form's work.
 constexpr int64_t kShortRow = 32;  // words
 
-ENGRAM_INLINE int32_t recruited(const BinaryMatmul& p, int64_t m) {
+ENGRAM_INLINE int32_t recruited(const PreparedMatmul& p, int64_t m) {
   return p.recruited == nullptr ? static_cast<int32_t>(p.K) : p.recruited[p.gate_stride == 0 ? 0 : m];
 }
 
@@ -38,7 +30,7 @@ ENGRAM_INLINE int32_t minus_twice(int32_t base, uint32_t distance) {
   return static_cast<int32_t>(static_cast<uint32_t>(base) - 2u * distance);
 }
 
-ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, int64_t block, uint64_t* panel) {
+ENGRAM_INLINE void relay_panel(const PreparedMatmul& p, int64_t n, int64_t word, int64_t block, uint64_t* panel) {
   const int64_t whole = p.N - n >= kPanel ? block / kBitLanes * kBitLanes : 0;
   for (int64_t i = 0; i < whole; i += kBitLanes)
     for (int64_t j = 0; j < kPanel; j += kBitLanes)
@@ -55,31 +47,31 @@ ENGRAM_INLINE void relay_panel(const BinaryMatmul& p, int64_t n, int64_t word, i
 template <int Rows>
 ENGRAM_INLINE void add_gated(const uint64_t* x, int64_t x_stride, const uint64_t* g, int64_t g_stride, Bits w0, Bits w1,
                              Bits partial[][2]) {
-#if defined(ENGRAM_GATE_IN_STAGES)
-  Bits v[2 * Rows];
+  if constexpr (kGateInStages) {
+    Bits v[2 * Rows];
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-    const Bits xr = bits_all(x[r * x_stride]), gr = bits_all(g[r * g_stride]);
-    v[2 * r] = differ_within(xr, w0, gr);
-    v[2 * r + 1] = differ_within(xr, w1, gr);
-  }
-  for (Bits& distance : v) in_order(distance);
-  for (Bits& distance : v) distance = count(distance);
-  for (Bits& counts : v) in_order(counts);
-  for (int i = 0; i < 2 * Rows; ++i) partial[i / 2][i % 2] = add_count(partial[i / 2][i % 2], v[i]);
-#else
+    for (int r = 0; r < Rows; ++r) {
+      const Bits xr = bits_all(x[r * x_stride]), gr = bits_all(g[r * g_stride]);
+      v[2 * r] = differ_within(xr, w0, gr);
+      v[2 * r + 1] = differ_within(xr, w1, gr);
+    }
+    for (Bits& distance : v) in_order(distance);
+    for (Bits& distance : v) distance = count(distance);
+    for (Bits& counts : v) in_order(counts);
+    for (int i = 0; i < 2 * Rows; ++i) partial[i / 2][i % 2] = add_count(partial[i / 2][i % 2], v[i]);
+  } else {
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-    const Bits xr = bits_all(x[r * x_stride]);
-    partial[r][0] = add_count(partial[r][0], count_where(xr, w0, g + r * g_stride));
-    partial[r][1] = add_count(partial[r][1], count_where(xr, w1, g + r * g_stride));
+    for (int r = 0; r < Rows; ++r) {
+      const Bits xr = bits_all(x[r * x_stride]);
+      partial[r][0] = add_count(partial[r][0], count_where(xr, w0, g + r * g_stride));
+      partial[r][1] = add_count(partial[r][1], count_where(xr, w1, g + r * g_stride));
+    }
   }
-#endif
 }
 
 // Rows samples from m against a panel: distance[r][j] = popc((x[m + r] ^ w[n + j]) & g).
 template <int Rows, bool Gated>
-ENGRAM_INLINE void tile(const BinaryMatmul& p, int64_t m, int64_t word, int64_t block, const uint64_t* panel,
+ENGRAM_INLINE void tile(const PreparedMatmul& p, int64_t m, int64_t word, int64_t block, const uint64_t* panel,
                         uint32_t distance[][kPanel]) {
   Bits wide[Rows][2];
   for (int r = 0; r < Rows; ++r) wide[r][0] = wide[r][1] = bits_zero();
@@ -119,7 +111,7 @@ ENGRAM_INLINE void subtract_twice(int64_t word, int32_t base, const uint32_t* di
 }
 
 template <int Rows, bool Gated>
-void tile_rows(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, int64_t block, const uint64_t* panel) {
+void tile_rows(const PreparedMatmul& p, int64_t m, int64_t n, int64_t word, int64_t block, const uint64_t* panel) {
   uint32_t distance[Rows][kPanel];
   tile<Rows, Gated>(p, m, word, block, panel, distance);
   for (int r = 0; r < Rows; ++r) {
@@ -132,7 +124,7 @@ void tile_rows(const BinaryMatmul& p, int64_t m, int64_t n, int64_t word, int64_
 }
 
 template <int Rows, bool Gated>
-void tile_remainder(const BinaryMatmul& p, int64_t rows, int64_t m, int64_t n, int64_t word, int64_t block,
+void tile_remainder(const PreparedMatmul& p, int64_t rows, int64_t m, int64_t n, int64_t word, int64_t block,
                     const uint64_t* panel) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
@@ -143,16 +135,16 @@ void tile_remainder(const BinaryMatmul& p, int64_t rows, int64_t m, int64_t n, i
 }
 
 template <bool Gated>
-void panel_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+void panel_form(const PreparedMatmul& p, Range samples, Range outputs) {
   constexpr int kRows = Gated ? kGatedTileRows : kTileRows;
   alignas(64) uint64_t panel[kBlockWords * kPanel];
-  for (int64_t n = n_begin; n < n_end; n += kPanel) {
+  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
     for (int64_t word = 0; word < p.words; word += kBlockWords) {
       const int64_t block = smaller(kBlockWords, p.words - word);
       relay_panel(p, n, word, block, panel);
-      int64_t m = m_begin;
-      for (; m + kRows <= m_end; m += kRows) tile_rows<kRows, Gated>(p, m, n, word, block, panel);
-      tile_remainder<kRows - 1, Gated>(p, m_end - m, m, n, word, block, panel);
+      int64_t m = samples.begin;
+      for (; m + kRows <= samples.end; m += kRows) tile_rows<kRows, Gated>(p, m, n, word, block, panel);
+      tile_remainder<kRows - 1, Gated>(p, samples.end - m, m, n, word, block, panel);
     }
   }
 }
@@ -190,13 +182,13 @@ ENGRAM_INLINE void count_block(const uint64_t* x, const uint64_t* g, const uint6
 }
 
 template <bool Gated>
-void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+void dot_form(const PreparedMatmul& p, Range samples, Range outputs) {
   const int64_t vectors = p.K / kWordBits / kBitLanes;  // without padding
-  for (int64_t n = n_begin; n < n_end; n += kDotColumns) {
-    const int columns = static_cast<int>(smaller<int64_t>(kDotColumns, n_end - n));
+  for (int64_t n = outputs.begin; n < outputs.end; n += kDotColumns) {
+    const int columns = static_cast<int>(smaller<int64_t>(kDotColumns, outputs.end - n));
     const uint64_t* w[kDotColumns];
     for (int j = 0; j < kDotColumns; ++j) w[j] = p.w + (n + (j < columns ? j : 0)) * p.words;
-    for (int64_t m = m_begin; m < m_end; ++m) {
+    for (int64_t m = samples.begin; m < samples.end; ++m) {
       const uint64_t* x = p.x + m * p.words;
       const uint64_t* g = Gated ? p.gate + m * p.gate_stride : nullptr;
       Bits wide[kDotColumns], partial[kDotColumns];
@@ -220,25 +212,25 @@ void dot_form(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_b
 }
 
 template <bool Gated>
-void product(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
-  if (m_end - m_begin <= (p.words < kShortRow ? 0 : kDotSamples))
-    dot_form<Gated>(p, m_begin, m_end, n_begin, n_end);
+void product(const PreparedMatmul& p, Range samples, Range outputs) {
+  if (samples.end - samples.begin <= (p.words < kShortRow ? 0 : kDotSamples))
+    dot_form<Gated>(p, samples, outputs);
   else
-    for (int64_t m = m_begin; m < m_end; m += kBlockSamples)
-      panel_form<Gated>(p, m, smaller(m_end, m + kBlockSamples), n_begin, n_end);
+    for (int64_t m = samples.begin; m < samples.end; m += kBlockSamples)
+      panel_form<Gated>(p, {m, smaller(samples.end, m + kBlockSamples)}, outputs);
 }
 
 }  // namespace
 
-void split_gates(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) split_gate(gate[i], parts + i * kGateParts);
+void split_gates(const SplitGates& p, Range words) {
+  for (int64_t i = words.begin; i < words.end; ++i) split_gate(p.gate[i], p.parts + i * kGateParts);
 }
 
-void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+void binary_matmul(const PreparedMatmul& p, Block part) {
   if (p.gate == nullptr)
-    product<false>(p, m_begin, m_end, n_begin, n_end);
+    product<false>(p, part.rows, part.columns);
   else
-    product<true>(p, m_begin, m_end, n_begin, n_end);
+    product<true>(p, part.rows, part.columns);
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -10,13 +10,6 @@ namespace engram::cpu::ENGRAM_ISA {
 
 constexpr int64_t kDrawGroup = 64;  // units for which sample_engram draws together: 16 Philox counters
 
-// Vectors of counters worked on at once, since the rounds of one wait for each other: as many as registers hold.
-#if defined(ENGRAM_ISA_AVX512)
-constexpr int kDrawVectors = 4;
-#else
-constexpr int kDrawVectors = 2;
-#endif
-
 // A counter a lane, its words in the low halves; what gathers in the high halves is never read.
 class Draws {
  public:

@@ -171,8 +171,8 @@ ENGRAM_INLINE void add_samples(const float* d, const uint8_t* list, int32_t coun
 
 }  // namespace
 
-void gated_input_grad(const GatedInputGrad& p, int64_t m_begin, int64_t m_end) {
-  for (int64_t m = m_begin; m < m_end; ++m) {
+void gated_input_grad(const GatedInputGrad& p, Range samples) {
+  for (int64_t m = samples.begin; m < samples.end; ++m) {
     float* dx = p.dx + m * p.K;
     for (int64_t k = 0; k < p.K; ++k) dx[k] = 0.0f;
     const uint64_t* mask = p.mask + m * p.mask_stride;
@@ -194,11 +194,11 @@ void gated_input_grad(const GatedInputGrad& p, int64_t m_begin, int64_t m_end) {
   }
 }
 
-void list_samples(const GatedWeightGrad& p, int64_t word_begin, int64_t word_end) {
+void list_samples(const GatedWeightGrad& p, Range words) {
   for (int64_t first = 0; first < p.M; first += kSampleChunk) {
     uint8_t* lists = p.lists + first / kSampleChunk * p.K * p.capacity;
     int32_t* counts = p.counts + first / kSampleChunk * p.K;
-    for (int64_t word = word_begin; word < word_end; ++word) {
+    for (int64_t word = words.begin; word < words.end; ++word) {
       const int64_t unit0 = word * kWordBits;
       for (int64_t unit = unit0; unit < smaller(p.K, unit0 + kWordBits); ++unit) counts[unit] = 0;
       for (int64_t m = first; m < smaller(p.M, first + kSampleChunk); ++m) {
@@ -213,12 +213,11 @@ void list_samples(const GatedWeightGrad& p, int64_t word_begin, int64_t word_end
   }
 }
 
-void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end,
-                       float* dw, int64_t dw_stride) {
+void gated_weight_grad(const GatedWeightGrad& p, Block part) {
   alignas(64) float d[kSampleChunk * kTileOutputs];
   alignas(64) float tile[kTileUnits * kTileOutputs];
-  for (int64_t n = n_begin; n < n_end; n += kTileOutputs) {
-    const int64_t outputs = smaller<int64_t>(kTileOutputs, n_end - n);
+  for (int64_t n = part.rows.begin; n < part.rows.end; n += kTileOutputs) {
+    const int64_t outputs = smaller<int64_t>(kTileOutputs, part.rows.end - n);
     int64_t first = 0;
     do {  // at least once: an empty batch has a gradient of zeros
       const uint8_t* lists = p.lists + first / kSampleChunk * p.K * p.capacity;
@@ -228,17 +227,17 @@ void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end,
         for (int64_t j = 0; j < outputs; ++j) row[j] = p.d[m * p.N + n + j];
         for (int64_t j = outputs; j < kTileOutputs; ++j) row[j] = 0.0f;
       }
-      for (int64_t k = k_begin; k < k_end; k += kTileUnits) {
-        const int64_t units = smaller<int64_t>(kTileUnits, k_end - k);
-        float* block = dw + (n - n_begin) * dw_stride + k - k_begin;
+      for (int64_t k = part.columns.begin; k < part.columns.end; k += kTileUnits) {
+        const int64_t units = smaller<int64_t>(kTileUnits, part.columns.end - k);
+        float* block = p.dw + (n - part.rows.begin) * p.dw_stride + k - part.columns.begin;
         for (int64_t u = 0; u < units; ++u) {
           float* sums = tile + u * kTileOutputs;
           if (first > 0)  // go on from the chunks before
-            for (int64_t j = 0; j < outputs; ++j) sums[j] = block[j * dw_stride + u];
+            for (int64_t j = 0; j < outputs; ++j) sums[j] = block[j * p.dw_stride + u];
           const int32_t count = p.M > 0 ? counts[k + u] : 0;
           add_samples(d, lists + (k + u) * p.capacity, count, first > 0, sums);
         }
-        write_transposed(tile, kTileOutputs, units, outputs, block, dw_stride);
+        write_transposed(tile, kTileOutputs, units, outputs, block, p.dw_stride);
       }
       first += kSampleChunk;
     } while (first < p.M);

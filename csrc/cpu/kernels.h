@@ -1,37 +1,68 @@
 // The CPU kernels: one table of functions per instruction set. Kernels know no torch and no threads: each works on the
-// half-open range it is given, and launch.cpp shares the ranges out.
+// part it is given, and launch.cpp shares the parts out. Arguments that are not in core/operands.h are made there.
 #pragma once
 
 #include <cstdint>
 
+#include "core/operands.h"
+
 namespace engram::cpu {
 
-// Element types that pack_signs reads.
-enum class Element { kFloat32, kBFloat16, kFloat16 };
+// Half-open, of rows unless a kernel says otherwise.
+struct Range {
+  int64_t begin, end;
+};
+// Of the rows and columns of a result.
+struct Block {
+  Range rows, columns;
+};
 
-// gate_stride is in words: 0 for one gate shared by all samples, `words` for one gate per sample.
-struct BinaryMatmul {
-  const uint64_t* x;     // [M, words], without a gate with padding 0
-  const uint64_t* w;     // [N, words]
-  const uint64_t* gate;  // [words] or [M, words], padding 0; null: every unit recruited
-  int64_t gate_stride;
-  const int32_t* recruited;  // [M or 1] popcount of each gate row; null without a gate
-  int32_t* y;                // [M, N]
-  int64_t M, N, K, words;
+struct PopcountRows {
+  const uint64_t* bits;  // [rows, words]
+  int64_t words;
+  int32_t* counts;  // [rows]
+};
+
+struct TransposeBits {
+  const uint64_t* bits;  // [rows, words_for(K)]
+  int64_t rows, K;
+  uint64_t* out;  // [K, words_for(rows)]
+};
+
+// y *= mask
+struct ZeroUnrecruited {
+  float* y;  // [rows, K]
+  int64_t K;
+  const uint64_t* mask;  // [rows or 1, words_for(K)]
+  int64_t mask_stride;   // in words, 0 or words_for(K)
+};
+
+struct SplitGates {
+  const uint64_t* gate;  // words
+  uint64_t* parts;       // Kernels::gate_parts times as many
+};
+
+// x has padding 0 unless there is a gate, and the gate has.
+struct PreparedMatmul : BinaryMatmul {
+  const int32_t* recruited;    // [M or 1] popcount of each gate row; null without a gate
   const uint64_t* gate_parts;  // what split_gates makes of the gate; the gate itself where Kernels::gate_parts is 1
 };
 
-// y[v,r] = sum_i s(plus[r,i]) D[i,v], or with minus sum_i (plus[r,i] - minus[r,i]) D[i,v].
-struct SignProduct {
-  const void* d;  // D[i,v] lies at d[i * i_stride + v * v_stride]; float, or uint8 where `exact`
-  int64_t i_stride, v_stride;
-  const uint64_t* plus;   // [R, words]
-  const uint64_t* minus;  // [R, words] or null
+struct PreparedSigns : ValueSigns {
+  const uint64_t* flip_bits;  // [words_for(N)], flip packed, or null
+};
+
+// y[r,v] = sum_i a[r,i] s(plus[v,i]), or with minus sum_i a[r,i] (plus[v,i] - minus[v,i]).
+struct StridedSignProduct {
+  const void* a;    // a[r,i] lies at a[r * r_stride + i * i_stride]
+  Element element;  // float32 or uint8
+  int64_t r_stride, i_stride;
+  const uint64_t* plus;   // [V, words]
+  const uint64_t* minus;  // [V, words] or null
   int64_t words;
-  void* y;  // y[v,r] lies at y[v * y_stride + r]; float, or int32 where `exact`
+  void* y;  // y[r,v] lies at y[r * y_stride + v]; int32 for uint8
   int64_t y_stride;
-  int64_t I, V, R;
-  bool exact;
+  int64_t R, I, V;
 };
 
 struct GatedInputGrad {
@@ -49,25 +80,50 @@ constexpr int64_t kSampleChunk = 128;
 struct GatedWeightGrad {
   const float* d;        // [M, N]
   const uint64_t* x;     // [M, words]
-  const uint64_t* gate;  // as in BinaryMatmul, never null
+  const uint64_t* gate;  // [words] or [M, words]
   int64_t gate_stride;
   int64_t capacity;  // entries kept for a unit: the lesser of M and kSampleChunk
   uint8_t* lists;    // [chunks, K, capacity]
   int32_t* counts;   // [chunks, K]
   int64_t M, N, K, words;
+  float* dw;  // element (n, k) of a block lies at dw[(n - its first row) * dw_stride + k - its first column]
+  int64_t dw_stride;
 };
 
-struct SampleEngram {
-  const float* score;  // [M, K]
-  uint64_t* gate;      // [M, words]
-  int64_t M, K, words;
-  bool bernoulli;
-  int64_t count;              // recruited units per sample (Gumbel-top-k)
-  uint64_t threshold;         // recruited where the 32-bit draw is below it (Bernoulli)
-  float inverse_temperature;  // 0: scores ignored; negative: no noise
-  uint64_t seed;
-  uint32_t offset;
-  uint64_t first_row;
+// sums[t,n] = sum_c s(W[n,t,c]), of rows of w without padding to 128 bits
+struct TapSums {
+  const uint64_t* w;  // [N, words]
+  int64_t N, words;
+  int64_t channels;
+  int32_t* sums;  // [taps, N]
+};
+
+// y[m,n] = scale (sums[m,n] + sum over the taps t of m in the padding of tap_sums[t,n])
+struct FinishPixels {
+  Window window;
+  int32_t* sums;  // [pixels of the range, N]; changed
+  int64_t N;
+  const int32_t* tap_sums;  // [taps, N] or null
+  float scale;
+  float* y;  // pixel m of all samples lies at y[m * y_stride]
+  int64_t y_stride;
+};
+
+// dx[tap t of m, c] += scale z[m,t,c], within one sample
+struct FoldTaps {
+  Window window;
+  const float* z;  // [pixels of the range, taps, channels]
+  int64_t channels;
+  float scale;
+  float* dx;  // the first of these channels
+};
+
+// padded[t,n] = sum of d[m,n] over the pixels m whose tap t is padding
+struct AddPadding {
+  Window window;
+  const float* d;  // pixel m of all samples lies at d[m * d_stride]
+  int64_t d_stride, N, samples;
+  float* padded;  // [taps, N]
 };
 
 // How the moments are kept: core/compact.h.
@@ -92,41 +148,48 @@ struct MetaplasticAdam {
   int64_t ahead;       // weights from those worked on to those that come to the cache meanwhile; 0: left to the machine
 };
 
+// The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
+// where a weight could not be updated. transpose_bits and list_samples work on words of units, split_gates on words,
+// metaplastic_adam on words of weights, row-major; tap_sums and add_padding on taps, interleave_bits on samples;
+// unfold_bits, finish_pixels and fold_taps on output pixels, of which the first of the range lies first in rows, sums
+// and terms.
+#define ENGRAM_PREDICTION_KERNELS(KERNEL)               \
+  KERNEL(bool, pack_signs, PackSigns, Range)            \
+  KERNEL(void, pack_window, PackWindow, Range)          \
+  KERNEL(void, unpack_signs, UnpackSigns, Range)        \
+  KERNEL(void, popcount_rows, PopcountRows, Range)      \
+  KERNEL(void, transpose_bits, TransposeBits, Range)    \
+  KERNEL(void, split_gates, SplitGates, Range)          \
+  KERNEL(void, binary_matmul, PreparedMatmul, Block)    \
+  KERNEL(void, sign_product, StridedSignProduct, Block) \
+  KERNEL(bool, sample_engram, SampleEngram, Range)      \
+  KERNEL(void, value_signs, PreparedSigns, Range)       \
+  KERNEL(void, top_units, TopUnits, Range)
+// Those that the runtime (csrc/runtime) does without: gradients, the update and convolutions.
+#define ENGRAM_TRAINING_KERNELS(KERNEL)                   \
+  KERNEL(void, zero_unrecruited, ZeroUnrecruited, Range)  \
+  KERNEL(void, gated_input_grad, GatedInputGrad, Range)   \
+  KERNEL(void, list_samples, GatedWeightGrad, Range)      \
+  KERNEL(void, gated_weight_grad, GatedWeightGrad, Block) \
+  KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)  \
+  KERNEL(void, unfold_bits, UnfoldBits, Range)            \
+  KERNEL(void, tap_sums, TapSums, Range)                  \
+  KERNEL(void, finish_pixels, FinishPixels, Range)        \
+  KERNEL(void, fold_taps, FoldTaps, Range)                \
+  KERNEL(void, add_padding, AddPadding, Range)            \
+  KERNEL(void, interleave_bits, InterleaveBits, Range)
+#define ENGRAM_CPU_KERNELS(KERNEL)  \
+  ENGRAM_PREDICTION_KERNELS(KERNEL) \
+  ENGRAM_TRAINING_KERNELS(KERNEL)
+
 struct Kernels {
   const char* isa;
-  int64_t panel;       // rows of w that binary_matmul works on together
-  int64_t gate_parts;  // words into which it wants each word of a gate split
-
-  // Packs rows [begin, end) of x [.., k]; true if a NaN was seen.
-  bool (*pack_signs)(const void* x, Element element, int64_t k, uint64_t* bits, int64_t begin, int64_t end);
-  // bits = 1{|x| <= width} & gate; gate may be null.
-  void (*pack_window)(const float* x, float width, int64_t k, const uint64_t* gate, int64_t gate_stride, uint64_t* bits,
-                      int64_t begin, int64_t end);
-  // Writes the bit pattern `plus` or `minus` of `size` bytes (1, 2, 4, 8) for each unit of rows [begin, end).
-  void (*unpack_signs)(const uint64_t* bits, int64_t k, int size, uint64_t plus, uint64_t minus, void* out,
-                       int64_t begin, int64_t end);
-  // out[row] = popcount of the row.
-  void (*popcount_rows)(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end);
-  // Packs 1{(y >= threshold) != flip} of rows [begin, end) of y [.., n]; thresholds and flips are of columns.
-  void (*pack_reached)(const int32_t* y, const int32_t* threshold, const uint8_t* flip, int64_t n, uint64_t* bits,
-                       int64_t begin, int64_t end);
-  // Transposes rows of k bits into k rows of words_for(rows) words; range in blocks of 64 units.
-  void (*transpose_bits)(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
-  // y *= mask, rows [begin, end).
-  void (*zero_unrecruited)(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
-
-  void (*split_gates)(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t end);
-  void (*binary_matmul)(const BinaryMatmul&, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
-  void (*sign_product)(const SignProduct&, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end);
-  void (*gated_input_grad)(const GatedInputGrad&, int64_t m_begin, int64_t m_end);
-  void (*list_samples)(const GatedWeightGrad&, int64_t word_begin, int64_t word_end);
-  // Element (n, k) of the gradient goes to dw[(n - n_begin) * dw_stride + k - k_begin].
-  void (*gated_weight_grad)(const GatedWeightGrad&, int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end,
-                            float* dw, int64_t dw_stride);
-  // `keys` is scratch of K words; true if a NaN score was seen.
-  bool (*sample_engram)(const SampleEngram&, uint32_t* keys, int64_t m_begin, int64_t m_end);
-  // Range in words of weights, row-major; true if a weight could not be updated.
-  bool (*metaplastic_adam)(const MetaplasticAdam&, int64_t begin, int64_t end);
+  int64_t panel;                                          // rows of w that binary_matmul works on together
+  int64_t gate_parts;                                     // words into which it wants each word of a gate split
+  void (*grouped_product)(const GroupedProduct&, Block);  // null where sign_product is the faster
+#define ENGRAM_POINTER(Result, name, Arguments, Part) Result (*name)(const Arguments&, Part);
+  ENGRAM_CPU_KERNELS(ENGRAM_POINTER)
+#undef ENGRAM_POINTER
 };
 
 }  // namespace engram::cpu

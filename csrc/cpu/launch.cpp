@@ -3,6 +3,7 @@
 #include "cpu/launch.h"
 
 #include <atomic>
+#include <cstring>
 
 #include "core/bits.h"
 #include "cpu/float_mode.h"
@@ -50,6 +51,7 @@ std::atomic<const Kernels*>& active() {
   return kernels;
 }
 
+// Calls f on ranges that cover [0, count).
 template <typename F>
 void share(const Runtime& rt, int64_t count, int64_t work_per_item, const F& f) {
   if (count <= 0) return;
@@ -58,7 +60,7 @@ void share(const Runtime& rt, int64_t count, int64_t work_per_item, const F& f) 
       count, grain,
       [](int64_t begin, int64_t end, void* context) {
         const DefaultFloatMode mode;
-        (*static_cast<const F*>(context))(begin, end);
+        (*static_cast<const F*>(context))(Range{begin, end});
       },
       const_cast<F*>(&f));
 }
@@ -82,8 +84,31 @@ const uint64_t* without_padding(const Runtime& rt, const uint64_t* bits, int64_t
   return cleared;
 }
 
-// Whether to split a product over its `outer` blocks (the better for reuse of the operand they stand for) or over
-// samples.
+// Units that take part in the rows of a gate, row by row.
+int32_t* count_recruited(const Runtime& rt, const Kernels& kernels, const uint64_t* gate, int64_t rows, int64_t k) {
+  const PopcountRows p{gate, words_for(k), workspace<int32_t>(rt, rows)};
+  share(rt, rows, p.words, [&](Range part) { kernels.popcount_rows(p, part); });
+  return p.counts;
+}
+int64_t total(const int32_t* counts, int64_t rows) {
+  int64_t sum = 0;
+  for (int64_t row = 0; row < rows; ++row) sum += counts[row];
+  return sum;
+}
+
+const uint64_t* transposed(const Runtime& rt, const uint64_t* bits, int64_t rows, int64_t k) {
+  const TransposeBits p{bits, rows, k, workspace<uint64_t>(rt, k * words_for(rows))};
+  transpose_bits(rt, p);
+  return p.out;
+}
+
+// Items of blocks of `size`, of which there are `count` in all.
+Range items_of(Range blocks, int64_t size, int64_t count) {
+  const int64_t end = blocks.end * size;
+  return {blocks.begin * size, end < count ? end : count};
+}
+
+// Whether to split a product over these blocks, the better for reuse of the operand they stand for, or over the others.
 bool enough_blocks(const Runtime& rt, int64_t blocks) { return blocks >= 4 * rt.threads; }
 
 }  // namespace
@@ -106,232 +131,244 @@ bool set_isa(const std::string& name) {
   return false;
 }
 
-bool pack_signs(const Runtime& rt, const void* x, Element element, int64_t rows, int64_t k, uint64_t* bits) {
+bool pack_signs(const Runtime& rt, const PackSigns& p) {
   const Kernels& kernels = *active().load();
   std::atomic<bool> nan{false};
-  share(rt, rows, k, [&](int64_t begin, int64_t end) {
-    if (kernels.pack_signs(x, element, k, bits, begin, end)) nan.store(true);
+  share(rt, p.rows, p.K, [&](Range rows) {
+    if (kernels.pack_signs(p, rows)) nan.store(true);
   });
   return nan.load();
 }
 
-void pack_window(const Runtime& rt, const float* x, float width, int64_t rows, int64_t k, const uint64_t* gate,
-                 int64_t gate_stride, uint64_t* bits) {
+void pack_window(const Runtime& rt, const PackWindow& p) {
   const Kernels& kernels = *active().load();
-  share(rt, rows, k,
-        [&](int64_t begin, int64_t end) { kernels.pack_window(x, width, k, gate, gate_stride, bits, begin, end); });
+  share(rt, p.rows, p.K, [&](Range rows) { kernels.pack_window(p, rows); });
 }
 
-void unpack_signs(const Runtime& rt, const uint64_t* bits, int64_t rows, int64_t k, int size, uint64_t plus,
-                  uint64_t minus, void* out) {
+void unpack_signs(const Runtime& rt, const UnpackSigns& p) {
   const Kernels& kernels = *active().load();
-  share(rt, rows, k,
-        [&](int64_t begin, int64_t end) { kernels.unpack_signs(bits, k, size, plus, minus, out, begin, end); });
+  share(rt, p.rows, p.K, [&](Range rows) { kernels.unpack_signs(p, rows); });
 }
 
-void binary_matmul(const Runtime& rt, BinaryMatmul p) {
+void transpose_bits(const Runtime& rt, const TransposeBits& p) {
   const Kernels& kernels = *active().load();
+  share(rt, ceil_div(p.K, kWordBits), p.rows * 8, [&](Range words) { kernels.transpose_bits(p, words); });
+}
+
+namespace {
+
+void product(const Runtime& rt, const Kernels& kernels, const BinaryMatmul& operands) {
+  PreparedMatmul p{operands, nullptr, nullptr};
   if (p.gate == nullptr) {
     p.x = without_padding(rt, p.x, p.M, p.K);
   } else {
     const int64_t rows = p.gate_stride == 0 ? 1 : p.M;
     p.gate = without_padding(rt, p.gate, rows, p.K);
-    int32_t* recruited = workspace<int32_t>(rt, rows);
-    share(rt, rows, p.words,
-          [&](int64_t begin, int64_t end) { kernels.popcount_rows(p.gate, p.words, recruited, begin, end); });
-    p.recruited = recruited;
+    p.recruited = count_recruited(rt, kernels, p.gate, rows, p.K);
     p.gate_parts = p.gate;
     if (kernels.gate_parts > 1) {
-      uint64_t* parts = workspace<uint64_t>(rt, rows * p.words * kernels.gate_parts);
-      share(rt, rows * p.words, 1, [&](int64_t begin, int64_t end) { kernels.split_gates(p.gate, parts, begin, end); });
-      p.gate_parts = parts;
+      const SplitGates split{p.gate, workspace<uint64_t>(rt, rows * p.words * kernels.gate_parts)};
+      share(rt, rows * p.words, 1, [&](Range words) { kernels.split_gates(split, words); });
+      p.gate_parts = split.parts;
     }
   }
   const int64_t panels = ceil_div(p.N, kernels.panel);
   if (enough_blocks(rt, panels) || panels >= p.M) {
-    share(rt, panels, p.M * p.words * kernels.panel, [&](int64_t begin, int64_t end) {
-      const int64_t n_end = end * kernels.panel;
-      kernels.binary_matmul(p, 0, p.M, begin * kernels.panel, n_end < p.N ? n_end : p.N);
-    });
+    share(rt, panels, p.M * p.words * kernels.panel,
+          [&](Range part) { kernels.binary_matmul(p, {{0, p.M}, items_of(part, kernels.panel, p.N)}); });
   } else {
-    share(rt, p.M, p.N * p.words, [&](int64_t begin, int64_t end) { kernels.binary_matmul(p, begin, end, 0, p.N); });
+    share(rt, p.M, p.N * p.words, [&](Range samples) { kernels.binary_matmul(p, {samples, {0, p.N}}); });
   }
 }
 
-void binary_threshold(const Runtime& rt, const BinaryMatmul& p, const int32_t* threshold, const uint8_t* flip,
-                      uint64_t* bits) {
-  constexpr int64_t kSamples = 256;  // whose products are held at a time
+const uint64_t* packed_flips(const Runtime& rt, const uint8_t* flip, int64_t n) {
+  if (flip == nullptr) return nullptr;
+  uint64_t* bits = workspace<uint64_t>(rt, words_for(n));
+  for (int64_t word = 0; word < words_for(n); ++word) bits[word] = 0;
+  for (int64_t i = 0; i < n; ++i) bits[i / kWordBits] |= static_cast<uint64_t>(flip[i] != 0) << (i % kWordBits);
+  return bits;
+}
+
+void pack_values(const Runtime& rt, const Kernels& kernels, const PreparedSigns& p) {
+  constexpr int64_t kAtOnce = 8;  // values of a vector, which is one step
+  share(rt, p.M, p.N / kAtOnce, [&](Range rows) { kernels.value_signs(p, rows); });
+}
+
+}  // namespace
+
+void binary_matmul(const Runtime& rt, const BinaryMatmul& p) {
   const Kernels& kernels = *active().load();
+  if (p.y != nullptr) return product(rt, kernels, p);
+  constexpr int64_t kSamples = 256;  // whose products are held at a time
   BinaryMatmul part = p;
   part.y = workspace<int32_t>(rt, (p.M < kSamples ? p.M : kSamples) * p.N);
+  const uint64_t* flips = packed_flips(rt, p.flip, p.N);
   for (int64_t m = 0; m < p.M; m += kSamples) {
     part.M = p.M - m < kSamples ? p.M - m : kSamples;
     part.x = p.x + m * p.words;
     part.gate = p.gate == nullptr ? nullptr : p.gate + m * p.gate_stride;
-    binary_matmul(rt, part);
-    share(rt, part.M, p.N, [&](int64_t begin, int64_t end) {
-      kernels.pack_reached(part.y, threshold, flip, p.N, bits + m * words_for(p.N), begin, end);
-    });
+    part.y_bits = p.y_bits + m * words_for(p.N);
+    product(rt, kernels, part);
+    pack_values(rt, kernels, {{part.y, p.threshold, nullptr, part.M, p.N, part.y_bits}, flips});
   }
-}
-
-// Densities of a gate above which the dense kernel is the faster one, as 1 / density.
-constexpr int64_t kDenseInputGrad = 3, kDenseWeightGrad = 2;
-
-// A product with signs, shared out over v where that leaves enough tiles for all threads, else over rows.
-static void sign_product(const Runtime& rt, const Kernels& kernels, const SignProduct& p) {
-  constexpr int64_t kColumns = 32, kRows = 64;  // multiples of the kernel's tile
-  const int64_t column_blocks = ceil_div(p.V, kColumns), row_blocks = ceil_div(p.R, kRows);
-  if (enough_blocks(rt, column_blocks) || column_blocks >= row_blocks) {
-    share(rt, column_blocks, p.R * p.I, [&](int64_t begin, int64_t end) {
-      const int64_t v_end = end * kColumns;
-      kernels.sign_product(p, begin * kColumns, v_end < p.V ? v_end : p.V, 0, p.R);
-    });
-  } else {
-    share(rt, row_blocks, p.V * p.I, [&](int64_t begin, int64_t end) {
-      const int64_t r_end = end * kRows;
-      kernels.sign_product(p, 0, p.V, begin * kRows, r_end < p.R ? r_end : p.R);
-    });
-  }
-}
-
-void transpose_bits(const Runtime& rt, const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out) {
-  const Kernels& kernels = *active().load();
-  share(rt, ceil_div(k, kWordBits), rows * 8,
-        [&](int64_t begin, int64_t end) { kernels.transpose_bits(bits, rows, k, out, begin, end); });
-}
-
-static const uint64_t* transposed(const Runtime& rt, const Kernels& kernels, const uint64_t* bits, int64_t rows,
-                                  int64_t k) {
-  uint64_t* out = workspace<uint64_t>(rt, k * words_for(rows));
-  transpose_bits(rt, bits, rows, k, out);
-  return out;
-}
-
-void sign_matmul(const Runtime& rt, const float* a, const uint64_t* w, float* y, int64_t M, int64_t N, int64_t K) {
-  const Kernels& kernels = *active().load();
-  sign_product(rt, kernels, {a, 1, N, transposed(rt, kernels, w, N, K), nullptr, words_for(N), y, K, N, M, K, false});
-}
-
-void sign_matmul_t(const Runtime& rt, const void* x, bool exact, const uint64_t* w, void* y, int64_t M, int64_t N,
-                   int64_t K) {
-  sign_product(rt, *active().load(), {x, 1, K, w, nullptr, words_for(K), y, N, K, M, N, exact});
-}
-
-void masked_input_grad(const Runtime& rt, const float* d, const uint64_t* w, const uint64_t* mask, int64_t mask_stride,
-                       float* dx, int64_t M, int64_t N, int64_t K) {
-  const Kernels& kernels = *active().load();
-  const int64_t words = words_for(K), mask_rows = mask_stride == 0 ? 1 : M;
-  mask = without_padding(rt, mask, mask_rows, K);
-  int32_t* recruited = workspace<int32_t>(rt, mask_rows);
-  kernels.popcount_rows(mask, words, recruited, 0, mask_rows);
-  int64_t taking_part = 0;
-  for (int64_t row = 0; row < mask_rows; ++row) taking_part += recruited[row];
-  const uint64_t* w_t = transposed(rt, kernels, w, N, K);
-  if (kDenseInputGrad * taking_part > mask_rows * K) {
-    sign_product(rt, kernels, {d, 1, N, w_t, nullptr, words_for(N), dx, K, N, M, K, false});
-    share(rt, M, K,
-          [&](int64_t begin, int64_t end) { kernels.zero_unrecruited(dx, K, mask, mask_stride, begin, end); });
-    return;
-  }
-  const GatedInputGrad p{d, w_t, mask, mask_stride, dx, M, N, K};
-  share(rt, M, K + taking_part / (mask_rows < 1 ? 1 : mask_rows) * ceil_div(N, 16),
-        [&](int64_t begin, int64_t end) { kernels.gated_input_grad(p, begin, end); });
 }
 
 namespace {
 
+// Densities of a gate above which the dense kernel is the faster one, as 1 / density.
+constexpr int64_t kDenseInputGrad = 3, kDenseWeightGrad = 2;
+
+// Shared out over rows where that leaves enough tiles for all threads, else over columns.
+void dense_product(const Runtime& rt, const Kernels& kernels, const SignProduct& p) {
+  constexpr int64_t kRows = 32, kColumns = 64;  // multiples of the kernel's tile
+  const uint64_t* signs = p.signs_by_row ? transposed(rt, p.signs, p.I, p.V) : p.signs;
+  const StridedSignProduct strided{p.a, p.element, p.I, 1, signs, nullptr, words_for(p.I), p.y, p.V, p.R, p.I, p.V};
+  const int64_t row_blocks = ceil_div(p.R, kRows), column_blocks = ceil_div(p.V, kColumns);
+  if (enough_blocks(rt, row_blocks) || row_blocks >= column_blocks) {
+    share(rt, row_blocks, p.V * p.I,
+          [&](Range part) { kernels.sign_product(strided, {items_of(part, kRows, p.R), {0, p.V}}); });
+  } else {
+    share(rt, column_blocks, p.R * p.I,
+          [&](Range part) { kernels.sign_product(strided, {{0, p.R}, items_of(part, kColumns, p.V)}); });
+  }
+}
+
+// With a mask, by whichever kernel is the faster at its density.
+void masked_product(const Runtime& rt, const Kernels& kernels, const SignProduct& p) {
+  const int64_t mask_rows = p.mask_stride == 0 ? 1 : p.R;
+  const uint64_t* mask = without_padding(rt, p.mask, mask_rows, p.V);
+  const int64_t taking_part = total(count_recruited(rt, kernels, mask, mask_rows, p.V), mask_rows);
+  auto* y = static_cast<float*>(p.y);
+  if (kDenseInputGrad * taking_part > mask_rows * p.V) {
+    dense_product(rt, kernels, p);
+    const ZeroUnrecruited rest{y, p.V, mask, p.mask_stride};
+    share(rt, p.R, p.V, [&](Range rows) { kernels.zero_unrecruited(rest, rows); });
+    return;
+  }
+  const uint64_t* w_t = transposed(rt, p.signs, p.I, p.V);
+  const GatedInputGrad grad{static_cast<const float*>(p.a), w_t, mask, p.mask_stride, y, p.R, p.I, p.V};
+  share(rt, p.R, p.V + taking_part / (mask_rows < 1 ? 1 : mask_rows) * ceil_div(p.I, 16),
+        [&](Range rows) { kernels.gated_input_grad(grad, rows); });
+}
+
 // The gradient of a hidden weight, made block by block by whichever kernel is the faster at this density of the gate.
+// Outputs are the rows of the product, units its columns, samples what it contracts.
 class WeightGrad {
  public:
   static constexpr int64_t kOutputs = 64;  // rows of a block: a multiple of the tiles of both kernels
 
-  WeightGrad(const Runtime& rt, const Kernels& kernels, const WeightGradOperands& operands)
-      : kernels_(kernels), p_(operands) {
-    const int64_t words = words_for(p_.K);
-    int64_t recruited = p_.K, rows = 1;
-    if (p_.gate != nullptr) {
-      rows = p_.gate_stride == 0 ? 1 : p_.M;
-      p_.gate = without_padding(rt, p_.gate, rows, p_.K);
-      int32_t* counts = workspace<int32_t>(rt, rows);
-      kernels.popcount_rows(p_.gate, words, counts, 0, rows);
-      recruited = 0;
-      for (int64_t row = 0; row < rows; ++row) recruited += counts[row];
-    }
-    if (p_.gate != nullptr && kDenseWeightGrad * recruited <= rows * p_.K) {
-      const int64_t capacity = p_.M < kSampleChunk ? p_.M : kSampleChunk, chunks = ceil_div(p_.M, kSampleChunk);
-      lists_ = {p_.d,
-                p_.x,
-                p_.gate,
-                p_.gate_stride,
-                capacity,
-                workspace<uint8_t>(rt, chunks * p_.K * capacity),
-                workspace<int32_t>(rt, chunks * p_.K),
-                p_.M,
-                p_.N,
-                p_.K,
-                words};
-      share(rt, ceil_div(p_.K, kWordBits), p_.M * 16,
-            [&](int64_t begin, int64_t end) { kernels.list_samples(lists_, begin, end); });
+  WeightGrad(const Runtime& rt, const Kernels& kernels, const SignProduct& p) : kernels_(kernels) {
+    const int64_t M = p.I, N = p.R, K = p.V, words = words_for(K), rows = p.gate_stride == 0 ? 1 : M;
+    const auto* d = static_cast<const float*>(p.a);
+    dense_ = {d, Element::kFloat32, 1, N, nullptr, nullptr, words_for(M), nullptr, 0, N, M, K};
+    if (p.gate == nullptr) {
+      dense_.plus = transposed(rt, p.signs, M, K);
       return;
     }
-    if (p_.gate == nullptr) {
-      plus_ = transposed(rt, kernels, p_.x, p_.M, p_.K);
+    const uint64_t* gate = without_padding(rt, p.gate, rows, K);
+    if (kDenseWeightGrad * total(count_recruited(rt, kernels, gate, rows, K), rows) <= rows * K) {
+      const int64_t capacity = M < kSampleChunk ? M : kSampleChunk, chunks = ceil_div(M, kSampleChunk);
+      auto* lists = workspace<uint8_t>(rt, chunks * K * capacity);
+      auto* counts = workspace<int32_t>(rt, chunks * K);
+      sparse_ = {d, p.signs, gate, p.gate_stride, capacity, lists, counts, M, N, K, words, nullptr, 0};
+      share(rt, ceil_div(K, kWordBits), M * 16, [&](Range part) { kernels.list_samples(sparse_, part); });
       return;
     }
-    uint64_t* recruited_signs = workspace<uint64_t>(rt, p_.M * words);
+    uint64_t* recruited_signs = workspace<uint64_t>(rt, M * words);
     for (int sign = 0; sign < 2; ++sign) {
-      share(rt, p_.M, words, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m)
+      share(rt, M, words, [&](Range samples) {
+        for (int64_t m = samples.begin; m < samples.end; ++m)
           for (int64_t word = 0; word < words; ++word) {
-            const uint64_t x = p_.x[m * words + word], g = p_.gate[m * p_.gate_stride + word];
+            const uint64_t x = p.signs[m * words + word], g = gate[m * p.gate_stride + word];
             recruited_signs[m * words + word] = (sign == 0 ? x : ~x) & g;
           }
       });
-      (sign == 0 ? plus_ : minus_) = transposed(rt, kernels, recruited_signs, p_.M, p_.K);
+      (sign == 0 ? dense_.plus : dense_.minus) = transposed(rt, recruited_signs, M, K);
     }
   }
 
-  // As Kernels::gated_weight_grad.
-  void block(int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end, float* dw, int64_t dw_stride) const {
-    if (lists_.lists != nullptr) {
-      kernels_.gated_weight_grad(lists_, n_begin, n_end, k_begin, k_end, dw, dw_stride);
-      return;
+  // Element (n, k) of the block goes to dw[(n - its first row) * dw_stride + k - its first column].
+  void make(Block block, float* dw, int64_t dw_stride) const {
+    if (sparse_.lists != nullptr) {
+      GatedWeightGrad p = sparse_;
+      p.dw = dw, p.dw_stride = dw_stride;
+      return kernels_.gated_weight_grad(p, block);
     }
-    const int64_t words = words_for(p_.M), outputs = n_end - n_begin, units = k_end - k_begin;
-    const uint64_t* minus = minus_ == nullptr ? nullptr : minus_ + k_begin * words;
-    kernels_.sign_product(
-        {p_.d + n_begin, p_.N, 1, plus_ + k_begin * words, minus, words, dw, dw_stride, p_.M, outputs, units, false}, 0,
-        outputs, 0, units);
+    const auto [outputs, units] = block;
+    StridedSignProduct p = dense_;
+    p.a = static_cast<const float*>(p.a) + outputs.begin;
+    p.plus += units.begin * p.words;
+    if (p.minus != nullptr) p.minus += units.begin * p.words;
+    p.y = dw, p.y_stride = dw_stride;
+    p.R = outputs.end - outputs.begin, p.V = units.end - units.begin;
+    kernels_.sign_product(p, {{0, p.R}, {0, p.V}});
   }
 
  private:
   const Kernels& kernels_;
-  WeightGradOperands p_;
-  GatedWeightGrad lists_{};
-  const uint64_t* plus_ = nullptr;
-  const uint64_t* minus_ = nullptr;
+  StridedSignProduct dense_{};
+  GatedWeightGrad sparse_{};
 };
 
 }  // namespace
 
-void gated_weight_grad(const Runtime& rt, const WeightGradOperands& p, float* dw) {
-  const WeightGrad gradient(rt, *active().load(), p);
-  share(rt, ceil_div(p.N, WeightGrad::kOutputs), p.M * p.K * 8, [&](int64_t begin, int64_t end) {
-    const int64_t n_begin = begin * WeightGrad::kOutputs, n_end = end * WeightGrad::kOutputs;
-    gradient.block(n_begin, n_end < p.N ? n_end : p.N, 0, p.K, dw + n_begin * p.K, p.K);
+void sign_product(const Runtime& rt, const SignProduct& p) {
+  const Kernels& kernels = *active().load();
+  if (p.mask != nullptr) return masked_product(rt, kernels, p);
+  if (!p.a_transposed) return dense_product(rt, kernels, p);
+  constexpr int64_t kUnits = 256;  // of a block at least, so that their tables are worth making
+  const WeightGrad gradient(rt, kernels, p);
+  const int64_t outputs = ceil_div(p.R, WeightGrad::kOutputs);
+  const int64_t parts = enough_blocks(rt, outputs) ? 1 : ceil_div(4 * rt.threads, outputs < 1 ? 1 : outputs);
+  const int64_t even = ceil_div(ceil_div(p.V, parts), kWordBits) * kWordBits, units = even > kUnits ? even : kUnits;
+  const int64_t blocks = ceil_div(p.V, units);
+  share(rt, outputs * blocks, p.I * units * 8, [&](Range part) {
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const Range n = items_of({i / blocks, i / blocks + 1}, WeightGrad::kOutputs, p.R);
+      const Range k = items_of({i % blocks, i % blocks + 1}, units, p.V);
+      gradient.make({n, k}, static_cast<float*>(p.y) + n.begin * p.V + k.begin, p.V);
+    }
   });
 }
 
-bool sample_engram(const Runtime& rt, const SampleEngram& p) {
+void grouped_product(const Runtime& rt, const GroupedProduct& p, const uint64_t* signs) {
+  const Kernels& kernels = *active().load();
+  if (kernels.grouped_product == nullptr) {
+    SignProduct plain{};
+    plain.a = p.x, plain.element = Element::kUint8, plain.signs = signs, plain.y = p.y;
+    plain.R = p.M, plain.I = p.K, plain.V = p.N;
+    return sign_product(rt, plain);
+  }
+  constexpr int64_t kSamples = 2, kLookUps = 64;  // samples taken together, and products of a look-up and its addition
+  const int64_t blocks = ceil_div(p.N, kGroupedRows), pairs = ceil_div(p.M, kSamples);
+  if (enough_blocks(rt, pairs) || pairs >= blocks) {
+    share(rt, pairs, p.N * p.K / kLookUps,
+          [&](Range part) { kernels.grouped_product(p, {items_of(part, kSamples, p.M), {0, p.N}}); });
+  } else {
+    share(rt, blocks, p.M * p.K * kGroupedRows / kLookUps,
+          [&](Range part) { kernels.grouped_product(p, {{0, p.M}, items_of(part, kGroupedRows, p.N)}); });
+  }
+}
+
+void value_signs(const Runtime& rt, const ValueSigns& p) {
+  pack_values(rt, *active().load(), {p, packed_flips(rt, p.flip, p.N)});
+}
+
+void top_units(const Runtime& rt, const TopUnits& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.M, p.K, [&](Range rows) { kernels.top_units(p, rows); });
+}
+
+bool sample_engram(const Runtime& rt, SampleEngram p) {
   const Kernels& kernels = *active().load();
   const int64_t shares = rt.threads < p.M ? rt.threads : p.M;
-  uint32_t* keys = p.bernoulli ? nullptr : workspace<uint32_t>(rt, shares * p.K);
+  p.keys = p.bernoulli ? nullptr : workspace<uint32_t>(rt, shares * p.K);
   std::atomic<bool> nan{false};
-  share(rt, shares, shares == 0 ? 1 : p.M * p.K * 16 / shares, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      uint32_t* own_keys = p.bernoulli ? nullptr : keys + i * p.K;
-      if (kernels.sample_engram(p, own_keys, p.M * i / shares, p.M * (i + 1) / shares)) nan.store(true);
+  share(rt, shares, shares == 0 ? 1 : p.M * p.K * 16 / shares, [&](Range part) {
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      SampleEngram own = p;
+      if (!p.bernoulli) own.keys += i * p.K;
+      if (kernels.sample_engram(own, {p.M * i / shares, p.M * (i + 1) / shares})) nan.store(true);
     }
   });
   return nan.load();
@@ -340,44 +377,263 @@ bool sample_engram(const Runtime& rt, const SampleEngram& p) {
 bool metaplastic_adam(const Runtime& rt, const MetaplasticAdam& p) {
   const Kernels& kernels = *active().load();
   std::atomic<bool> nan{false};
-  share(rt, p.N * ceil_div(p.K, kWordBits), kWordBits * 4, [&](int64_t begin, int64_t end) {
-    if (kernels.metaplastic_adam(p, begin, end)) nan.store(true);
+  share(rt, p.N * ceil_div(p.K, kWordBits), kWordBits * 4, [&](Range words) {
+    if (kernels.metaplastic_adam(p, words)) nan.store(true);
   });
   return nan.load();
 }
 
-bool gated_metaplastic_adam(const Runtime& rt, const WeightGradOperands& operands, const MetaplasticAdam& p) {
+bool gated_metaplastic_adam(const Runtime& rt, const SignProduct& gradient, const MetaplasticAdam& p) {
   constexpr int64_t kUnits = 512;           // of a block of the gradient, which stays in the second-level cache
   constexpr int64_t kStride = kUnits + 16;  // rows a power of two apart would share a set of the cache
   constexpr int64_t kOutputs = WeightGrad::kOutputs;
   const Kernels& kernels = *active().load();
-  const WeightGrad gradient(rt, kernels, operands);
+  const WeightGrad blockwise(rt, kernels, gradient);
   const int64_t blocks = ceil_div(p.N, kOutputs), used = ceil_div(p.K, kWordBits);
   const int64_t shares = rt.threads < blocks ? rt.threads : blocks;
   float* scratch = workspace<float>(rt, shares * kOutputs * kStride);
   std::atomic<bool> nan{false};
-  const auto update_block = [&](int64_t n_begin, int64_t n_end, float* block) {
+  const auto update_block = [&](Range outputs, float* block) {
     for (int64_t k = 0; k < p.K; k += kUnits) {
       const int64_t k_end = k + kUnits < p.K ? k + kUnits : p.K;
-      gradient.block(n_begin, n_end, k, k_end, block, kStride);
+      blockwise.make({outputs, {k, k_end}}, block, kStride);
       MetaplasticAdam part = p;
       part.grad = block, part.grad_element = Element::kFloat32;
-      part.grad_stride = kStride, part.grad_row = n_begin, part.grad_unit = k;
+      part.grad_stride = kStride, part.grad_row = outputs.begin, part.grad_unit = k;
       part.ahead = p.K;  // the next row: pieces of rows are too short for the processor to foresee it
-      for (int64_t n = n_begin; n < n_end; ++n)
-        if (kernels.metaplastic_adam(part, n * used + k / kWordBits, n * used + ceil_div(k_end, kWordBits)))
+      for (int64_t n = outputs.begin; n < outputs.end; ++n)
+        if (kernels.metaplastic_adam(part, {n * used + k / kWordBits, n * used + ceil_div(k_end, kWordBits)}))
           nan.store(true);
     }
   };
-  share(rt, shares, shares == 0 ? 1 : p.N * p.K / shares * (operands.M + 8), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t b = blocks * i / shares; b < blocks * (i + 1) / shares; ++b) {
-        const int64_t n_end = (b + 1) * kOutputs;
-        update_block(b * kOutputs, n_end < p.N ? n_end : p.N, scratch + i * kOutputs * kStride);
-      }
-    }
+  share(rt, shares, shares == 0 ? 1 : p.N * p.K / shares * (gradient.I + 8), [&](Range part) {
+    for (int64_t i = part.begin; i < part.end; ++i)
+      for (int64_t b = blocks * i / shares; b < blocks * (i + 1) / shares; ++b)
+        update_block(items_of({b, b + 1}, kOutputs, p.N), scratch + i * kOutputs * kStride);
   });
   return nan.load();
+}
+
+// ---- convolutions
+
+namespace {
+
+// Blocks among the threads, each of which has scratch of its own: f(block, scratch).
+template <typename F>
+void share_blocks(const Runtime& rt, int64_t blocks, int64_t work, int64_t scratch_bytes, const F& f) {
+  const int64_t shares = rt.threads < blocks ? rt.threads : blocks;
+  if (shares == 0) return;
+  const int64_t bytes = ceil_div(scratch_bytes, 64) * 64 + 64;  // shares write to no common line of the cache
+  char* scratch = workspace<char>(rt, shares * bytes);
+  share(rt, shares, work * blocks / shares, [&](Range part) {
+    for (int64_t i = part.begin; i < part.end; ++i)
+      for (int64_t block = blocks * i / shares; block < blocks * (i + 1) / shares; ++block)
+        f(block, scratch + i * bytes);
+  });
+}
+
+// A runtime that gives the memory of one round again in the next, which asks for the same sizes or smaller ones.
+class Rounds {
+ public:
+  explicit Rounds(const Runtime& rt) : rt_(rt) {}
+  Runtime next() {
+    used_ = 0;
+    Runtime own = rt_;
+    own.owner = this;
+    own.allocate = [](void* owner, size_t bytes) -> void* {
+      auto& self = *static_cast<Rounds*>(owner);
+      if (self.used_ == self.memory_.size()) self.memory_.push_back({nullptr, 0});
+      Memory& memory = self.memory_[self.used_++];
+      if (memory.bytes < bytes) memory = {self.rt_.allocate(self.rt_.owner, bytes), bytes};
+      return memory.data;
+    };
+    return own;
+  }
+
+ private:
+  struct Memory {
+    void* data;
+    size_t bytes;
+  };
+  const Runtime& rt_;
+  std::vector<Memory> memory_;
+  size_t used_ = 0;
+};
+
+bool has_padding(const Window& w) { return (w.top | w.bottom | w.left | w.right) != 0; }
+
+int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t kWordBytes = sizeof(uint64_t), kFloatBytes = sizeof(float), kCountBytes = sizeof(int32_t);
+
+}  // namespace
+
+void unfold_bits(const Runtime& rt, const UnfoldBits& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.samples * out_pixels(p.window), taps(p.window) * 4 + p.words, [&](Range pixels) {
+    UnfoldBits own = p;
+    own.rows += pixels.begin * p.words;
+    kernels.unfold_bits(own, pixels);
+  });
+}
+
+void interleave_bits(const Runtime& rt, const InterleaveBits& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.samples, p.rows * p.K / 8, [&](Range samples) { kernels.interleave_bits(p, samples); });
+}
+
+void binary_conv2d(const Runtime& rt, const BinaryConv2d& p) {
+  constexpr int64_t kPixels = 240;  // whose taps and sums stay in the second-level cache
+  const Kernels& kernels = *active().load();
+  const Window& window = p.window;
+  const int64_t M = p.samples * out_pixels(window), groups = window.groups, N = p.outputs / groups;
+  const int64_t K = group_units(window), words = ceil_div(K, kWordBits);  // no padding to 128 bits, which would count
+  uint64_t* w = workspace<uint64_t>(rt, p.outputs * words);
+  for (int64_t n = 0; n < p.outputs; ++n)
+    for (int64_t i = 0; i < words; ++i) w[n * words + i] = p.w[n * words_for(K) + i];
+  int32_t* tap_sums = nullptr;
+  if (p.gate == nullptr && has_padding(window)) {
+    tap_sums = workspace<int32_t>(rt, groups * taps(window) * N);
+    for (int64_t group = 0; group < groups; ++group)
+      kernels.tap_sums({w + group * N * words, N, words, group_channels(window), tap_sums + group * taps(window) * N},
+                       {0, taps(window)});
+  }
+  const int64_t even = ceil_div(M, 4 * rt.threads), pixels = even < 16 ? 16 : lesser(even, kPixels);
+  const int64_t rows = pixels * words;  // in words, as the other sizes of the scratch
+  const int64_t gate_rows = p.gate == nullptr ? 0 : rows, parts = kernels.gate_parts > 1 ? kernels.gate_parts : 0;
+  const int64_t scratch = (rows + gate_rows * (1 + parts)) * kWordBytes + pixels * (N + 1) * kCountBytes;
+  share_blocks(rt, ceil_div(M, pixels), pixels * N * words, scratch, [&](int64_t block, char* memory) {
+    const Range range = items_of({block, block + 1}, pixels, M);
+    const int64_t count = range.end - range.begin;
+    auto* x = reinterpret_cast<uint64_t*>(memory);
+    uint64_t *gate = x + rows, *gate_parts = gate + gate_rows;
+    auto* sums = reinterpret_cast<int32_t*>(gate_parts + gate_rows * parts);
+    int32_t* recruited = sums + pixels * N;
+    for (int64_t group = 0; group < groups; ++group) {
+      kernels.unfold_bits({p.x, p.samples, words_for(units(window)), window, group, x, words}, range);
+      PreparedMatmul product{
+          {x, w + group * N * words, nullptr, words, count, N, K, words, sums, nullptr, nullptr, nullptr},
+          nullptr,
+          nullptr};
+      if (p.gate != nullptr) {
+        kernels.unfold_bits({p.gate, p.samples, p.gate_stride, window, group, gate, words}, range);
+        kernels.popcount_rows({gate, words, recruited}, {0, count});
+        if (parts > 0) kernels.split_gates({gate, gate_parts}, {0, count * words});
+        product.gate = gate, product.recruited = recruited, product.gate_parts = parts > 0 ? gate_parts : gate;
+      }
+      kernels.binary_matmul(product, {{0, count}, {0, N}});
+      const int32_t* missing = tap_sums == nullptr ? nullptr : tap_sums + group * taps(window) * N;
+      kernels.finish_pixels({window, sums, N, missing, p.scale, p.y + group * N, p.outputs}, range);
+    }
+  });
+}
+
+void masked_conv2d_input_grad(const Runtime& rt, const MaskedConv2dInputGrad& p) {
+  constexpr int64_t kTerms = 3 << 15;  // floats, which stay in the second-level cache
+  constexpr int64_t kTile = 16;        // of sign_product
+  const Kernels& kernels = *active().load();
+  const Window& window = p.window;
+  const int64_t groups = window.groups, N = p.outputs / groups, K = group_units(window);
+  const int64_t channels = group_channels(window), pixels = out_pixels(window), own_units = units(window);
+  const int64_t words = words_for(N);
+  // Where there are few samples, threads share the channels of each.
+  const int64_t parts = p.samples * groups >= 2 * rt.threads ? 1 : 2 * rt.threads;
+  const int64_t part = lesser(ceil_div(ceil_div(channels, parts), kTile) * kTile, channels);
+  const int64_t blocks = ceil_div(channels, part);
+  const bool whole = groups * blocks == 1;                      // the channels of a sample by one thread
+  uint64_t* w_t = workspace<uint64_t>(rt, groups * K * words);  // by group, block, tap and channel
+  for (int64_t group = 0; group < groups; ++group) {
+    const uint64_t* by_tap = transposed(rt, p.w + group * N * words_for(K), N, K);
+    for (int64_t i = 0; i < K; ++i) {
+      const int64_t tap = i / channels, c = i % channels, first = c / part * part;
+      const int64_t row = group * K + first * taps(window) + tap * lesser(part, channels - first) + c - first;
+      memcpy(w_t + row * words, by_tap + i * words, static_cast<size_t>(words * kWordBytes));
+    }
+  }
+  const auto zero = [&](Range samples) {
+    const int64_t count = samples.end - samples.begin;
+    memset(p.dx + samples.begin * own_units, 0, static_cast<size_t>(count * own_units * kFloatBytes));
+  };
+  const ZeroUnrecruited unmasked{p.dx, own_units, p.mask, p.mask_stride};
+  if (!whole) share(rt, p.samples, own_units, zero);
+  const int64_t fit = kTerms / (taps(window) * part) / kTile * kTile;
+  const int64_t tile = lesser(fit < kTile ? kTile : fit, pixels), scratch = tile * taps(window) * part * kFloatBytes;
+  const int64_t work = pixels * N * part * taps(window) / 16;
+  share_blocks(rt, p.samples * groups * blocks, work, scratch, [&](int64_t i, char* memory) {
+    const int64_t sample = i / (groups * blocks), group = i / blocks % groups, first = i % blocks * part;
+    const int64_t own = lesser(part, channels - first), rows = taps(window) * own;
+    auto* z = reinterpret_cast<float*>(memory);
+    if (whole) zero({sample, sample + 1});
+    for (int64_t m = 0; m < pixels; m += tile) {
+      const int64_t some = lesser(tile, pixels - m);
+      const float* d = p.d + (sample * pixels + m) * p.outputs + group * N;
+      const uint64_t* signs = w_t + (group * K + first * taps(window)) * words;
+      kernels.sign_product({d, Element::kFloat32, p.outputs, 1, signs, nullptr, words, z, rows, some, N, rows},
+                           {{0, some}, {0, rows}});
+      float* dx = p.dx + sample * own_units + group * channels + first;
+      kernels.fold_taps({window, z, own, p.scale, dx}, {m, m + some});
+    }
+    if (whole) kernels.zero_unrecruited(unmasked, {sample, sample + 1});
+  });
+  if (!whole) share(rt, p.samples, own_units, [&](Range samples) { kernels.zero_unrecruited(unmasked, samples); });
+}
+
+void gated_conv2d_weight_grad(const Runtime& rt, const GatedConv2dWeightGrad& p) {
+  constexpr int64_t kUnfoldedWords = 1 << 17;  // 1 MiB of taps at a time
+  const Kernels& kernels = *active().load();
+  const Window& window = p.window;
+  const int64_t groups = window.groups, N = p.outputs / groups, K = group_units(window);
+  const int64_t channels = group_channels(window), M = p.samples * out_pixels(window), words = words_for(K);
+  const int64_t fit = kUnfoldedWords / words / kSampleChunk * kSampleChunk,
+                rows = fit < kSampleChunk ? kSampleChunk : fit;
+  const auto unfold = [&](const Runtime& own, const uint64_t* bits, int64_t stride, int64_t group, Range range) {
+    uint64_t* out = workspace<uint64_t>(own, (range.end - range.begin) * words);
+    share(rt, range.end - range.begin, taps(window) * 4 + words, [&](Range part) {
+      kernels.unfold_bits({bits, p.samples, stride, window, group, out + part.begin * words, words},
+                          {range.begin + part.begin, range.begin + part.end});
+    });
+    return out;
+  };
+  Rounds rounds(rt);
+  float* sums = M > rows ? workspace<float>(rt, N * K) : nullptr;
+  float* padded = p.gate == nullptr && has_padding(window) ? workspace<float>(rt, taps(window) * N) : nullptr;
+  for (int64_t group = 0; group < groups; ++group) {
+    float* dw = p.dw + group * N * K;
+    int64_t m = 0;
+    do {  // at least once: an empty batch has a gradient of zeros
+      const Runtime own = rounds.next();
+      const int64_t some = lesser(rows, M - m);
+      const uint64_t* x = unfold(own, p.x, words_for(units(window)), group, {m, m + some});
+      const uint64_t* gate = p.gate == nullptr ? nullptr : unfold(own, p.gate, p.gate_stride, group, {m, m + some});
+      const float* d = p.d + m * p.outputs;
+      if (groups > 1) {
+        float* packed = workspace<float>(own, some * N);
+        share(rt, some, N, [&](Range part) {
+          for (int64_t i = part.begin; i < part.end; ++i)
+            memcpy(packed + i * N, d + i * p.outputs + group * N, static_cast<size_t>(N * kFloatBytes));
+        });
+        d = packed;
+      }
+      float* y = m == 0 ? dw : sums;
+      sign_product(own, {d, Element::kFloat32, true, x, true, gate, words, nullptr, 0, y, N, some, K});
+      if (m > 0)
+        share(rt, N * K, 1, [&](Range part) {
+          for (int64_t i = part.begin; i < part.end; ++i) dw[i] += sums[i];
+        });
+      m += rows;
+    } while (m < M);
+    if (padded != nullptr) {
+      const AddPadding padding{window, p.d + group * N, p.outputs, N, p.samples, padded};
+      share(rt, taps(window), M * N / 4, [&](Range part) { kernels.add_padding(padding, part); });
+    }
+    share(rt, N, K, [&](Range part) {
+      for (int64_t n = part.begin; n < part.end; ++n)
+        for (int64_t i = 0; i < K; ++i) {
+          const float sum = padded == nullptr ? dw[n * K + i] : dw[n * K + i] + padded[i / channels * N + n];
+          dw[n * K + i] = sum * p.scale;
+        }
+    });
+  }
 }
 
 }  // namespace engram::cpu

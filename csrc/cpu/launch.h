@@ -1,4 +1,4 @@
-// What bindings.cpp calls: each operator on plain pointers, its work shared out among threads and run by the kernels of
+// The backend: each operator on plain pointers, its work shared out among threads and run by the kernels of
 // the active instruction set. Knows no torch; threads and workspace come through Runtime.
 #pragma once
 
@@ -21,14 +21,6 @@ struct Runtime {
   int threads;
 };
 
-struct WeightGradOperands {
-  const float* d;        // [M, N]
-  const uint64_t* x;     // [M, words]
-  const uint64_t* gate;  // as in BinaryMatmul
-  int64_t gate_stride;
-  int64_t M, N, K;
-};
-
 // Name of the instruction set in use, and of those that this build has and this machine can run, best first.
 const char* isa();
 std::vector<std::string> available_isas();
@@ -36,30 +28,27 @@ std::vector<std::string> available_isas();
 bool set_isa(const std::string& name);
 
 // True if a NaN was seen.
-bool pack_signs(const Runtime&, const void* x, Element element, int64_t rows, int64_t k, uint64_t* bits);
-void pack_window(const Runtime&, const float* x, float width, int64_t rows, int64_t k, const uint64_t* gate,
-                 int64_t gate_stride, uint64_t* bits);
-void unpack_signs(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, int size, uint64_t plus,
-                  uint64_t minus, void* out);
-// bits [rows, words of k] -> out [k, words of rows].
-void transpose_bits(const Runtime&, const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out);
-void binary_matmul(const Runtime&, BinaryMatmul p);  // fills p.recruited itself
-// bits [M, words_for(N)] of 1{(y >= threshold[n]) != flip[n]}; p.y is not used.
-void binary_threshold(const Runtime&, const BinaryMatmul& p, const int32_t* threshold, const uint8_t* flip,
-                      uint64_t* bits);
-// a [M, N], w [N, words], y [M, K].
-void sign_matmul(const Runtime&, const float* a, const uint64_t* w, float* y, int64_t M, int64_t N, int64_t K);
-// x [M, K], w [N, words], y [M, N]; x and y float, or uint8 and int32 where `exact`.
-void sign_matmul_t(const Runtime&, const void* x, bool exact, const uint64_t* w, void* y, int64_t M, int64_t N,
-                   int64_t K);
-void masked_input_grad(const Runtime&, const float* d, const uint64_t* w, const uint64_t* mask, int64_t mask_stride,
-                       float* dx, int64_t M, int64_t N, int64_t K);
-// dw [N, K].
-void gated_weight_grad(const Runtime&, const WeightGradOperands& p, float* dw);
-bool sample_engram(const Runtime&, const SampleEngram& p);
+bool pack_signs(const Runtime&, const PackSigns&);
+void pack_window(const Runtime&, const PackWindow&);
+void unpack_signs(const Runtime&, const UnpackSigns&);
+void transpose_bits(const Runtime&, const TransposeBits&);
+void binary_matmul(const Runtime&, const BinaryMatmul&);
+// Any of the operators of core/operands.h, on float32 or uint8.
+void sign_product(const Runtime&, const SignProduct&);
+// `signs` are those of the groups: [N, words_for(K)].
+void grouped_product(const Runtime&, const GroupedProduct&, const uint64_t* signs);
+void value_signs(const Runtime&, const ValueSigns&);
+void top_units(const Runtime&, const TopUnits&);
+bool sample_engram(const Runtime&, SampleEngram);  // keys are made here
+void unfold_bits(const Runtime&, const UnfoldBits&);
+void interleave_bits(const Runtime&, const InterleaveBits&);
+void binary_conv2d(const Runtime&, const BinaryConv2d&);
+void masked_conv2d_input_grad(const Runtime&, const MaskedConv2dInputGrad&);
+void gated_conv2d_weight_grad(const Runtime&, const GatedConv2dWeightGrad&);
 // True if a weight could not be updated.
-bool metaplastic_adam(const Runtime&, const MetaplasticAdam& p);
-// The same with the gradient that gated_weight_grad would give, made and consumed block by block; p.grad is not read.
-bool gated_metaplastic_adam(const Runtime&, const WeightGradOperands& gradient, const MetaplasticAdam& p);
+bool metaplastic_adam(const Runtime&, const MetaplasticAdam&);
+// The same with the gradient that the product of gated_weight_grad would give, made and consumed block by block; its y
+// and p.grad are not used.
+bool gated_metaplastic_adam(const Runtime&, const SignProduct& gradient, const MetaplasticAdam& p);
 
 }  // namespace engram::cpu

@@ -222,12 +222,12 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
 }
 
 template <typename Weight, typename Grad, typename First, typename Second>
-bool update_words(const MetaplasticAdam& p, int64_t begin, int64_t end) {
+bool update_words(const MetaplasticAdam& p, Range words) {
   const int64_t used = ceil_div(p.K, kWordBits);  // words of a row that hold weights
   const Draws source(p.seed, p.offset);
   RandomHalves halves(source);
   bool failed = false;
-  for (int64_t word = begin; word < end; ++word) {
+  for (int64_t word = words.begin; word < words.end; ++word) {
     const int64_t row = word / used, unit = word % used * kWordBits;
     if (p.K - unit >= kWordBits)
       failed |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, kWordBits);
@@ -238,23 +238,23 @@ bool update_words(const MetaplasticAdam& p, int64_t begin, int64_t end) {
 }
 
 template <typename Weight, typename Grad>
-bool update_moments(const MetaplasticAdam& p, int64_t begin, int64_t end) {
+bool update_moments(const MetaplasticAdam& p, Range words) {
   switch (p.moments) {
     case Moments::kFloat32:
-      return update_words<Weight, Grad, Float32, Float32>(p, begin, end);
+      return update_words<Weight, Grad, Float32, Float32>(p, words);
     case Moments::kBFloat16:
-      return update_words<Weight, Grad, BFloat16, BFloat16>(p, begin, end);
+      return update_words<Weight, Grad, BFloat16, BFloat16>(p, words);
     default:
-      return update_words<Weight, Grad, FirstScaled, SecondScaled>(p, begin, end);
+      return update_words<Weight, Grad, FirstScaled, SecondScaled>(p, words);
   }
 }
 
 }  // namespace
 
-bool metaplastic_adam(const MetaplasticAdam& p, int64_t begin, int64_t end) {
-  if (p.weight_element == Element::kFloat32) return update_moments<Float32, Float32>(p, begin, end);
-  if (p.grad_element == Element::kFloat32) return update_moments<BFloat16, Float32>(p, begin, end);
-  return update_moments<BFloat16, BFloat16>(p, begin, end);
+bool metaplastic_adam(const MetaplasticAdam& p, Range words) {
+  if (p.weight_element == Element::kFloat32) return update_moments<Float32, Float32>(p, words);
+  if (p.grad_element == Element::kFloat32) return update_moments<BFloat16, Float32>(p, words);
+  return update_moments<BFloat16, BFloat16>(p, words);
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

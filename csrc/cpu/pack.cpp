@@ -16,10 +16,10 @@ namespace {
 constexpr uint16_t kBFloat16Infinity = 0x7F80, kFloat16Infinity = 0x7C00;
 
 template <typename T, typename Signs>
-bool pack_rows(const T* x, T padding, int64_t k, uint64_t* bits, int64_t begin, int64_t end, Signs signs) {
+bool pack_rows(const T* x, T padding, int64_t k, uint64_t* bits, Range rows, Signs signs) {
   const int64_t words = words_for(k), full = k / kWordBits;
   bool nan = false;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
     const T* in = x + row * k;
     uint64_t* out = bits + row * words;
     for (int64_t word = 0; word < full; ++word) out[word] = signs(in + word * kWordBits, nan);
@@ -35,13 +35,13 @@ bool pack_rows(const T* x, T padding, int64_t k, uint64_t* bits, int64_t begin, 
 }
 
 template <typename T>
-void unpack_rows(const uint64_t* bits, int64_t k, T plus, T minus, T* out, int64_t begin, int64_t end) {
-  const int64_t words = words_for(k);
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t word = 0; word * kWordBits < k; ++word) {
-      const uint64_t w = bits[row * words + word];
-      T* block = out + row * k + word * kWordBits;
-      const int64_t n = smaller(kWordBits, k - word * kWordBits);
+void unpack_rows(const UnpackSigns& p, Range rows) {
+  const T plus = static_cast<T>(p.plus), minus = static_cast<T>(p.minus);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    for (int64_t word = 0; word * kWordBits < p.K; ++word) {
+      const uint64_t w = p.bits[row * p.words + word];
+      T* block = static_cast<T*>(p.out) + row * p.K + word * kWordBits;
+      const int64_t n = smaller(kWordBits, p.K - word * kWordBits);
       for (int64_t i = 0; i < n; ++i) block[i] = w >> i & 1 ? plus : minus;
     }
   }
@@ -49,83 +49,62 @@ void unpack_rows(const uint64_t* bits, int64_t k, T plus, T minus, T* out, int64
 
 }  // namespace
 
-bool pack_signs(const void* x, Element element, int64_t k, uint64_t* bits, int64_t begin, int64_t end) {
-  if (element == Element::kFloat32) {
-    return pack_rows(static_cast<const float*>(x), -1.0f, k, bits, begin, end,
+bool pack_signs(const PackSigns& p, Range rows) {
+  if (p.element == Element::kFloat32) {
+    return pack_rows(static_cast<const float*>(p.x), -1.0f, p.K, p.bits, rows,
                      [](const float* block, bool& nan) { return signs_of_64(block, nan); });
   }
-  const uint16_t infinity = element == Element::kBFloat16 ? kBFloat16Infinity : kFloat16Infinity;
+  const uint16_t infinity = p.element == Element::kBFloat16 ? kBFloat16Infinity : kFloat16Infinity;
   const uint16_t minus_infinity = infinity | 0x8000;
-  return pack_rows(static_cast<const uint16_t*>(x), minus_infinity, k, bits, begin, end,
+  return pack_rows(static_cast<const uint16_t*>(p.x), minus_infinity, p.K, p.bits, rows,
                    [infinity](const uint16_t* block, bool& nan) { return signs_of_64(block, infinity, nan); });
 }
 
-void pack_window(const float* x, float width, int64_t k, const uint64_t* gate, int64_t gate_stride, uint64_t* bits,
-                 int64_t begin, int64_t end) {
-  const float outside = __builtin_nanf("");
-  pack_rows(x, outside, k, bits, begin, end, [width](const float* block, bool&) { return window_of_64(block, width); });
-  if (gate == nullptr) return;
-  const int64_t words = words_for(k);
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t word = 0; word < words; ++word) bits[row * words + word] &= gate[row * gate_stride + word];
+void pack_window(const PackWindow& p, Range rows) {
+  const float outside = __builtin_nanf(""), width = p.width;
+  pack_rows(p.x, outside, p.K, p.bits, rows, [width](const float* block, bool&) { return window_of_64(block, width); });
+  if (p.gate == nullptr) return;
+  const int64_t words = p.words;  // in a register: a word that is written might be p.words, for all the compiler knows
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    uint64_t* bits = p.bits + row * words;
+    const uint64_t* gate = p.gate + row * p.gate_stride;
+    for (int64_t word = 0; word < words; ++word) bits[word] &= gate[word];
+  }
 }
 
-void unpack_signs(const uint64_t* bits, int64_t k, int size, uint64_t plus, uint64_t minus, void* out, int64_t begin,
-                  int64_t end) {
-  switch (size) {
+void unpack_signs(const UnpackSigns& p, Range rows) {
+  switch (p.size) {
     case 1:
-      return unpack_rows<uint8_t>(bits, k, static_cast<uint8_t>(plus), static_cast<uint8_t>(minus),
-                                  static_cast<uint8_t*>(out), begin, end);
+      return unpack_rows<uint8_t>(p, rows);
     case 2:
-      return unpack_rows<uint16_t>(bits, k, static_cast<uint16_t>(plus), static_cast<uint16_t>(minus),
-                                   static_cast<uint16_t*>(out), begin, end);
+      return unpack_rows<uint16_t>(p, rows);
     case 4:
-      return unpack_rows<uint32_t>(bits, k, static_cast<uint32_t>(plus), static_cast<uint32_t>(minus),
-                                   static_cast<uint32_t*>(out), begin, end);
+      return unpack_rows<uint32_t>(p, rows);
     default:
-      return unpack_rows<uint64_t>(bits, k, plus, minus, static_cast<uint64_t*>(out), begin, end);
+      return unpack_rows<uint64_t>(p, rows);
   }
 }
 
-void popcount_rows(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
+void popcount_rows(const PopcountRows& p, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
     int64_t sum = 0;
-    for (int64_t word = 0; word < words; ++word) sum += scalar_popcount(bits[row * words + word]);
-    out[row] = static_cast<int32_t>(sum);
+    for (int64_t word = 0; word < p.words; ++word) sum += scalar_popcount(p.bits[row * p.words + word]);
+    p.counts[row] = static_cast<int32_t>(sum);
   }
 }
 
-void pack_reached(const int32_t* y, const int32_t* threshold, const uint8_t* flip, int64_t n, uint64_t* bits,
-                  int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const int32_t* from = y + row * n;
-    for (int64_t word = 0; word < words_for(n); ++word) {
-      const int64_t first = word * kWordBits, units = smaller(kWordBits, n - first);
-      alignas(8) uint8_t bytes[kWordBits] = {};
-      for (int64_t i = 0; i < units; ++i)
-        bytes[i] = (from[first + i] >= threshold[first + i]) != (flip[first + i] != 0);
-      uint64_t gathered = 0;
-      for (int64_t group = 0; group < kWordBits / 8; ++group) {
-        uint64_t eight;  // each byte 0 or 1: the product's highest byte holds them as bits
-        memcpy(&eight, bytes + 8 * group, sizeof eight);
-        gathered |= (eight * 0x0102040810204080u >> 56) << (8 * group);
-      }
-      bits[row * words_for(n) + word] = gathered;
-    }
-  }
-}
-
-void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end) {
-  const int64_t words = words_for(k), out_words = words_for(rows);
+void transpose_bits(const TransposeBits& p, Range unit_words) {
+  const int64_t words = words_for(p.K), out_words = words_for(p.rows);
+  uint64_t* out = p.out;
   Words block[kWordBits];
-  for (int64_t unit_word = begin; unit_word < end; unit_word += kWordLanes) {
-    const int64_t lanes = smaller<int64_t>(kWordLanes, end - unit_word);
+  for (int64_t unit_word = unit_words.begin; unit_word < unit_words.end; unit_word += kWordLanes) {
+    const int64_t lanes = smaller<int64_t>(kWordLanes, unit_words.end - unit_word);
     for (int64_t row_word = 0; row_word < out_words; ++row_word) {
       const int64_t first = row_word * kWordBits;
       for (int64_t i = 0; i < kWordBits; ++i) {
         block[i] = Words{};
-        if (first + i >= rows) continue;
-        const uint64_t* from = bits + (first + i) * words + unit_word;
+        if (first + i >= p.rows) continue;
+        const uint64_t* from = p.bits + (first + i) * words + unit_word;
         if (lanes == kWordLanes)
           memcpy(&block[i], from, sizeof block[i]);
         else
@@ -134,27 +113,27 @@ void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out
       transpose_64x64(block);
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t unit = (unit_word + lane) * kWordBits;
-        for (int64_t j = 0; j < smaller(kWordBits, k - unit); ++j)
+        for (int64_t j = 0; j < smaller(kWordBits, p.K - unit); ++j)
           out[(unit + j) * out_words + row_word] = block[j][lane];
       }
     }
   }
 }
 
-void zero_unrecruited(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end) {
+void zero_unrecruited(const ZeroUnrecruited& p, Range rows) {
   constexpr int64_t kGroup = 32;
-  for (int64_t row = begin; row < end; ++row) {
-    float* out = y + row * k;
-    const uint64_t* m = mask + row * mask_stride;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    float* out = p.y + row * p.K;
+    const uint64_t* m = p.mask + row * p.mask_stride;
     int64_t i = 0;
-    for (; i + kGroup <= k; i += kGroup) {
+    for (; i + kGroup <= p.K; i += kGroup) {
       const Bits32 bits = bits32(static_cast<uint32_t>(m[i / kWordBits] >> i % kWordBits));
       for (int v = 0; v < kGroup / kLanes; ++v) {
         float* at = out + i + v * kLanes;
         store(at, keep_where(mask_of(bits, v), load(at)));
       }
     }
-    for (; i < k; ++i) out[i] = m[i / kWordBits] >> (i % kWordBits) & 1 ? out[i] : 0.0f;
+    for (; i < p.K; ++i) out[i] = m[i / kWordBits] >> (i % kWordBits) & 1 ? out[i] : 0.0f;
   }
 }
 

@@ -14,13 +14,16 @@ namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
 
+// Of a sample, for the draws.
+uint64_t row_number(const SampleEngram& p, int64_t m) { return p.first_row + static_cast<uint64_t>(m) * p.row_step; }
+
 void bernoulli_row(const SampleEngram& p, const Draws& source, int64_t m) {
   uint32_t draws[kDrawGroup];
   uint64_t* gate = p.gate + m * p.words;
   for (int64_t word = 0; word < p.words; ++word) {
     uint64_t bits = 0;
     if (word * kWordBits < p.K) {
-      source.group<kDrawGroup>(p.first_row + static_cast<uint64_t>(m), word * kWordBits, draws);
+      source.group<kDrawGroup>(row_number(p, m), word * kWordBits, draws);
       for (int64_t i = 0; i < kDrawGroup; ++i) bits |= static_cast<uint64_t>(draws[i] < p.threshold) << i;
     }
     gate[word] = bits & valid_bits(word, p.K);
@@ -28,7 +31,7 @@ void bernoulli_row(const SampleEngram& p, const Draws& source, int64_t m) {
 }
 
 // keys[k] = ordered_key(score / temperature + gumbel); true if a score is NaN.
-bool make_keys(const SampleEngram& p, const Draws& source, int64_t m, uint32_t* keys) {
+bool make_keys(const SampleEngram& p, const Draws& source, int64_t m) {
   const float* score = p.score + m * p.K;
   const bool noisy = p.inverse_temperature >= 0.0f, scored = p.inverse_temperature != 0.0f;
   bool nan = false;
@@ -43,13 +46,13 @@ bool make_keys(const SampleEngram& p, const Draws& source, int64_t m, uint32_t* 
     }
     if (noisy) {
       uint32_t draws[kDrawGroup];
-      source.group<kDrawGroup>(p.first_row + static_cast<uint64_t>(m), first, draws);
+      source.group<kDrawGroup>(row_number(p, m), first, draws);
       if (scored)
         for (int64_t i = 0; i < kDrawGroup; ++i) value[i] = value[i] * p.inverse_temperature + gumbel(draws[i]);
       else
         for (int64_t i = 0; i < kDrawGroup; ++i) value[i] = gumbel(draws[i]);
     }
-    for (int64_t i = 0; i < units; ++i) keys[first + i] = ordered_key(value[i]);
+    for (int64_t i = 0; i < units; ++i) p.keys[first + i] = ordered_key(value[i]);
   }
   return nan;
 }
@@ -75,16 +78,16 @@ uint32_t find_threshold(const uint32_t* keys, int64_t k, int64_t count, int64_t&
   return threshold;
 }
 
-void gate_from_keys(const SampleEngram& p, int64_t m, const uint32_t* keys) {
+void gate_from_keys(const SampleEngram& p, int64_t m) {
   int64_t of_equal = 0;
-  const uint32_t threshold = find_threshold(keys, p.K, p.count, of_equal);
+  const uint32_t threshold = find_threshold(p.keys, p.K, p.count, of_equal);
   uint64_t* gate = p.gate + m * p.words;
   for (int64_t word = 0; word < p.words; ++word) {
     const int64_t first = word * kWordBits, units = smaller(kWordBits, p.K - first);
     uint64_t above = 0, equal = 0;
     for (int64_t i = 0; i < units; ++i) {
-      above |= static_cast<uint64_t>(keys[first + i] > threshold) << i;
-      equal |= static_cast<uint64_t>(keys[first + i] == threshold) << i;
+      above |= static_cast<uint64_t>(p.keys[first + i] > threshold) << i;
+      equal |= static_cast<uint64_t>(p.keys[first + i] == threshold) << i;
     }
     for (; equal != 0 && of_equal > 0; equal &= equal - 1, --of_equal) above |= equal & (~equal + 1);
     gate[word] = above;
@@ -93,15 +96,15 @@ void gate_from_keys(const SampleEngram& p, int64_t m, const uint32_t* keys) {
 
 }  // namespace
 
-bool sample_engram(const SampleEngram& p, uint32_t* keys, int64_t m_begin, int64_t m_end) {
+bool sample_engram(const SampleEngram& p, Range samples) {
   const Draws source(p.seed, p.offset);
   bool nan = false;
-  for (int64_t m = m_begin; m < m_end; ++m) {
+  for (int64_t m = samples.begin; m < samples.end; ++m) {
     if (p.bernoulli) {
       bernoulli_row(p, source, m);
     } else {
-      nan |= make_keys(p, source, m, keys);
-      gate_from_keys(p, m, keys);
+      nan |= make_keys(p, source, m);
+      gate_from_keys(p, m);
     }
   }
   return nan;

@@ -1,14 +1,12 @@
 // sign_product: every product of real numbers with a whole sign matrix, four signs a look-up.
 //
-//   y[v,r] = sum_i s(B[r,i]) D[i,v]             B [R, words] packed signs, D [I, V] float or uint8
-//   y[v,r] = sum_i (P[r,i] - Q[r,i]) D[i,v]     P, Q packed, nowhere both 1: signs with a gate
+//   y[r,v] = sum_i a[r,i] s(B[v,i])             a [R, I] float or uint8, B [V, words] packed signs
+//   y[r,v] = sum_i a[r,i] (P[v,i] - Q[v,i])     P, Q packed, nowhere both 1: signs with a gate
 //
-//   sign_matmul        a @ s(W)      r = unit k, i = output n, v = sample, B = s(W) transposed
-//   sign_matmul_t      x @ s(W)^T    r = output n, i = unit k, v = sample, B = s(W)
-//   gated_weight_grad  d^T (g s(x))  r = unit k, i = sample, v = output n, B or P, Q = bits of x transposed
+// Signs that lie along v (core/operands.h) come transposed.
 //
-// The method of the Four Russians (Arlazarov et al. 1970): for four consecutive i the 16 possible sums +-D[i] +-D[i+1]
-// +-D[i+2] +-D[i+3] are tabulated, one 64-byte entry for a tile of v; every row r then costs one look-up and one
+// The method of the Four Russians (Arlazarov et al. 1970): for four consecutive i the 16 possible sums +-a[i] +-a[i+1]
+// +-a[i+2] +-a[i+3] are tabulated, one 64-byte entry for a tile of r; every column v then costs one look-up and one
 // addition for four terms. The tables of 64 consecutive i fill 16 KiB of the first-level cache. uint8 terms are summed
 // in int16, which holds 64 of them, and widened into int32: exact. Bound by one load and one addition a vector:
 // a quarter of the additions that masks would take, an eighth with uint8.
@@ -25,16 +23,11 @@ namespace {
 
 constexpr int kSigns = 4;                                      // in a look-up
 constexpr int kEntries = 1 << kSigns;                          // in the table of a group of four
-constexpr int kEntryBytes = 64;                                // a tile of v
+constexpr int kEntryBytes = 64;                                // a tile of r
 constexpr int kGroups = static_cast<int>(kWordBits) / kSigns;  // in a word
 constexpr int kVectors = kEntryBytes / kVectorBytes;           // in an entry
 constexpr int kIndexShift = 6;                                 // log2 kEntryBytes
 constexpr uint64_t kIndexMask = uint64_t{kEntries - 1} << kIndexShift;
-#if defined(ENGRAM_ISA_AVX512)
-constexpr int kRows = 8;  // accumulators enough to hide the latency of an addition
-#else
-constexpr int kRows = 4;
-#endif
 
 template <typename T>
 using Vector [[gnu::vector_size(kVectorBytes)]] = T;
@@ -53,11 +46,11 @@ struct Term<uint8_t> {
 };
 
 template <typename T>
-constexpr int kTile = kEntryBytes / sizeof(typename Term<T>::Entry);  // columns v of a tile
+constexpr int kTile = kEntryBytes / sizeof(typename Term<T>::Entry);  // rows r of a tile
 
-// Rows that share a table: 64 KiB of sums, on the stack.
+// Columns that share a table: 64 KiB of sums, on the stack.
 template <typename T>
-constexpr int64_t kRowBlock = 65536 / (kTile<T> * sizeof(typename Term<T>::Sum));
+constexpr int64_t kColumnBlock = 65536 / (kTile<T> * sizeof(typename Term<T>::Sum));
 
 template <typename T>
 ENGRAM_INLINE Vector<T> load_vector(const void* p) {
@@ -71,22 +64,22 @@ ENGRAM_INLINE void store_vector(void* p, Vector<T> v) {
   memcpy(p, &v, sizeof v);
 }
 
-// terms[i][j] = D[first + i, v + j], zero outside D.
+// terms[i][j] = a[r + j, first + i], zero outside a.
 template <typename T>
-void gather(const SignProduct& p, int64_t first, int64_t v, typename Term<T>::Entry (*terms)[kTile<T>]) {
-  const int64_t used = smaller(kWordBits, p.I - first), columns = smaller<int64_t>(kTile<T>, p.V - v);
-  const T* d = static_cast<const T*>(p.d) + first * p.i_stride + v * p.v_stride;
-  if (used < kWordBits || columns < kTile<T>) memset(terms, 0, kWordBits * sizeof *terms);
-  if (p.v_stride == 1) {
+void gather(const StridedSignProduct& p, int64_t first, int64_t r, typename Term<T>::Entry (*terms)[kTile<T>]) {
+  const int64_t used = smaller(kWordBits, p.I - first), rows = smaller<int64_t>(kTile<T>, p.R - r);
+  const T* a = static_cast<const T*>(p.a) + r * p.r_stride + first * p.i_stride;
+  if (used < kWordBits || rows < kTile<T>) memset(terms, 0, kWordBits * sizeof *terms);
+  if (p.r_stride == 1) {
     for (int64_t i = 0; i < used; ++i)
-      for (int64_t j = 0; j < columns; ++j) terms[i][j] = d[i * p.i_stride + j];
+      for (int64_t j = 0; j < rows; ++j) terms[i][j] = a[i * p.i_stride + j];
     return;
   }
   if constexpr (std::is_same_v<T, float>) {
-    if (p.i_stride == 1) return write_transposed(d, p.v_stride, columns, used, &terms[0][0], kTile<T>);
+    if (p.i_stride == 1) return write_transposed(a, p.r_stride, rows, used, &terms[0][0], kTile<T>);
   }
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < used; ++i) terms[i][j] = d[i * p.i_stride + j * p.v_stride];
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t i = 0; i < used; ++i) terms[i][j] = a[i * p.i_stride + j * p.r_stride];
 }
 
 // The 16 sums of each group of four terms: of the terms with their sign, or with Subset of those whose bit is 1.
@@ -113,86 +106,86 @@ void tabulate(const typename Term<T>::Entry (*terms)[kTile<T>], char* table) {
 ENGRAM_INLINE uint64_t indices_of(uint64_t word) { return word << kIndexShift | word >> (kWordBits - kIndexShift); }
 ENGRAM_INLINE uint64_t next_index(uint64_t indices) { return indices >> kSigns | indices << (kWordBits - kSigns); }
 
-// Adds to (first: stores in) sums[r][..] the entries of Rows rows, which words plus[at + r * words] choose.
-template <typename T, int Rows, bool Subset>
+// Adds to (first: stores in) sums[c][..] the entries of Columns columns, which words plus[at + c * words] choose.
+template <typename T, int Columns, bool Subset>
 ENGRAM_INLINE void look_up(const char* table, int groups, const uint64_t* plus, const uint64_t* minus, int64_t at,
                            int64_t words, bool first, typename Term<T>::Sum (*sums)[kTile<T>]) {
   using Entry = typename Term<T>::Entry;
   using Sum = typename Term<T>::Sum;
-  Vector<Entry> acc[Rows][kVectors];
-  uint64_t added[Rows], subtracted[Rows];
-  for (int r = 0; r < Rows; ++r) {
-    added[r] = indices_of(plus[at + r * words]);
-    if constexpr (Subset) subtracted[r] = indices_of(minus[at + r * words]);
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = Vector<Entry>{};
+  Vector<Entry> acc[Columns][kVectors];
+  uint64_t added[Columns], subtracted[Columns];
+  for (int c = 0; c < Columns; ++c) {
+    added[c] = indices_of(plus[at + c * words]);
+    if constexpr (Subset) subtracted[c] = indices_of(minus[at + c * words]);
+    for (int v = 0; v < kVectors; ++v) acc[c][v] = Vector<Entry>{};
   }
   for (int group = 0; group < groups; ++group, table += kEntries * kEntryBytes) {
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      const char* entry = table + (added[r] & kIndexMask);
-      added[r] = next_index(added[r]);
+    for (int c = 0; c < Columns; ++c) {
+      const char* entry = table + (added[c] & kIndexMask);
+      added[c] = next_index(added[c]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += load_vector<Entry>(entry + v * kVectorBytes);
+      for (int v = 0; v < kVectors; ++v) acc[c][v] += load_vector<Entry>(entry + v * kVectorBytes);
       if constexpr (Subset) {
-        const char* other = table + (subtracted[r] & kIndexMask);
-        subtracted[r] = next_index(subtracted[r]);
+        const char* other = table + (subtracted[c] & kIndexMask);
+        subtracted[c] = next_index(subtracted[c]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] -= load_vector<Entry>(other + v * kVectorBytes);
+        for (int v = 0; v < kVectors; ++v) acc[c][v] -= load_vector<Entry>(other + v * kVectorBytes);
       }
     }
   }
-  for (int r = 0; r < Rows; ++r) {
+  for (int c = 0; c < Columns; ++c) {
     if constexpr (sizeof(Entry) == sizeof(Sum)) {
       for (int v = 0; v < kVectors; ++v) {
-        char* sum = reinterpret_cast<char*>(sums[r]) + v * kVectorBytes;
-        store_vector<Sum>(sum, first ? acc[r][v] : load_vector<Sum>(sum) + acc[r][v]);
+        char* sum = reinterpret_cast<char*>(sums[c]) + v * kVectorBytes;
+        store_vector<Sum>(sum, first ? acc[c][v] : load_vector<Sum>(sum) + acc[c][v]);
       }
     } else {
       Entry narrow[kTile<T>];
       for (int v = 0; v < kVectors; ++v)
-        store_vector<Entry>(reinterpret_cast<char*>(narrow) + v * kVectorBytes, acc[r][v]);
-      for (int j = 0; j < kTile<T>; ++j) sums[r][j] = (first ? 0 : sums[r][j]) + narrow[j];
+        store_vector<Entry>(reinterpret_cast<char*>(narrow) + v * kVectorBytes, acc[c][v]);
+      for (int j = 0; j < kTile<T>; ++j) sums[c][j] = (first ? 0 : sums[c][j]) + narrow[j];
     }
   }
 }
 
 template <typename T, bool Subset>
-void product(const SignProduct& p, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end) {
+void product(const StridedSignProduct& p, Block part) {
   alignas(64) typename Term<T>::Entry terms[kWordBits][kTile<T>];
   alignas(64) char table[kGroups * kEntries * kEntryBytes];
-  alignas(64) typename Term<T>::Sum sums[kRowBlock<T>][kTile<T>];
-  for (int64_t v = v_begin; v < v_end; v += kTile<T>) {
-    for (int64_t r0 = r_begin; r0 < r_end; r0 += kRowBlock<T>) {
-      const int64_t rows = smaller(kRowBlock<T>, r_end - r0);
-      if (p.I == 0) memset(sums, 0, static_cast<size_t>(rows) * sizeof *sums);
+  alignas(64) typename Term<T>::Sum sums[kColumnBlock<T>][kTile<T>];
+  for (int64_t r = part.rows.begin; r < part.rows.end; r += kTile<T>) {
+    for (int64_t v = part.columns.begin; v < part.columns.end; v += kColumnBlock<T>) {
+      const int64_t columns = smaller(kColumnBlock<T>, part.columns.end - v);
+      if (p.I == 0) memset(sums, 0, static_cast<size_t>(columns) * sizeof *sums);
       for (int64_t first = 0; first < p.I; first += kWordBits) {
-        gather<T>(p, first, v, terms);
+        gather<T>(p, first, r, terms);
         tabulate<T, Subset>(terms, table);
         const int groups = static_cast<int>((smaller(kWordBits, p.I - first) + kSigns - 1) / kSigns);
-        const uint64_t* plus = p.plus + r0 * p.words + first / kWordBits;
-        const uint64_t* minus = Subset ? p.minus + r0 * p.words + first / kWordBits : nullptr;
-        int64_t r = 0;
-        for (; r + kRows <= rows; r += kRows)
-          look_up<T, kRows, Subset>(table, groups, plus, minus, r * p.words, p.words, first == 0, sums + r);
-        for (; r < rows; ++r)
-          look_up<T, 1, Subset>(table, groups, plus, minus, r * p.words, p.words, first == 0, sums + r);
+        const uint64_t* plus = p.plus + v * p.words + first / kWordBits;
+        const uint64_t* minus = Subset ? p.minus + v * p.words + first / kWordBits : nullptr;
+        int64_t c = 0;
+        for (; c + kLookUpColumns <= columns; c += kLookUpColumns)
+          look_up<T, kLookUpColumns, Subset>(table, groups, plus, minus, c * p.words, p.words, first == 0, sums + c);
+        for (; c < columns; ++c)
+          look_up<T, 1, Subset>(table, groups, plus, minus, c * p.words, p.words, first == 0, sums + c);
       }
       using Sum = typename Term<T>::Sum;
-      write_transposed(&sums[0][0], kTile<T>, rows, smaller<int64_t>(kTile<T>, p.V - v),
-                       static_cast<Sum*>(p.y) + v * p.y_stride + r0, p.y_stride);
+      write_transposed(&sums[0][0], kTile<T>, columns, smaller<int64_t>(kTile<T>, p.R - r),
+                       static_cast<Sum*>(p.y) + r * p.y_stride + v, p.y_stride);
     }
   }
 }
 
 }  // namespace
 
-void sign_product(const SignProduct& p, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end) {
-  if (p.exact)
-    product<uint8_t, false>(p, v_begin, v_end, r_begin, r_end);
+void sign_product(const StridedSignProduct& p, Block part) {
+  if (p.element == Element::kUint8)
+    product<uint8_t, false>(p, part);
   else if (p.minus == nullptr)
-    product<float, false>(p, v_begin, v_end, r_begin, r_end);
+    product<float, false>(p, part);
   else
-    product<float, true>(p, v_begin, v_end, r_begin, r_end);
+    product<float, true>(p, part);
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

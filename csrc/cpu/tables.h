@@ -5,24 +5,9 @@
 
 namespace engram::cpu::ENGRAM_ISA {
 
-bool pack_signs(const void* x, Element element, int64_t k, uint64_t* bits, int64_t begin, int64_t end);
-void pack_window(const float* x, float width, int64_t k, const uint64_t* gate, int64_t gate_stride, uint64_t* bits,
-                 int64_t begin, int64_t end);
-void unpack_signs(const uint64_t* bits, int64_t k, int size, uint64_t plus, uint64_t minus, void* out, int64_t begin,
-                  int64_t end);
-void popcount_rows(const uint64_t* bits, int64_t words, int32_t* out, int64_t begin, int64_t end);
-void pack_reached(const int32_t* y, const int32_t* threshold, const uint8_t* flip, int64_t n, uint64_t* bits,
-                  int64_t begin, int64_t end);
-void transpose_bits(const uint64_t* bits, int64_t rows, int64_t k, uint64_t* out, int64_t begin, int64_t end);
-void zero_unrecruited(float* y, int64_t k, const uint64_t* mask, int64_t mask_stride, int64_t begin, int64_t end);
-void split_gates(const uint64_t* gate, uint64_t* parts, int64_t begin, int64_t end);
-void binary_matmul(const BinaryMatmul& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end);
-void sign_product(const SignProduct& p, int64_t v_begin, int64_t v_end, int64_t r_begin, int64_t r_end);
-void gated_input_grad(const GatedInputGrad& p, int64_t m_begin, int64_t m_end);
-void list_samples(const GatedWeightGrad& p, int64_t word_begin, int64_t word_end);
-void gated_weight_grad(const GatedWeightGrad& p, int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end,
-                       float* dw, int64_t dw_stride);
-bool sample_engram(const SampleEngram& p, uint32_t* keys, int64_t m_begin, int64_t m_end);
-bool metaplastic_adam(const MetaplasticAdam& p, int64_t begin, int64_t end);
+void grouped_product(const GroupedProduct& p, Block part);
+#define ENGRAM_DECLARE(Result, name, Arguments, Part) Result name(const Arguments& p, Part part);
+ENGRAM_CPU_KERNELS(ENGRAM_DECLARE)
+#undef ENGRAM_DECLARE
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -158,9 +158,9 @@ inline cudaError_t binary_matmul_dots(const BinaryMatmul& p, cudaStream_t stream
 }
 
 // Both forms give the same integers; the dot form is for so few samples that the tensor cores would multiply padding.
-inline cudaError_t binary_matmul(const BinaryMatmul& p, int multiprocessors, cudaStream_t stream) {
+inline cudaError_t binary_matmul(const BinaryMatmul& p, cudaStream_t stream) {
   if (p.M == 0 || p.N == 0) return cudaSuccess;
-  return p.M <= kMostDotSamples ? binary_matmul_dots(p, stream) : binary_matmul_tiles(p, multiprocessors, stream);
+  return p.M <= kMostDotSamples ? binary_matmul_dots(p, stream) : binary_matmul_tiles(p, stream);
 }
 
 }  // namespace engram::cuda

@@ -394,7 +394,11 @@ cudaError_t launch_tile_form(const BinaryMatmul& p, int multiprocessors, cudaStr
   return launch_tiles<Small>(p, stream);
 }
 
-inline cudaError_t binary_matmul_tiles(const BinaryMatmul& p, int multiprocessors, cudaStream_t stream) {
+inline cudaError_t binary_matmul_tiles(const BinaryMatmul& p, cudaStream_t stream) {
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
   if (p.gate == nullptr) return launch_tile_form<Gate::kNone>(p, multiprocessors, stream);
   if (p.gate_stride == 0) return launch_tile_form<Gate::kShared>(p, multiprocessors, stream);
   return launch_tile_form<Gate::kPerSample>(p, multiprocessors, stream);

@@ -1,41 +1,13 @@
-// Arguments of the CUDA kernels and their launchers, known to the bindings. Pointers are of the device, tensors
-// contiguous, packed rows 16-byte aligned (core/bits.h). Launchers queue work on `stream` (a cudaStream_t) of the
-// current device and return a cudaError_t, 0 for none; nothing here waits for the device.
-//
-// M samples, N outputs, K inputs, words = words_for(K). A gate_stride is in words: 0 for one gate shared by all
-// samples. Where `nan` is given, a kernel that meets a NaN writes 1 there; it is host memory that the device sees.
+// Launchers of the CUDA kernels, and what the bindings need of the CUDA runtime. Arguments are core/operands.h's.
+// Launchers queue work on `stream` (a cudaStream_t) of the current device and return a cudaError_t, 0 for none; nothing
+// here waits for the device.
 #pragma once
 
 #include <cstdint>
 
+#include "core/operands.h"
+
 namespace engram::cuda {
-
-enum class Element { kFloat32, kBFloat16, kFloat16, kUint8 };
-
-struct PackSigns {
-  const void* x;  // [rows, K] float32, bfloat16 or float16
-  Element element;
-  int64_t rows, K, words;
-  uint64_t* bits;  // [rows, words]
-  int32_t* nan;
-};
-
-struct PackWindow {
-  const float* x;  // [rows, K]
-  float width;
-  const uint64_t* gate;  // null: every unit
-  int64_t gate_stride;
-  int64_t rows, K, words;
-  uint64_t* bits;  // [rows, words]
-};
-
-struct UnpackSigns {
-  const uint64_t* bits;  // [rows, words]
-  int64_t rows, K, words;
-  int size;              // bytes of an element: 1, 2, 4 or 8
-  uint64_t plus, minus;  // bit patterns of +1 and -1
-  void* out;             // [rows, K]
-};
 
 struct ValidGate {
   const uint64_t* gate;  // [rows, words], null: every unit
@@ -43,58 +15,21 @@ struct ValidGate {
   uint64_t* out;  // [rows, words]
 };
 
-// Padding of x and w counts, unless a gate leaves it out, and so does that of the gate.
-struct BinaryMatmul {
-  const uint64_t* x;     // [M, words]
-  const uint64_t* w;     // [N, words]
-  const uint64_t* gate;  // [words] or [M, words], null: every unit recruited
-  int64_t gate_stride;
-  int64_t M, N, K, words;
-  int32_t* y;  // [M, N]; null for binary_threshold
-  // binary_threshold: bit n of row m is (y[m,n] >= threshold[n]) != flip[n]
-  const int32_t* threshold;  // [N]
-  const uint8_t* flip;       // [N], 0 or 1
-  uint64_t* y_bits;          // [M, words_for(N)]
-};
+// The kernels: name, arguments. Padding of x and w counts in binary_matmul, unless a gate leaves it out, and so does
+// that of the gate.
+#define ENGRAM_CUDA_KERNELS(KERNEL)   \
+  KERNEL(pack_signs, PackSigns)       \
+  KERNEL(pack_window, PackWindow)     \
+  KERNEL(unpack_signs, UnpackSigns)   \
+  KERNEL(valid_gate, ValidGate)       \
+  KERNEL(unfold_bits, UnfoldBits)     \
+  KERNEL(binary_matmul, BinaryMatmul) \
+  KERNEL(sign_product, SignProduct)   \
+  KERNEL(sample_engram, SampleEngram)
 
-// y[r,v] = mask[r,v] sum_i a[r,i] s[i,v], with s in {-1, 0, 1} from packed signs and a gate.
-struct SignProduct {
-  const void* a;  // [R, I], or with a_transposed [I, R]
-  Element element;
-  bool a_transposed;
-  const uint64_t* signs;  // [V, words_for(I)], or with signs_by_row [I, words_for(V)]
-  bool signs_by_row;
-  const uint64_t* gate;  // by row like signs, or null; s is 0 where the gate is
-  int64_t gate_stride;
-  const uint64_t* mask;  // [R or 1, words_for(V)] or null
-  int64_t mask_stride;
-  void* y;  // [R, V] of the element of a; int32 for uint8
-  int64_t R, I, V;
-};
-
-struct SampleEngram {
-  const float* score;  // [M, K]
-  uint64_t* gate;      // [M, words]
-  int64_t M, K, words;
-  bool bernoulli;
-  int64_t count;              // recruited units per sample (Gumbel-top-k)
-  uint64_t threshold;         // recruited where the 32-bit draw is below it (Bernoulli)
-  float inverse_temperature;  // 0: scores ignored; negative: no noise
-  uint64_t seed;
-  uint32_t offset;
-  uint64_t first_row;
-  uint32_t* keys;      // [M, key_stride] scratch for Gumbel-top-k
-  int64_t key_stride;  // K rounded up to a multiple of 4
-  int32_t* nan;
-};
-
-int launch_pack_signs(const PackSigns& p, void* stream);
-int launch_pack_window(const PackWindow& p, void* stream);
-int launch_unpack_signs(const UnpackSigns& p, void* stream);
-int launch_valid_gate(const ValidGate& p, void* stream);
-int launch_binary_matmul(const BinaryMatmul& p, void* stream);
-int launch_sign_product(const SignProduct& p, void* stream);
-int launch_sample_engram(const SampleEngram& p, void* stream);
+#define ENGRAM_DECLARE_LAUNCHER(name, Arguments) int launch_##name(const Arguments& p, void* stream);
+ENGRAM_CUDA_KERNELS(ENGRAM_DECLARE_LAUNCHER)
+#undef ENGRAM_DECLARE_LAUNCHER
 
 bool built();  // with CUDA kernels
 // Makes `device` current and tells which was before, for leave_device. An error if there is no driver or the device is

@@ -6,6 +6,7 @@
 #include "cuda/pack.cuh"
 #include "cuda/sample_engram.cuh"
 #include "cuda/sign_product.cuh"
+#include "cuda/unfold.cuh"
 #include "cuda/unpack.cuh"
 #include "cuda/valid_gate.cuh"
 
@@ -19,19 +20,9 @@ __global__ void probe_kernel() {}
 
 }  // namespace
 
-int launch_pack_signs(const PackSigns& p, void* stream) { return pack_signs(p, as_stream(stream)); }
-int launch_pack_window(const PackWindow& p, void* stream) { return pack_window(p, as_stream(stream)); }
-int launch_unpack_signs(const UnpackSigns& p, void* stream) { return unpack_signs(p, as_stream(stream)); }
-int launch_valid_gate(const ValidGate& p, void* stream) { return valid_gate(p, as_stream(stream)); }
-int launch_sign_product(const SignProduct& p, void* stream) { return sign_product(p, as_stream(stream)); }
-int launch_sample_engram(const SampleEngram& p, void* stream) { return sample_engram(p, as_stream(stream)); }
-
-int launch_binary_matmul(const BinaryMatmul& p, void* stream) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return error == cudaSuccess ? binary_matmul(p, multiprocessors, as_stream(stream)) : error;
-}
+#define ENGRAM_DEFINE_LAUNCHER(name, Arguments) \
+  int launch_##name(const Arguments& p, void* stream) { return name(p, as_stream(stream)); }
+ENGRAM_CUDA_KERNELS(ENGRAM_DEFINE_LAUNCHER)
 
 bool built() { return true; }
 

@@ -8,13 +8,9 @@ constexpr int kNoCuda = -1;
 }
 
 bool built() { return false; }
-int launch_pack_signs(const PackSigns&, void*) { return kNoCuda; }
-int launch_pack_window(const PackWindow&, void*) { return kNoCuda; }
-int launch_unpack_signs(const UnpackSigns&, void*) { return kNoCuda; }
-int launch_valid_gate(const ValidGate&, void*) { return kNoCuda; }
-int launch_binary_matmul(const BinaryMatmul&, void*) { return kNoCuda; }
-int launch_sign_product(const SignProduct&, void*) { return kNoCuda; }
-int launch_sample_engram(const SampleEngram&, void*) { return kNoCuda; }
+#define ENGRAM_NO_LAUNCHER(name, Arguments) \
+  int launch_##name(const Arguments&, void*) { return kNoCuda; }
+ENGRAM_CUDA_KERNELS(ENGRAM_NO_LAUNCHER)
 int use_device(int, int*) { return kNoCuda; }
 int leave_device(int) { return kNoCuda; }
 int nan_flags(int32_t**) { return kNoCuda; }

@@ -1,10 +1,6 @@
 // sign_product: y[r,v] = mask[r,v] sum_i a[r,i] s[i,v], real numbers times signs from packed bits
 //
-//   operator            a               signs, bit 1 = +1             y
-//   sign_matmul_t       x [M, K]        w [N, words], along i         [M, N]; x may be uint8: exact, y int32
-//   sign_matmul         a [M, N]        w [N, words], along v         [M, K]
-//   masked_input_grad   d [M, N]        w [N, words], along v         [M, K], mask [M or 1, words]
-//   gated_weight_grad   d [M, N]^T      x [M, words], along v, gate   [N, K]; s is 0 where the gate is
+// Which operators it is: core/operands.h.
 //
 // Tensor cores multiply bfloat16. A sign is one exactly; a float32 is the exact sum of three, its leading 8, middle 8
 // and last 8 bits (below 2^-110 the last are cut off), so that three products, summed in float32, lose nothing that a

@@ -40,23 +40,32 @@ def _refuse_capture() -> None:
         )
 
 
+def _scales(settings: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    return settings.get("exp_avg_scale"), settings.get("exp_avg_sq_scale")
+
+
 def metaplastic_adam_(
     weight: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     sign_bits: Tensor | None,
-    *,
-    lr: float,
-    step: int,
     **settings: Any,
 ) -> None:
     """:func:`engram_kernels.ops.metaplastic_adam_` on CUDA; a NaN is an error of a later operator."""
-    launch, state, grad = _launch(), (exp_avg, exp_avg_sq, sign_bits), grad.contiguous()
-    step_size = _ops._check_update(weight, grad, *state, lr=lr, step=step, **settings)
+    launch, grad = _launch(), grad.contiguous()
+    numbers = _ops._check_update(weight, grad, exp_avg, exp_avg_sq, sign_bits, **settings)
     _refuse_capture()
     with torch.cuda.device(weight.device):
-        launch(weight, grad, *state, step_size=step_size, nan_flag=_nan_flag(), **settings)
+        launch(
+            weight,
+            grad,
+            (exp_avg, exp_avg_sq, *_scales(settings), sign_bits),
+            numbers,
+            settings.get("seed"),
+            settings.get("first_row", 0),
+            _nan_flag(),
+        )
 
 
 def gated_metaplastic_adam_(
@@ -67,19 +76,11 @@ def gated_metaplastic_adam_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     sign_bits: Tensor | None,
-    *,
-    lr: float,
-    step: int,
-    exp_avg_scale: Tensor | None = None,
-    exp_avg_sq_scale: Tensor | None = None,
-    first_row: int = 0,
     **settings: Any,
 ) -> None:
     """:func:`engram_kernels.ops.gated_metaplastic_adam_` on CUDA; the gradient exists for a block of rows at a time."""
-    launch, scales = _launch(), {"exp_avg_scale": exp_avg_scale, "exp_avg_sq_scale": exp_avg_sq_scale}
-    step_size = _ops._check_update(
-        weight, None, exp_avg, exp_avg_sq, sign_bits, lr=lr, step=step, first_row=first_row, **scales, **settings
-    )
+    launch, state = _launch(), (exp_avg, exp_avg_sq, *_scales(settings), sign_bits)
+    numbers = _ops._check_update(weight, None, exp_avg, exp_avg_sq, sign_bits, **settings)
     _refuse_capture()
     n, k = weight.shape
     if d.dim() != 2 or d.shape[1] != n:
@@ -87,17 +88,9 @@ def gated_metaplastic_adam_(
     d = d.float()
     rows = max(1, _GRADIENT_BLOCK_BYTES // (4 * k * _GRADIENT_BLOCK_ROWS)) * _GRADIENT_BLOCK_ROWS
     with torch.cuda.device(weight.device):
-        nan_flag = _nan_flag()
+        seed, first_row, nan_flag = settings.get("seed"), settings.get("first_row", 0), _nan_flag()
         for begin in range(0, n, rows):
             block = slice(begin, begin + rows)
             grad = _ops.gated_weight_grad(d[:, block].contiguous(), x_bits, k, gate_bits)
-            launch(
-                weight[block],
-                grad,
-                *(None if t is None else t[block] for t in (exp_avg, exp_avg_sq, sign_bits)),
-                step_size=step_size,
-                first_row=first_row + begin,
-                nan_flag=nan_flag,
-                **{name: None if t is None else t[block] for name, t in scales.items()},
-                **settings,
-            )
+            state_of_block = tuple(None if t is None else t[block] for t in state)
+            launch(weight[block], grad, state_of_block, numbers, seed, first_row + begin, nan_flag)

@@ -60,7 +60,6 @@ _SCALE_AND_RECIPROCAL = tl.constexpr(254 << 23)  # the bits of a power of two an
 
 NUM_WARPS = 4
 _LOG2_E = 1.44269504
-_MOST_METAPLASTICITY = 1e38  # infinity times a weight of 0 would be a NaN
 
 
 @triton.jit
@@ -307,49 +306,36 @@ def _float32(x: float) -> float:
 def launch(
     weight: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    sign_bits: Tensor | None,
-    *,
-    step_size: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    metaplasticity: float,
+    state: tuple[Tensor | None, ...],
+    numbers: list[float],
+    seed: Tensor | None,
+    first_row: int,
     nan_flag: int,
-    weight_bound: float = float("inf"),
-    exp_avg_scale: Tensor | None = None,
-    exp_avg_sq_scale: Tensor | None = None,
-    seed: Tensor | None = None,
-    first_row: int = 0,
 ) -> None:
-    """Runs the kernel on contiguous tensors that have been checked; ``nan_flag`` is the address of an int32."""
-    (n, k), rows = weight.shape, tile_rows(weight.dtype, exp_avg.dtype)
+    """Runs the kernel on contiguous tensors that have been checked.
+
+    ``state`` is what the kernel takes between ``grad`` and ``nan_flag``, the address of an int32; ``numbers`` are what
+    the operator's check returns.
+    """
+    assert state[0] is not None
+    (n, k), rows = weight.shape, tile_rows(weight.dtype, state[0].dtype)
     key, offset = (0, 0) if seed is None else seed.tolist()
     programs = triton.cdiv(n, rows) * triton.cdiv(k, _UNITS.value)
     if programs == 0:
         return
+    *of_moments, metaplasticity, step_size, weight_bound = numbers
+    slope = _float32(-2 * _float32(_LOG2_E) * metaplasticity)
     metaplastic_adam_kernel[(programs,)](
         weight,
         grad,
-        exp_avg,
-        exp_avg_sq,
-        exp_avg_scale,
-        exp_avg_sq_scale,
-        sign_bits,
+        *state,
         nan_flag,
         n,
         k,
-        _float32(beta1),
-        _float32(1 - beta1),
-        _float32(beta2),
-        _float32(1 - beta2),
-        _float32(eps),
-        _float32(weight_decay),
-        _float32(-2 * _float32(_LOG2_E) * _float32(min(metaplasticity, _MOST_METAPLASTICITY))),
-        _float32(step_size),
-        _float32(weight_bound),
+        *of_moments,
+        slope,
+        step_size,
+        weight_bound,
         key,
         offset,
         first_row,

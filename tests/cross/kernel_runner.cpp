@@ -14,12 +14,13 @@
 #include <vector>
 
 #include "core/bits.h"
+#include "core/window.h"
 #include "cpu/launch.h"
 
 namespace {
 
+using namespace engram;
 using namespace engram::cpu;
-using engram::words_for;
 
 enum class Operator : int64_t {
   kPackSigns,
@@ -33,6 +34,11 @@ enum class Operator : int64_t {
   kSampleEngram,
   kMetaplasticAdam,
   kGatedMetaplasticAdam,
+  kUnfoldBits,
+  kInterleaveBits,
+  kBinaryConv2d,
+  kMaskedConv2dInputGrad,
+  kGatedConv2dWeightGrad,
 };
 
 int64_t cases_begun = 0;
@@ -141,11 +147,29 @@ class Case {
   std::vector<std::pair<const void*, int64_t>> results_;
 };
 
-WeightGradOperands weight_grad_operands(Case& c) {
-  WeightGradOperands p{};
-  p.M = c.integer(), p.N = c.integer(), p.K = c.integer(), p.gate_stride = c.integer();
-  p.d = c.array<float>(), p.x = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+// y = a s, float32 unless told otherwise.
+SignProduct sign_product_of(int64_t R, int64_t I, int64_t V, bool signs_by_row) {
+  SignProduct p{};
+  p.R = R, p.I = I, p.V = V, p.signs_by_row = signs_by_row;
   return p;
+}
+
+// The gradient of a hidden weight, all but y.
+SignProduct weight_grad_operands(Case& c) {
+  const int64_t M = c.integer(), N = c.integer(), K = c.integer();
+  SignProduct p = sign_product_of(N, M, K, true);
+  p.a_transposed = true;
+  p.gate_stride = c.integer();
+  p.a = c.array<float>(), p.signs = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+  return p;
+}
+
+Window window_of(Case& c) {
+  Window w{};
+  for (int64_t* number : {&w.height, &w.width, &w.channels, &w.kernel_h, &w.kernel_w, &w.stride_h, &w.stride_w, &w.top,
+                          &w.bottom, &w.left, &w.right, &w.dilation_h, &w.dilation_w, &w.groups})
+    *number = c.integer();
+  return w;
 }
 
 // All but the gradient.
@@ -172,54 +196,64 @@ void run(Case& c, Operator op) {
   constexpr int64_t kFloat = sizeof(float), kWord = sizeof(uint64_t);
   switch (op) {
     case Operator::kPackSigns: {
-      const auto element = static_cast<Element>(c.integer());
-      const int64_t rows = c.integer(), k = c.integer();
-      const void* x = c.array();
-      auto* bits = c.output<uint64_t>(rows * words_for(k) * kWord);
-      return c.send_flag(pack_signs(rt, x, element, rows, k, bits));
+      PackSigns p{};
+      p.element = static_cast<Element>(c.integer());
+      p.rows = c.integer(), p.K = c.integer(), p.words = words_for(p.K);
+      p.x = c.array();
+      p.bits = c.output<uint64_t>(p.rows * p.words * kWord);
+      return c.send_flag(pack_signs(rt, p));
     }
     case Operator::kPackWindow: {
-      const auto width = c.number<float>();
-      const int64_t rows = c.integer(), k = c.integer(), gate_stride = c.integer();
-      const auto* x = c.array<float>();
-      const auto* gate = c.array<uint64_t>();
-      return pack_window(rt, x, width, rows, k, gate, gate_stride, c.output<uint64_t>(rows * words_for(k) * kWord));
+      PackWindow p{};
+      p.width = c.number<float>();
+      p.rows = c.integer(), p.K = c.integer(), p.words = words_for(p.K), p.gate_stride = c.integer();
+      p.x = c.array<float>(), p.gate = c.array<uint64_t>();
+      p.bits = c.output<uint64_t>(p.rows * p.words * kWord);
+      return pack_window(rt, p);
     }
     case Operator::kUnpackSigns: {
-      const int64_t rows = c.integer(), k = c.integer(), size = c.integer();
-      const auto plus = c.number<uint64_t>(), minus = c.number<uint64_t>();
-      const auto* bits = c.array<uint64_t>();
-      return unpack_signs(rt, bits, rows, k, static_cast<int>(size), plus, minus, c.output(rows * k * size));
+      UnpackSigns p{};
+      p.rows = c.integer(), p.K = c.integer(), p.words = words_for(p.K), p.size = static_cast<int>(c.integer());
+      p.plus = c.number<uint64_t>(), p.minus = c.number<uint64_t>();
+      p.bits = c.array<uint64_t>();
+      p.out = c.output(p.rows * p.K * p.size);
+      return unpack_signs(rt, p);
     }
     case Operator::kBinaryMatmul: {
-      const int64_t M = c.integer(), N = c.integer(), K = c.integer(), gate_stride = c.integer();
-      const auto *x = c.array<uint64_t>(), *w = c.array<uint64_t>(), *gate = c.array<uint64_t>();
-      auto* y = c.output<int32_t>(M * N * static_cast<int64_t>(sizeof(int32_t)));
-      return binary_matmul(rt, {x, w, gate, gate_stride, nullptr, y, M, N, K, words_for(K)});
+      BinaryMatmul p{};
+      p.M = c.integer(), p.N = c.integer(), p.K = c.integer(), p.words = words_for(p.K), p.gate_stride = c.integer();
+      p.x = c.array<uint64_t>(), p.w = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+      p.y = c.output<int32_t>(p.M * p.N * static_cast<int64_t>(sizeof(int32_t)));
+      return binary_matmul(rt, p);
     }
     case Operator::kSignMatmul: {
       const int64_t M = c.integer(), N = c.integer(), K = c.integer();
-      const auto* a = c.array<float>();
-      const auto* w = c.array<uint64_t>();
-      return sign_matmul(rt, a, w, c.output<float>(M * K * kFloat), M, N, K);
+      SignProduct p = sign_product_of(M, N, K, true);
+      p.a = c.array<float>(), p.signs = c.array<uint64_t>();
+      p.y = c.output(M * K * kFloat);
+      return sign_product(rt, p);
     }
     case Operator::kSignMatmulT: {
       const int64_t M = c.integer(), N = c.integer(), K = c.integer();
-      const bool exact = c.integer() != 0;
-      const void* x = c.array();
-      const auto* w = c.array<uint64_t>();
+      SignProduct p = sign_product_of(M, K, N, false);
+      if (c.integer() != 0) p.element = Element::kUint8;
+      p.a = c.array(), p.signs = c.array<uint64_t>();
       static_assert(sizeof(float) == sizeof(int32_t));
-      return sign_matmul_t(rt, x, exact, w, c.output(M * N * kFloat), M, N, K);
+      p.y = c.output(M * N * kFloat);
+      return sign_product(rt, p);
     }
     case Operator::kMaskedInputGrad: {
-      const int64_t M = c.integer(), N = c.integer(), K = c.integer(), mask_stride = c.integer();
-      const auto* d = c.array<float>();
-      const auto *w = c.array<uint64_t>(), *mask = c.array<uint64_t>();
-      return masked_input_grad(rt, d, w, mask, mask_stride, c.output<float>(M * K * kFloat), M, N, K);
+      const int64_t M = c.integer(), N = c.integer(), K = c.integer();
+      SignProduct p = sign_product_of(M, N, K, true);
+      p.mask_stride = c.integer();
+      p.a = c.array<float>(), p.signs = c.array<uint64_t>(), p.mask = c.array<uint64_t>();
+      p.y = c.output(M * K * kFloat);
+      return sign_product(rt, p);
     }
     case Operator::kGatedWeightGrad: {
-      const WeightGradOperands p = weight_grad_operands(c);
-      return gated_weight_grad(rt, p, c.output<float>(p.N * p.K * kFloat));
+      SignProduct p = weight_grad_operands(c);
+      p.y = c.output(p.R * p.V * kFloat);
+      return sign_product(rt, p);
     }
     case Operator::kSampleEngram: {
       SampleEngram p{};
@@ -230,7 +264,7 @@ void run(Case& c, Operator op) {
       p.inverse_temperature = c.number<float>();
       p.seed = c.number<uint64_t>();
       p.offset = static_cast<uint32_t>(c.integer());
-      p.first_row = c.number<uint64_t>();
+      p.first_row = c.number<uint64_t>(), p.row_step = c.number<uint64_t>();
       p.score = c.array<float>();
       p.gate = c.output<uint64_t>(p.M * p.words * kWord);
       return c.send_flag(sample_engram(rt, p));
@@ -245,6 +279,46 @@ void run(Case& c, Operator op) {
     case Operator::kGatedMetaplasticAdam: {
       const MetaplasticAdam p = update_operands(c);
       return c.send_flag(gated_metaplastic_adam(rt, weight_grad_operands(c), p));
+    }
+    case Operator::kUnfoldBits: {
+      const Window w = window_of(c);
+      const int64_t samples = c.integer(), group = c.integer(), words = words_for(group_units(w));
+      const auto* bits = c.array<uint64_t>();
+      auto* rows = c.output<uint64_t>(samples * out_pixels(w) * words * kWord);
+      return unfold_bits(rt, {bits, samples, words_for(units(w)), w, group, rows, words});
+    }
+    case Operator::kInterleaveBits: {
+      const int64_t samples = c.integer(), rows = c.integer(), k = c.integer();
+      const auto* bits = c.array<uint64_t>();
+      auto* out = c.output<uint64_t>(samples * words_for(rows * k) * kWord);
+      return interleave_bits(rt, {bits, samples, rows, k, out});
+    }
+    case Operator::kBinaryConv2d: {
+      BinaryConv2d p{};
+      p.window = window_of(c);
+      p.samples = c.integer(), p.outputs = c.integer(), p.gate_stride = c.integer();
+      p.scale = c.number<float>();
+      p.x = c.array<uint64_t>(), p.w = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+      p.y = c.output<float>(p.samples * out_pixels(p.window) * p.outputs * kFloat);
+      return binary_conv2d(rt, p);
+    }
+    case Operator::kMaskedConv2dInputGrad: {
+      MaskedConv2dInputGrad p{};
+      p.window = window_of(c);
+      p.samples = c.integer(), p.outputs = c.integer(), p.mask_stride = c.integer();
+      p.scale = c.number<float>();
+      p.d = c.array<float>(), p.w = c.array<uint64_t>(), p.mask = c.array<uint64_t>();
+      p.dx = c.output<float>(p.samples * units(p.window) * kFloat);
+      return masked_conv2d_input_grad(rt, p);
+    }
+    case Operator::kGatedConv2dWeightGrad: {
+      GatedConv2dWeightGrad p{};
+      p.window = window_of(c);
+      p.samples = c.integer(), p.outputs = c.integer(), p.gate_stride = c.integer();
+      p.scale = c.number<float>();
+      p.d = c.array<float>(), p.x = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+      p.dw = c.output<float>(p.outputs * group_units(p.window) * kFloat);
+      return gated_conv2d_weight_grad(rt, p);
     }
   }
   fail(3, "unknown operator");

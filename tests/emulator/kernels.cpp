@@ -4,11 +4,12 @@
 #include "cuda/pack.cuh"
 #include "cuda/sample_engram.cuh"
 #include "cuda/sign_product.cuh"
+#include "cuda/unfold.cuh"
 #include "cuda/unpack.cuh"
 #include "cuda/valid_gate.cuh"
 
+using namespace engram;
 using namespace engram::cuda;
-using engram::words_for;
 
 #define ENGRAM_EXPORT extern "C" __attribute__((visibility("default"))) int
 
@@ -28,6 +29,16 @@ ENGRAM_EXPORT run_unpack_signs(const uint64_t* bits, int64_t rows, int64_t k, in
                       nullptr);
 }
 
+ENGRAM_EXPORT run_unfold_bits(const uint64_t* bits, int64_t samples, const int64_t* window, int64_t group,
+                              uint64_t* rows) {
+  static_assert(sizeof(engram::Window) == 14 * sizeof(int64_t));
+  UnfoldBits p{bits, samples, 0, {}, group, rows, 0};
+  memcpy(&p.window, window, sizeof p.window);
+  p.stride = words_for(engram::units(p.window));
+  p.words = words_for(group_units(p.window));
+  return unfold_bits(p, nullptr);
+}
+
 ENGRAM_EXPORT run_valid_gate(const uint64_t* gate, int64_t rows, int64_t k, uint64_t* out) {
   return valid_gate({gate, rows, k, words_for(k), out}, nullptr);
 }
@@ -37,11 +48,9 @@ ENGRAM_EXPORT run_binary_matmul(int64_t form, const uint64_t* x, const uint64_t*
                                 int64_t gate_stride, int64_t m, int64_t n, int64_t k, int32_t* y,
                                 const int32_t* threshold, const uint8_t* flip, uint64_t* y_bits) {
   const BinaryMatmul p{x, w, gate, gate_stride, m, n, k, words_for(k), y, threshold, flip, y_bits};
-  int multiprocessors = 0;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
-  if (form == 1) return binary_matmul_tiles(p, multiprocessors, nullptr);
+  if (form == 1) return binary_matmul_tiles(p, nullptr);
   if (form == 2) return binary_matmul_dots(p, nullptr);
-  return binary_matmul(p, multiprocessors, nullptr);
+  return binary_matmul(p, nullptr);
 }
 
 ENGRAM_EXPORT run_sign_product(const void* a, int64_t element, int64_t a_transposed, const uint64_t* signs,
@@ -54,9 +63,10 @@ ENGRAM_EXPORT run_sign_product(const void* a, int64_t element, int64_t a_transpo
 
 ENGRAM_EXPORT run_sample_engram(const float* score, uint64_t* gate, int64_t m, int64_t k, int64_t bernoulli,
                                 int64_t count, int64_t threshold, float inverse_temperature, int64_t seed,
-                                int64_t offset, int64_t first_row, uint32_t* keys, int64_t key_stride, int32_t* nan) {
+                                int64_t offset, int64_t first_row, int64_t row_step, uint32_t* keys, int64_t key_stride,
+                                int32_t* nan) {
   return sample_engram({score, gate, m, k, words_for(k), bernoulli != 0, count, static_cast<uint64_t>(threshold),
                         inverse_temperature, static_cast<uint64_t>(seed), static_cast<uint32_t>(offset),
-                        static_cast<uint64_t>(first_row), keys, key_stride, nan},
+                        static_cast<uint64_t>(first_row), static_cast<uint64_t>(row_step), keys, key_stride, nan},
                        nullptr);
 }

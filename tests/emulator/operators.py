@@ -1,6 +1,6 @@
 """The operators of ``engram_kernels.ops`` on the emulated CUDA kernels: the same names and arguments.
 
-Work that ``csrc/bindings.cpp`` does for CUDA tensors, allocating and choosing arguments, is done here for emulated
+Work that ``csrc/bindings`` does for CUDA tensors, allocating and choosing arguments, is done here for emulated
 ones.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engram_kernels.reference import words_for
+from engram_kernels.reference import Window, words_for
 
 from .build import EmulatorError, Flag, Library, Read, Write, load
 
@@ -92,6 +92,19 @@ class EmulatedOps:
         )
         return out
 
+    def unfold_bits(self, bits: Tensor, window: Window, group: int = 0) -> Tensor:
+        rows = torch.full((bits.shape[0] * window.out_height * window.out_width, words_for(window.group_units)), -1)
+        numbers = torch.tensor(window)  # in the order of csrc/core/window.h
+        self._call(
+            "run_unfold_bits",
+            bits=Read(bits),
+            samples=bits.shape[0],
+            window=Read(numbers),
+            group=group,
+            rows=Write(rows),
+        )
+        return rows
+
     def valid_gate(self, gate_bits: Tensor | None, k: int) -> Tensor:
         """The gate without its padding, (words,) or (rows, words); without a gate, that of every unit."""
         out = torch.full((words_for(k),) if gate_bits is None else gate_bits.shape, -1)
@@ -162,7 +175,7 @@ class EmulatedOps:
     def gated_weight_grad(self, d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | None = None) -> Tensor:
         return self._sign_product(d, (d.shape[1], k), x_bits, d.shape[0], transposed=True, gate_bits=gate_bits)
 
-    def sample_engram(self, score, seed, rate, rule="gumbel_top_k", temperature=1.0, first_row=0) -> Tensor:
+    def sample_engram(self, score, seed, rate, rule="gumbel_top_k", temperature=1.0, first_row=0, row_step=1) -> Tensor:
         rows, k = score.shape
         bernoulli, stride = rule == "bernoulli", -(-k // 4) * 4
         gate, nan = torch.full((rows, words_for(k)), -1), torch.zeros(1, dtype=torch.int32)
@@ -180,6 +193,7 @@ class EmulatedOps:
             seed=int(seed[0]),
             offset=int(seed[1]),
             first_row=first_row,
+            row_step=row_step,
             keys=None if bernoulli else Write(torch.full((rows, stride), -1, dtype=torch.int32)),
             key_stride=stride,
             nan=Flag(nan),

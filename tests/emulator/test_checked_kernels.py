@@ -19,7 +19,7 @@ CHECKED = [(architecture, file) for architecture in (750, 800) for file in FILES
 LEAST_COVERAGE = 0.95
 
 
-@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("schedule", [1, *(pytest.param(other, marks=pytest.mark.slow) for other in (0, 2))])
 @pytest.mark.parametrize(("architecture", "file"), CHECKED)
 def test_checker_finds_nothing(architecture, file, schedule):
     ops = EmulatedOps(architecture, "checked", schedule)
@@ -27,6 +27,7 @@ def test_checker_finds_nothing(architecture, file, schedule):
         check(ops)
 
 
+@pytest.mark.slow  # a test of the comparisons, with builds of its own
 def test_compact_comparisons_cover_the_kernels(capsys):
     parts = []
     for architecture in build.ARCHITECTURES:

@@ -15,7 +15,13 @@ CSRC = mc.FOLDER.parents[1] / "csrc"
 BYTES = ("100", "120")  # where the product of bits is emulated, and ours is of bytes
 
 
-@pytest.fixture(scope="module", params=mc.ARCHITECTURES)
+VARIANTS = ("86", "89", "120")  # have the PTX of the architecture before them, and other registers and latencies
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(a, marks=pytest.mark.slow if a in VARIANTS else []) for a in mc.ARCHITECTURES],
+)
 def architecture(request):
     return request.param
 

@@ -24,8 +24,16 @@ SIZES = [1, 3, 31, 64, 65, 127, 129, 300]
 OFFSETS = [0, 1, 2]  # in elements: aligned, aligned to one number, and to two
 
 
+# Each architecture in one order and each order once; every pair with the slow tests.
+QUICK = set(zip(build.ARCHITECTURES, (2, 1, 0), strict=True))
+
+
 @pytest.fixture(
-    params=[(a, s) for a in build.ARCHITECTURES for s in (0, 1, 2)], ids=lambda p: f"sm_{p[0]}-order_{p[1]}"
+    params=[
+        pytest.param((a, s), marks=[] if (a, s) in QUICK else pytest.mark.slow, id=f"sm_{a}-order_{s}")
+        for a in build.ARCHITECTURES
+        for s in (0, 1, 2)
+    ]
 )
 def ops(request):
     return EmulatedOps(request.param[0], schedule=request.param[1])
@@ -71,6 +79,12 @@ def test_unpack_signs(ops, dtype):
 @pytest.mark.parametrize("dtype", PATTERNS, ids=str)
 def test_unpack_signs_to_an_unaligned_tensor(ops, dtype):
     compare.unpack_signs_to_an_unaligned_tensor(ops, dtype)
+
+
+@pytest.mark.parametrize("window", compare.WINDOWS)
+def test_unfold_bits(ops, window):
+    for samples in (0, 1, 3):
+        compare.unfold_bits(ops, window, samples)
 
 
 # ---- products of bits

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from engram_kernels import BinaryEngramLinear
+from engram_kernels import BinaryEngramLinear, HiddenWeight
 from engram_kernels.continual.methods import METHODS, BinaryConfig, build, method_config
 from engram_kernels.continual.methods.binary import build_optimizer
 
@@ -47,13 +47,14 @@ def test_hidden_layers_can_be_kept_as_initialised():
 
 
 class Layered(torch.nn.Module):
-    """Three matrices, vectors after the first two."""
+    """Three hidden weights, vectors after the first two."""
 
     def __init__(self):
         super().__init__()
         shapes = {"w1": (4, 3), "b1": (4,), "w2": (5, 4), "b2": (5,), "w3": (2, 5)}
         for name, shape in shapes.items():
-            self.register_parameter(name, torch.nn.Parameter(torch.ones(shape)))
+            kind = HiddenWeight if len(shape) == 2 else torch.nn.Parameter
+            self.register_parameter(name, kind(torch.ones(shape)))
 
 
 def test_layers_can_have_their_own_values():

@@ -1,0 +1,175 @@
+// AVX-512 with F, BW, VL, DQ and VPOPCNTDQ.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/bits.h"
+#include "cpu/simd/common.h"
+#include "cpu/simd/x86.h"
+
+namespace engram::cpu::ENGRAM_ISA {
+
+constexpr int kVectorBytes = 64;
+
+using Bits = __m512i;
+constexpr int kBitLanes = 8;
+constexpr int64_t kCountSteps = int64_t{1} << 32;
+constexpr int kTileRows = 8;  // samples in a register tile of binary_matmul; 8 x 2 accumulators of 32 registers
+// With a gate fewer, for their distances need registers too: all are made before the first is counted. In turns, the
+// operation of three operands would leave a quarter of Zen 4's slots idle.
+constexpr int kGatedTileRows = 6;
+constexpr bool kGateInStages = true;
+constexpr int64_t kDotSamples = 3;
+constexpr int kLookUpColumns = 8;
+constexpr int kDrawVectors = 4;
+
+ENGRAM_INLINE Bits bits_zero() { return _mm512_setzero_si512(); }
+ENGRAM_INLINE Bits bits_load(const uint64_t* p) { return _mm512_loadu_si512(p); }
+ENGRAM_INLINE void bits_store(uint64_t* p, Bits v) { _mm512_storeu_si512(p, v); }
+ENGRAM_INLINE Bits bits_all(uint64_t v) { return _mm512_set1_epi64(static_cast<int64_t>(v)); }
+ENGRAM_INLINE Bits differ(Bits a, Bits b) { return _mm512_xor_si512(a, b); }
+ENGRAM_INLINE Bits differ_within(Bits a, Bits b, Bits g) { return _mm512_ternarylogic_epi64(a, b, g, 0x28); }
+ENGRAM_INLINE Bits count(Bits v) { return _mm512_popcnt_epi64(v); }
+constexpr int kGateParts = 1;
+ENGRAM_INLINE void split_gate(uint64_t g, uint64_t* parts) { *parts = g; }
+ENGRAM_INLINE Bits count_where(Bits a, Bits b, const uint64_t* parts) {
+  return count(differ_within(a, b, bits_all(*parts)));
+}
+ENGRAM_INLINE void in_order(Bits& v) { asm volatile("" : "+v"(v)); }
+ENGRAM_INLINE Bits add_count(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
+ENGRAM_INLINE Bits widen(Bits v) { return v; }
+ENGRAM_INLINE Bits add_wide(Bits a, Bits b) { return _mm512_add_epi64(a, b); }
+ENGRAM_INLINE int64_t bits_total(Bits v) { return _mm512_reduce_add_epi64(v); }
+ENGRAM_INLINE Bits multiply_low(Bits a, Bits b) { return _mm512_mul_epu32(a, b); }
+ENGRAM_INLINE Bits shift_down(Bits v) { return _mm512_srli_epi64(v, 32); }
+ENGRAM_INLINE Bits join_low(Bits low, Bits high) {
+  return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, static_cast<_MM_PERM_ENUM>(0xA0));
+}
+ENGRAM_INLINE void store_low(uint32_t* p, Bits v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(v));
+}
+ENGRAM_INLINE Bits interleave_first(Bits a, Bits b) { return _mm512_unpacklo_epi64(a, b); }
+ENGRAM_INLINE Bits interleave_second(Bits a, Bits b) { return _mm512_unpackhi_epi64(a, b); }
+
+using Floats = __m512;
+using Mask = __mmask16;
+constexpr int kLanes = 16;
+
+ENGRAM_INLINE Floats zero() { return _mm512_setzero_ps(); }
+ENGRAM_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
+ENGRAM_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+ENGRAM_INLINE Floats all(float v) { return _mm512_set1_ps(v); }
+ENGRAM_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+ENGRAM_INLINE Floats add_product(Floats acc, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, acc); }
+using Bits32 = uint32_t;
+ENGRAM_INLINE Bits32 bits32(uint32_t bits) { return bits; }
+ENGRAM_INLINE Mask mask_of(Bits32 bits, int group) { return static_cast<Mask>(bits >> (16 * group)); }
+ENGRAM_INLINE Floats keep_where(Mask m, Floats v) { return _mm512_maskz_mov_ps(m, v); }
+
+#define ENGRAM_HAS_LOOK_UP
+constexpr int kTableSigns = 4;
+ENGRAM_INLINE Floats flip_where(uint32_t lanes, Floats v) {
+  const __m512i flipped = _mm512_mask_xor_epi32(_mm512_castps_si512(v), static_cast<__mmask16>(lanes),
+                                                _mm512_castps_si512(v), _mm512_set1_epi32(INT32_MIN));
+  return _mm512_castsi512_ps(flipped);
+}
+ENGRAM_INLINE Bits load_indices(const uint32_t* p) { return _mm512_loadu_si512(p); }
+ENGRAM_INLINE Floats look_up(Floats table, Bits indices) { return _mm512_permutexvar_ps(indices, table); }
+ENGRAM_INLINE Bits next_indices(Bits indices) { return _mm512_srli_epi32(indices, kTableSigns); }
+
+ENGRAM_INLINE uint64_t signs_of_64(const float* x, bool& nan) {
+  uint64_t word = 0;
+  unsigned unordered = 0;
+  for (int g = 0; g < 4; ++g) {
+    const __m512 v = _mm512_loadu_ps(x + 16 * g);
+    word |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ)) << (16 * g);
+    unordered |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  }
+  nan |= unordered != 0;
+  return word;
+}
+ENGRAM_INLINE uint64_t signs_of_64(const uint16_t* x, uint16_t infinity, bool& nan) {
+  uint64_t word = 0;
+  uint32_t unordered = 0;
+  for (int g = 0; g < 2; ++g) {
+    const __m512i v = _mm512_loadu_si512(x + 32 * g);
+    const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi16(0x7FFF));
+    const uint32_t negative = _mm512_movepi16_mask(v) & _mm512_test_epi16_mask(magnitude, magnitude);
+    word |= static_cast<uint64_t>(~negative) << (32 * g);
+    unordered |= _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(static_cast<int16_t>(infinity)));
+  }
+  nan |= unordered != 0;
+  return word;
+}
+ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
+  uint64_t word = 0;
+  for (int g = 0; g < 4; ++g) {
+    const __m512 v = _mm512_abs_ps(_mm512_loadu_ps(x + 16 * g));
+    word |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_set1_ps(width), _CMP_LE_OQ)) << (16 * g);
+  }
+  return word;
+}
+
+ENGRAM_INLINE void transpose_words(const uint64_t* in, int64_t in_stride, uint64_t* out, int64_t out_stride) {
+  __m512i even[4], odd[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = bits_load(in + 2 * i * in_stride), b = bits_load(in + (2 * i + 1) * in_stride);
+    even[i] = _mm512_unpacklo_epi64(a, b), odd[i] = _mm512_unpackhi_epi64(a, b);
+  }
+  // quarters 0 and 2, or 1 and 3, of two vectors, twice over: column j is quarter j / 2 of even or odd
+  for (int j = 0; j < 2; ++j) {
+    const __m512i* from = j == 0 ? even : odd;
+    const __m512i low02 = _mm512_shuffle_i64x2(from[0], from[1], 0x88);
+    const __m512i low13 = _mm512_shuffle_i64x2(from[0], from[1], 0xDD);
+    const __m512i high02 = _mm512_shuffle_i64x2(from[2], from[3], 0x88);
+    const __m512i high13 = _mm512_shuffle_i64x2(from[2], from[3], 0xDD);
+    bits_store(out + j * out_stride, _mm512_shuffle_i64x2(low02, high02, 0x88));
+    bits_store(out + (j + 2) * out_stride, _mm512_shuffle_i64x2(low13, high13, 0x88));
+    bits_store(out + (j + 4) * out_stride, _mm512_shuffle_i64x2(low02, high02, 0xDD));
+    bits_store(out + (j + 6) * out_stride, _mm512_shuffle_i64x2(low13, high13, 0xDD));
+  }
+}
+
+#define ENGRAM_HAS_SUBSET_LOOK_UP
+using Shorts = __m512i;
+struct SubsetSums {
+  Shorts low, high;
+};
+ENGRAM_INLINE Shorts shorts_load(const uint16_t* p) { return _mm512_loadu_si512(p); }
+ENGRAM_INLINE void shorts_store(uint16_t* p, Shorts v) { _mm512_storeu_si512(p, v); }
+ENGRAM_INLINE Shorts shorts_add(Shorts a, Shorts b) { return _mm512_add_epi16(a, b); }
+ENGRAM_INLINE SubsetSums subset_sums(uint64_t numbers) {
+  const auto number = [numbers](int i) { return static_cast<int16_t>(numbers >> (8 * i) & 0xFF); };
+  Shorts low = _mm512_maskz_set1_epi16(0xAAAAAAAA, number(0));
+  low = _mm512_mask_add_epi16(low, 0xCCCCCCCC, low, _mm512_set1_epi16(number(1)));
+  low = _mm512_mask_add_epi16(low, 0xF0F0F0F0, low, _mm512_set1_epi16(number(2)));
+  low = _mm512_mask_add_epi16(low, 0xFF00FF00, low, _mm512_set1_epi16(number(3)));
+  low = _mm512_mask_add_epi16(low, 0xFFFF0000, low, _mm512_set1_epi16(number(4)));
+  return {low, _mm512_add_epi16(low, _mm512_set1_epi16(number(5)))};
+}
+ENGRAM_INLINE Shorts look_up_subset(const SubsetSums& table, Shorts indices) {
+  return _mm512_permutex2var_epi16(table.low, indices, table.high);
+}
+ENGRAM_INLINE void add_twice(int32_t* y, Shorts sums, int32_t less, bool to_y) {
+  const __m512i halves[] = {_mm512_cvtepu16_epi32(_mm512_castsi512_si256(sums)),
+                            _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(sums, 1))};
+  for (int h = 0; h < 2; ++h) {
+    const __m512i before = to_y ? _mm512_loadu_si512(y + 16 * h) : _mm512_setzero_si512();
+    const __m512i twice = _mm512_add_epi32(halves[h], halves[h]);
+    _mm512_storeu_si512(y + 16 * h, _mm512_add_epi32(before, _mm512_sub_epi32(twice, _mm512_set1_epi32(less))));
+  }
+}
+
+ENGRAM_INLINE __m512i thresholds_of(OneThreshold t, int) { return _mm512_set1_epi32(t.value); }
+ENGRAM_INLINE __m512i thresholds_of(ThresholdEach t, int first) { return _mm512_loadu_si512(t.values + first); }
+template <typename Threshold>
+ENGRAM_INLINE uint64_t at_least_64(const int32_t* y, const Threshold& threshold) {
+  uint64_t word = 0;
+  for (int g = 0; g < 4; ++g) {
+    const __mmask16 reached = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(y + 16 * g), thresholds_of(threshold, 16 * g));
+    word |= static_cast<uint64_t>(reached) << (16 * g);
+  }
+  return word;
+}
+
+}  // namespace engram::cpu::ENGRAM_ISA
