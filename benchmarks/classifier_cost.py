@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -109,16 +110,19 @@ def one_more(units: int, rounds: int) -> dict[str, float]:
     x = rng.normal(size=(len(y), FEATURES)) + rng.normal(size=(CLASSES, FEATURES))[y]
     model = ek.EngramClassifier(units).fit(x, y)
     model.predict(x[:1])
+    learning = copy.deepcopy(model)
+    numbers = itertools.count()
     features, labels = torch.randn(2, units), torch.tensor([0, 1])
     peer = StreamingLDA(units, CLASSES).partial_fit(features, labels)
 
-    def anew():
-        return copy.deepcopy(model).partial_fit(x[:1], y[:1]).predict(x[:1])  # a copy starts without a factor
+    def learn(model):
+        i = next(numbers)
+        return model.partial_fit(x[i : i + 1], y[i : i + 1])
 
     calls = {
-        "ours": lambda: model.partial_fit(x[:1], y[:1]).predict(x[:1]),
-        "ours, learning alone": lambda: model.partial_fit(x[:1], y[:1]),
-        "ours, a new solution": anew,
+        "ours": lambda: learn(model).predict(x[:1]),
+        "ours, learning alone": lambda: learn(learning),
+        "ours, a new solution": lambda: learn(copy.deepcopy(model)).predict(x[:1]),  # a copy starts without a factor
         "StreamingLDA, learning alone": lambda: peer.partial_fit(features[:1], labels[:1]),
     }
     if units <= PSEUDO_INVERSE_UNITS:
@@ -196,6 +200,7 @@ def draw(path: Path, content: dict[str, Any]) -> None:
             text = f"{LABELS[way]}{', with the solution' if key == 'solving' else ''}"
             panels[2].plot(x, y, color=COLORS[way], linestyle=style, marker="o", markersize=4, linewidth=2, label=text)
     _axes(panels[2], "Peak memory (MB)", "units")
+    panels[2].set_ylim(top=12 * panels[2].get_ylim()[1])  # room for the legend
     figure.savefig(path, metadata={"Software": "engram-kernels"})
 
 

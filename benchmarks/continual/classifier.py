@@ -370,7 +370,17 @@ def costs(content: dict[str, Any]) -> list[str]:
     lines += header(["", *[f"{n} units" for n in content["one_more"]]])
     for name in names:
         cells = [row.get(name) for row in content["one_more"].values()]
-        lines.append(line([name, *["" if seconds is None else f"{1e3 * seconds:.3g}" for seconds in cells]]))
+        lines.append(
+            line(
+                [
+                    name,
+                    *[
+                        "" if seconds is None else f"{1e3 * seconds:.{2 if seconds < 0.01 else 0}f}"
+                        for seconds in cells
+                    ],
+                ]
+            )
+        )
     return lines
 
 
