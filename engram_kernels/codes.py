@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import ops
 from .reference import philox, words_for
@@ -129,32 +130,45 @@ class PatchCode:
             signs = _balanced_signs(seed_tensor(seed, 2 * i), filters, size * size)
             draws = philox(seed_tensor(seed, 2 * i + 1), 1, places * filters)[0]
             chosen = (draws * len(draws) + torch.arange(len(draws))).argsort()[:units]
-            self._groups.append((size, signs.T.float().contiguous(), chosen.sort().values))
+            filter_images = signs.float().reshape(filters, 1, size, size).contiguous(memory_format=torch.channels_last)
+            self._groups.append((size, filter_images, chosen.sort().values))
 
     def encode(self, X: np.ndarray) -> Tensor:
         """Rows of pixels (M, features) -> bits (M, words)."""
-        largest = self.n_features * max(signs.shape[1] for _, signs, _ in self._groups)
-        return _in_parts(X, max(1, _CHUNK_VALUES // 32 // largest), self.n_units, self._recruit)
+        largest = self.n_features * max(len(filters) for _, filters, _ in self._groups)
+        return _in_parts(X, max(1, _CHUNK_VALUES // 8 // largest), self.n_units, self._recruit)
 
     def _recruit(self, x: Tensor) -> Tensor:
-        images = x.float().reshape(len(x), *self.image, self.channels)
+        images = x.float().reshape(len(x), *self.image, self.channels).permute(0, 3, 1, 2).reshape(-1, *self.image)
         z = torch.cat([self._excitability(images, *group) for group in self._groups], dim=1)
         return ops.sample_engram(z, self._no_noise, self.rate, temperature=0.0)
 
-    @staticmethod
-    def _excitability(images: Tensor, size: int, signs: Tensor, chosen: Tensor) -> Tensor:
-        patches = images.unfold(1, size, 1).unfold(2, size, 1)  # (M, h, w, channels, size, size)
-        m, h, w = patches.shape[:3]
-        patches = patches.reshape(-1, size * size)
-        contrast = patches.square().sum(1).sub_(patches.sum(1).square_().div_(size * size)).clamp_(min=0).sqrt_()
-        z = (patches @ signs).div_(contrast.add_(_CONTRAST_FLOOR)[:, None]).reshape(m, h, w, -1)
-        rows = z[:, : h - _POOL + 1]
-        for i in range(1, _POOL):
-            rows = torch.maximum(rows, z[:, i : h - _POOL + 1 + i])
-        pooled = rows[:, :, : w - _POOL + 1]
-        for i in range(1, _POOL):
-            pooled = torch.maximum(pooled, rows[:, :, i : w - _POOL + 1 + i])
-        return pooled.reshape(m, -1)[:, chosen]
+    def _excitability(self, images: Tensor, size: int, filters: Tensor, chosen: Tensor) -> Tensor:
+        """Of the units ``chosen``; images (M channels, height, width) -> (M, units)."""
+        z = functional.conv2d(images[:, None], filters).permute(0, 2, 3, 1)  # filters last, in memory as well
+        contrast = _squares(images.square(), size).sub_(_squares(images, size).square().div_(size * size))
+        z = z.div_(contrast.clamp_(min=0).sqrt_().add_(_CONTRAST_FLOOR)[..., None])
+        for dim in (1, 2):
+            z = _over_neighbours(torch.maximum, z, dim, _POOL)
+        m, h, w, n = z.shape
+        z = z.view(-1, self.channels, h, w, n).permute(0, 2, 3, 1, 4)
+        return z.reshape(m // self.channels, -1).index_select(1, chosen)
+
+
+def _squares(x: Tensor, size: int) -> Tensor:
+    """Sums of all squares of ``size`` pixels, (M, height, width) -> (M, height - size + 1, width - size + 1)."""
+    return _over_neighbours(torch.add, _over_neighbours(torch.add, x, 1, size), 2, size)
+
+
+def _over_neighbours(combine: Callable[..., Tensor], x: Tensor, dim: int, count: int) -> Tensor:
+    """Combines each element with the ``count`` - 1 after it along a dimension."""
+    first, *others = (x.narrow(dim, i, x.shape[dim] - count + 1) for i in range(count))
+    if not others:
+        return first
+    out = combine(first, others[0])
+    for other in others[1:]:
+        combine(out, other, out=out)
+    return out
 
 
 class TableCode:

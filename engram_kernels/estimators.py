@@ -330,8 +330,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         with _threads(self.n_jobs):
             weight, bias = self.discriminants_.discriminant()
             samples = self.moments_.samples[: len(self.classes_)].double()
-            y = self._coded(X, lambda bits: _TEMPER * (code_product(bits, weight) + bias))
-        return y + (samples / samples.sum()).log().numpy()
+            y = self._coded(X, lambda bits: code_product(bits, weight) + bias)
+        return _TEMPER * (y + (samples / samples.sum()).log().numpy())
 
     def _novelty(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):

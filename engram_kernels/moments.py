@@ -128,15 +128,16 @@ class SecondMoments:
 
     def product(self, v: Tensor) -> Tensor:
         """The pairs times floats (K, R), in their dtype, with one block of the pairs as floats at a time."""
-        out = torch.zeros_like(v)
+        rows_of_v = v.T.contiguous()  # few rows times a matrix: MKL is several times slower with few columns
+        out = torch.zeros_like(rows_of_v)
         for b, block in enumerate(self.blocks):
             start, end = b * _BLOCK, b * _BLOCK + len(block)
             for i in range(0, len(block), _PART):
                 pairs = _floats(block[i : i + _PART], v.dtype)
-                rows = slice(start + i, start + i + len(pairs))
-                out[rows] += pairs @ v[start:]
-                out[end:] += pairs[:, len(block) :].T @ v[rows]
-        return out
+                part = slice(start + i, start + i + len(pairs))
+                out[:, part] += rows_of_v[:, start:] @ pairs.T
+                out[:, end:] += rows_of_v[:, part] @ pairs[:, len(block) :]
+        return out.T
 
     def set_rows(self, first: int, values: Tensor) -> None:
         """Puts rows from ``first`` on, int64 (rows, K), symmetric among themselves, and the columns they mirror."""

