@@ -25,7 +25,7 @@ from engram_kernels.continual.parameters import markdown_table
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {"docs/tutorial.md", "docs/how-to/compile-and-export.md"}  # trains three networks; waits for a C++ compiler
-LANGUAGES = {"python", "sh", "text", "formula"}
+LANGUAGES = {"c", "python", "sh", "text", "formula"}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
