@@ -28,7 +28,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 TORCH_TARGET_VERSION = "0x020d000000000000"  # 2.13, the oldest torch that the library runs under
 CSRC = Path("csrc")
 KERNELS = [
-    "pack", "binary_matmul", "sign_product", "gated_grad", "sample_engram", "metaplastic_adam", "tables",
+    "pack", "binary_matmul", "sign_product", "gated_grad", "sample_engram", "grouped_product", "values",
+    "metaplastic_adam", "tables",
 ]  # fmt: skip
 ISA_FLAGS = {
     "x86_64": {

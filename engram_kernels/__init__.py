@@ -4,12 +4,16 @@ from typing import Any
 
 from . import ops, reference
 from .convert import convert
+from .distributed import merged_counts
 from .encoding import InputEncoding
 from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, StochasticEngram
 from .hidden_weight import HiddenWeight
 from .layers import BinaryEngramLinear
 from .networks import EngramMLP
+from .norms import ExactLayerNorm
 from .optim import MetaplasticAdam
+from .packed import PackedModel, export_onnx, load_packed, pack
+from .pretrained import from_pretrained, save_pretrained
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 from .summary import Summary, summary
 
@@ -33,9 +37,11 @@ __all__ = [
     "Engram",
     "EngramClassifier",
     "EngramMLP",
+    "ExactLayerNorm",
     "HiddenWeight",
     "InputEncoding",
     "MetaplasticAdam",
+    "PackedModel",
     "PrototypeReadout",
     "Recruitment",
     "RidgeReadout",
@@ -43,7 +49,13 @@ __all__ = [
     "Summary",
     "__version__",
     "convert",
+    "export_onnx",
+    "from_pretrained",
+    "load_packed",
+    "merged_counts",
     "ops",
+    "pack",
     "reference",
+    "save_pretrained",
     "summary",
 ]

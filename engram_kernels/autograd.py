@@ -242,6 +242,38 @@ class SignProduct(_Function):
         return (*_first_derivatives(d, dx, dw, db), None, None, None, None)
 
 
+class Standardisation(_Function):
+    """``apply(y, eps)``: ``(y - mean) / sqrt(variance + eps)`` of each row, floats (M, N) -> (M, N).
+
+    The mean is summed in float64, without error where y holds integers, and subtracted as two numbers of y's dtype, so
+    that the sign of the result is that of ``N y - sum(y)``, ties included, and does not follow from the order of a sum.
+    """
+
+    @staticmethod
+    def forward(y, eps):
+        """The result, and for its gradient the mean and the reciprocal deviation, (M, 1)."""
+        wide = y if y.dtype == torch.float64 else y.float()
+        mean = wide.sum(dim=1, keepdim=True, dtype=torch.float64) / y.shape[1]  # torch's mean may round twice
+        high = mean.to(wide.dtype)
+        centred = (wide - high).sub_((mean - high).to(wide.dtype))
+        variance = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square() / y.shape[1]
+        reciprocal = (variance + eps).rsqrt()
+        return (centred * reciprocal).to(y.dtype), high, reciprocal
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the input and the two moments."""
+        ctx.save_for_backward(inputs[0], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, d, *_):
+        """The gradient of y."""
+        y, mean, reciprocal = ctx.saved_tensors
+        own = (d.detach().contiguous(), y, y.shape[1:], mean, reciprocal, None, None, (True, False, False))
+        return *_first_derivatives(d, torch.ops.aten.native_layer_norm_backward(*own)[0]), None
+
+
 class CodeProduct(_Function):
     """Product of centred engram codes with signs, ``y[m, n] = sum_k (g[m, k] - rate) s(W[n, k])``; keeps bits only.
 
@@ -293,7 +325,7 @@ class CodeProduct(_Function):
 
 
 def _save_bits(ctx, inputs, output):
-    _, w_bits, ctx.k = inputs
+    _, w_bits, ctx.k, *_ = inputs
     ctx.save_for_backward(w_bits)
 
 
@@ -302,7 +334,7 @@ def _sign_matmul_backward(ctx, grad):
 
 
 def _sign_matmul_t_backward(ctx, grad):
-    return ops.sign_matmul(grad, ctx.saved_tensors[0], ctx.k), None, None
+    return ops.sign_matmul(grad, ctx.saved_tensors[0], ctx.k), None, None, None
 
 
 torch.library.register_autograd("engram_kernels::sign_matmul", _sign_matmul_backward, setup_context=_save_bits)

@@ -86,6 +86,8 @@ _register_rows("sign_matmul", (0,))
 _register_rows("sign_matmul_t", (0,))
 _register_rows("gated_input_grad", (0, 2, 3))
 _register_rows("masked_input_grad", (0, 3))
+_register_rows("value_signs", (0,))
+_register_rows("top_units", (0,))
 _register_loop("transpose_bits")
 _register_loop("gated_weight_grad")
 _register_loop("sample_engram")  # its draws go by the number of the row

@@ -50,6 +50,36 @@ def as_inputs(z: Tensor) -> Tensor:
     return (2.0 * (z[:, :, None] - 0.3 * thresholds)).clamp(-1.0, 1.0).flatten(1)
 
 
+def standardize(x: Tensor) -> Tensor:
+    """Per-sample standardisation, ``(x - mean) / std``, of one minibatch.
+
+    Shapes: (B, features) uint8 or float32 -> (B, features) float32. The mean and the (population) deviation
+    are over the features of each sample; a constant sample becomes zeros. Nothing is learned from other
+    samples, so a test sample is treated alike whatever came before or beside it.
+    """
+    x = x.to(torch.float32)
+    # Scaling to [-1, 1] first keeps the variance inside float32 for data of any magnitude.
+    peak = x.abs().amax(dim=1, keepdim=True)
+    x = x / torch.where(peak > 0, peak, 1.0)
+    x -= x.mean(dim=1, keepdim=True)
+    deviation = x.square().mean(dim=1, keepdim=True).sqrt()
+    # Below this the deviation of a constant sample is rounding noise, which must not be amplified.
+    x /= torch.where(deviation > 1e-5, deviation, torch.inf)
+    return x
+
+
+class SampleStandardisation(nn.Module):
+    """`standardize` as a module, which :func:`~engram_kernels.pack` takes before a network trained on such inputs."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = check_size("features", features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Floats or uint8 (M, features) -> float32 (M, features)."""
+        return standardize(x)
+
+
 class InputEncoding(nn.Module):
     """Scales features by their mean and range, and gives few features several input units each.
 

@@ -3,8 +3,12 @@
 An engram is called with the layer's input (M, K), the units' excitabilities, and answers with a :class:`Recruitment`.
 The paper's own rule is public only as an abstract (arXiv 2503.21436); these are ours, named by what they do.
 Draws come from torch's CPU generator, so ``torch.manual_seed`` governs them on every device; they do not depend on the
-number of threads. A data-parallel rank sets ``first_row`` to the number of its first sample in the whole batch and then
-draws what a single process would have drawn.
+number of threads, nor, with the same generator in all processes, on how a batch is shared out among processes.
+
+The draws of a sample go by its number in the whole batch. Within torch.distributed's default group, sample i of rank r
+of W processes is number ``r + W i``, the order of torch's DistributedSampler, so that a rank draws what a single
+process would have drawn for the same samples. Where processes share a batch otherwise, or do not share it at all, an
+engram's ``first_row`` says the number of this process's first sample: number ``first_row + i`` for sample i.
 """
 
 from __future__ import annotations
@@ -40,7 +44,11 @@ def check_rate(rate: float) -> float:
 
 
 class Engram(nn.Module):
-    """Base of the gate rules. ``rate`` is the fraction of units recruited; ``first_row`` see the module's text.
+    """Base of the gate rules. ``rate`` is the fraction of units recruited.
+
+    ``first_row``: the number of this process's first sample in the whole batch, if its samples are contiguous there;
+    None, as it is at first: every W-th sample of the batch, as DistributedSampler shares it out among the W processes
+    of torch.distributed's default group.
 
     >>> class EveryUnit(ek.Engram):
     ...     def forward(self, x):
@@ -52,11 +60,23 @@ class Engram(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = check_rate(rate)
-        self.first_row = 0
+        self.first_row: int | None = None
 
     def recruited(self, k: int) -> int:
         """Units recruited per sample out of ``k``: ``max(1, round(rate * k))`` (the mean, for Bernoulli gates)."""
         return recruited_units(self.rate, k)
+
+    def numbering(self) -> dict[str, Any]:
+        """``first_row`` and ``row_step`` of this process's samples, for :func:`engram_kernels.ops.sample_engram`.
+
+        >>> ek.BernoulliEngram(0.5).numbering()  # a single process
+        {'first_row': 0, 'row_step': 1}
+        """
+        if self.first_row is not None:
+            return {"first_row": self.first_row, "row_step": 1}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return {"first_row": torch.distributed.get_rank(), "row_step": torch.distributed.get_world_size()}
+        return {"first_row": 0, "row_step": 1}
 
     def forward(self, x: Tensor) -> Recruitment:
         """Recruits units for the samples ``x``, floats (M, K)."""
@@ -83,7 +103,7 @@ class BernoulliEngram(Engram):
         """Floats (M, K), of which only the shape counts."""
         if not self.training and not self.sample_at_eval:
             return Recruitment(None, self.rate)
-        gate = ops.sample_engram(x.detach(), ops.draw_seed(), self.rate, "bernoulli", first_row=self.first_row)
+        gate = ops.sample_engram(x.detach(), ops.draw_seed(), self.rate, "bernoulli", **self.numbering())
         return Recruitment(gate)
 
     def extra_repr(self) -> str:
@@ -119,7 +139,7 @@ class StochasticEngram(Engram):
         temperature = self.temperature if self.training else 0.0
         # without noise nothing is drawn, so that an evaluation leaves the training after it as it would have been
         seed = ops.draw_seed() if temperature > 0 else torch.zeros(2, dtype=torch.int64)
-        gate = ops.sample_engram(score, seed, self.rate, temperature=temperature, first_row=self.first_row)
+        gate = ops.sample_engram(score, seed, self.rate, temperature=temperature, **self.numbering())
         return Recruitment(gate)
 
     def extra_repr(self) -> str:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
 import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,6 @@ _FORMAT = "engram_kernels.EngramClassifier"
 _VERSION = 1
 _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _CODE_SETTINGS = ("n_features_in_", "n_units_", "seed_", "readout", "image_shape", "patch", "rate")
-_log = logging.getLogger("engram_kernels")
 
 
 class EngramClassifier(ClassifierMixin, BaseEstimator):
@@ -77,11 +75,13 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         rate: share of the units that fire, in (0, 1).
         penalty: of the discriminant's weights, as a share of the code's variance; None to choose it by generalised
             cross-validation, which needs nothing but the counts.
-        memory_budget: bytes that learning may take, or text such as "64MB"; chooses the units, see ``n_units_``.
+        memory_budget: bytes that learning may take, or text such as "64MB"; chooses the units, which ``n_units_`` has
+            after learning.
         reject: novelty above which :meth:`predict` gives ``reject_label``; None for never. See :meth:`novelty`.
         reject_label: what rejected samples are called.
         random_state: seed of the code. Only estimators of the same seed can be merged.
         n_jobs: threads, -1 for all processors, None for torch's number.
+        verbose: whether to print the units that ``memory_budget`` chooses.
 
     Attributes: ``classes_`` in order; ``n_units_`` bits of the code; ``n_features_in_``; ``feature_names_in_`` where
     the input has names; ``moments_`` the counts.
@@ -104,7 +104,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     table_: TableCode | None
     projection_: ProjectionCode | PatchCode
     moments_: SecondMoments
-    _discriminants: Discriminants
+    discriminants_: Discriminants
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         reject_label: Any = -1,
         random_state: Any = 0,
         n_jobs: int | None = None,
+        verbose: bool = True,
     ) -> None:
         self.n_units = n_units
         self.readout = readout
@@ -132,6 +133,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         self.reject_label = reject_label
         self.random_state = random_state
         self.n_jobs = n_jobs
+        self.verbose = verbose
 
     # ---- learning
 
@@ -166,18 +168,20 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         with _threads(self.n_jobs):
             if self.table_ is not None:
                 self._widen(X.min(axis=0), X.max(axis=0))
-            numbers = torch.from_numpy(np.searchsorted(known, y))
-            for i in range(0, len(y), _BATCH):
-                self.moments_.add(self._encode(X[i : i + _BATCH]), numbers[i : i + _BATCH])
+            self._count(self.moments_, X, torch.from_numpy(np.searchsorted(known, y)))
         return self
+
+    def _count(self, moments: SecondMoments, X: np.ndarray, numbers: Tensor) -> None:
+        for i in range(0, len(X), _BATCH):
+            moments.add(self._encode(X[i : i + _BATCH]), numbers[i : i + _BATCH])
 
     def _place(self, known: np.ndarray, kept: dict[int, int]) -> None:
         """Makes ``known`` the classes; ``kept`` numbers those of before that are kept, former classes stay last."""
-        old, former = self.classes_ if kept else known[:0], self._discriminants.former
+        old, former = self.classes_ if kept else known[:0], self.discriminants_.former
         places = {i: int(np.searchsorted(known, old[i])) for i in kept}
         places |= {len(old) + i: len(known) + i for i in range(former)}
         if len(known) != len(old):
-            self._discriminants.forget()
+            self.discriminants_.forget()
         self.moments_.place_classes(places, len(known) + former)
         self.classes_ = known
 
@@ -194,7 +198,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             sizes = (self.patch,) if isinstance(self.patch, int) else tuple(self.patch)
             self.projection_ = PatchCode(self.image_shape, units, sizes=sizes, seed=self.seed_, rate=self.rate)
         self.moments_ = SecondMoments(self.n_units_, pairs=self.readout == "ridge")
-        self._discriminants = Discriminants(self.moments_, self._prior(), self.penalty)
+        self.discriminants_ = Discriminants(self.moments_, self._prior(), self.penalty)
 
     def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
         """Has the ranges of the features include these, and carries the counts over."""
@@ -202,7 +206,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         units = self.table_.per_feature
         for j, (T, c) in self.table_.widen(low.astype(np.float64), high.astype(np.float64)).items():
             if self.moments_.total:
-                self._discriminants.forget()  # of other units
+                self.discriminants_.forget()  # of other units
                 self.moments_.transform(j * units, torch.from_numpy(T), torch.from_numpy(c))
 
     def merge(self, other: EngramClassifier) -> EngramClassifier:
@@ -215,7 +219,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         for name, ours, theirs in zip(_CODE_SETTINGS, self._code_settings(), other._code_settings(), strict=True):
             if ours != theirs:
                 raise ValueError(f"other: expected an estimator with {name} = {ours}, got {theirs}")
-        if self._discriminants.former or other._discriminants.former:
+        if self.discriminants_.former or other.discriminants_.former:
             raise ValueError("other: expected estimators that have not been told to forget a class, got one that has")
         if self.moments_.total + other.moments_.total > torch.iinfo(torch.int32).max:
             raise ValueError("other: expected at most 2**31 - 1 samples in all, since pairs are counted in 32 bits")
@@ -229,14 +233,16 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         self.moments_.add_all(more.moments_)
         return self
 
-    def forget(self, classes: Any) -> EngramClassifier:
+    def forget(self, classes: Any, X: Any = None, y: Any = None) -> EngramClassifier:
         """Forgets classes: they are no answers any more, and their counts are dropped.
 
-        With ``readout="prototype"`` on images or projections that is exact: as if they had never been seen. With
-        "ridge" pairs of units are counted over all classes together, so that what the classes told of the spread within
-        classes stays; and ranges of features that they widened stay wide.
+        With ``readout="prototype"`` the counts are then those of an estimator that never saw the classes. With "ridge"
+        pairs of units are counted over all classes together, so that the classes' pairs stay, unless their samples are
+        given once more as ``X`` and ``y``, in any order: then the pairs are taken off, and the counts are exact too.
+        Ranges of features that the classes widened stay wide in any case.
 
-        Raises: ValueError for a class that is not known, or if none would be left.
+        Raises: ValueError for a class that is not known, if none would be left, or for samples that are not those that
+        were learned of the classes; nothing is forgotten then.
         """
         check_is_fitted(self, "moments_")
         gone = _labels("classes", np.atleast_1d(np.asarray(classes)))
@@ -247,14 +253,34 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         if not kept:
             raise ValueError("classes: expected at least one class to be left, got all of them")
         dropped = [i for i in range(len(self.classes_)) if i not in kept]
-        order = kept + (dropped if self.moments_.blocks else [])
-        former = range(len(self.classes_), len(self.classes_) + self._discriminants.former)
+        if X is not None:
+            self._take_off(dropped, *self._validated(X, y, fresh=False))
+        order = kept + (dropped if self.moments_.blocks and X is None else [])
+        former = range(len(self.classes_), len(self.classes_) + self.discriminants_.former)
         places = {before: after for after, before in enumerate([*order, *former])}
         self.moments_.place_classes(places, len(places))
-        self._discriminants.former = len(places) - len(kept)
-        self._discriminants.forget()
+        self.discriminants_.former = len(places) - len(kept)
+        self.discriminants_.forget()
         self.classes_ = self.classes_[kept]
         return self
+
+    def _take_off(self, dropped: list[int], X: np.ndarray, y: np.ndarray) -> None:
+        """Takes the counts of classes off, which are those of X and y."""
+        strangers = [label for label in _labels("y", y).tolist() if label not in self.classes_[dropped].tolist()]
+        if strangers:
+            raise ValueError(f"y: expected labels of the classes to forget alone, got {strangers[0]!r}")
+        moments = self.moments_
+        theirs = SecondMoments(self.n_units_, pairs=bool(moments.blocks))
+        theirs.place_classes({}, len(moments.samples))
+        with _threads(self.n_jobs):
+            self._count(theirs, X, torch.from_numpy(np.searchsorted(self.classes_, y)))
+        for i in dropped:
+            if not torch.equal(theirs.counts[i], moments.counts[i]) or theirs.samples[i] != moments.samples[i]:
+                raise ValueError(
+                    f"X: expected the {int(moments.samples[i])} samples that were learned of class "
+                    f"{self.classes_.tolist()[i]!r}, got {int(theirs.samples[i])}, or others"
+                )
+        moments.subtract_all(theirs)
 
     # ---- asking
 
@@ -278,7 +304,11 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         return labels
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities of the classes, (M, classes)."""
+        """Probabilities of the classes, (M, classes).
+
+        The log-odds of the discriminant, times 0.27: a fixed factor, not learned from the stream. It is too small for a
+        few hundred samples of tables and about right for images.
+        """
         scores = self._scores(self._asked(X))
         odds = np.exp(scores - scores.max(axis=1, keepdims=True))
         return odds / odds.sum(axis=1, keepdims=True)
@@ -298,15 +328,15 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     def _scores(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):
-            weight, bias = self._discriminants.discriminant()
+            weight, bias = self.discriminants_.discriminant()
             samples = self.moments_.samples[: len(self.classes_)].double()
             y = self._coded(X, lambda bits: _TEMPER * (code_product(bits, weight) + bias))
         return y + (samples / samples.sum()).log().numpy()
 
     def _novelty(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):
-            weight, bias = self._discriminants.discriminant()
-            typical = self._discriminants.typical()
+            weight, bias = self.discriminants_.discriminant()
+            typical = self.discriminants_.typical()
 
             def novelty(bits: Tensor) -> Tensor:
                 scores = code_product(bits, weight) + bias
@@ -347,15 +377,16 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     # ---- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything to one safetensors file: counts, ranges, the answer so far; the projection as its seed."""
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that was learned, for ``torch.save``: tensors by name, and the rest as JSON in ``"state"``.
+
+        The tensors share memory with the estimator. The projection is kept as its seed.
+        """
         check_is_fitted(self, "moments_")
         tensors = {"counts": self.moments_.counts, "samples": self.moments_.samples}
         tensors |= {f"pairs.{i}": block for i, block in enumerate(self.moments_.blocks)}
         if self.table_ is not None:
             tensors |= {"low": torch.from_numpy(self.table_.low), "high": torch.from_numpy(self.table_.high)}
-        answer = self._discriminants.discriminant()
-        tensors |= {"weight": answer.weight, "bias": answer.bias}
         settings = self.get_params(deep=False)
         if not isinstance(settings["random_state"], int):
             settings["random_state"] = None  # the seed that was drawn is kept in any case
@@ -363,7 +394,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             "settings": settings,
             "classes": self.classes_.tolist(),
             "classes_dtype": self.classes_.dtype.str,
-            "former_classes": self._discriminants.former,
+            "former_classes": self.discriminants_.former,
             "n_features": self.n_features_in_,
             "feature_names": [str(name) for name in getattr(self, "feature_names_in_", [])],
             "n_units": self.n_units_,
@@ -375,8 +406,43 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"classes: expected text or numbers to save, got labels or settings of which {error}"
             ) from None
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "state": text}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        return {**tensors, "state": text}
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> EngramClassifier:
+        """The estimator that :meth:`state_dict` is of; its tensors are copied."""
+        state = json.loads(state_dict["state"])
+        settings = state["settings"]
+        for name in ("image_shape", "patch"):
+            if isinstance(settings[name], list):
+                settings[name] = tuple(settings[name])
+        model = cls(**settings)
+        model.n_features_in_ = state["n_features"]
+        if state["feature_names"]:
+            model.feature_names_in_ = np.array(state["feature_names"], dtype=object)
+        model._start(seed=state["seed"], n_units=state["n_units"])
+        if model.table_ is not None:
+            model.table_.low, model.table_.high = (state_dict[name].numpy().copy() for name in ("low", "high"))
+        model.classes_ = np.array(state["classes"], dtype=np.dtype(state["classes_dtype"]))
+        moments = model.moments_
+        moments.counts, moments.samples = state_dict["counts"].clone(), state_dict["samples"].clone()
+        moments.blocks = [state_dict[f"pairs.{i}"].clone() for i in range(len(moments.blocks))]
+        model.discriminants_.former = state["former_classes"]
+        return model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes :meth:`state_dict` and the answer so far to one safetensors file, without pickle.
+
+        Raises: OSError if it can't be written; ValueError for labels that are neither text nor numbers.
+        """
+        tensors = self.state_dict()
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "state": tensors.pop("state")}
+        answer = self.discriminants_.discriminant()
+        tensors |= {"weight": answer.weight, "bias": answer.bias}
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: can't be written ({error})") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EngramClassifier:
@@ -396,24 +462,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"{path}: expected a whole safetensors file, got a damaged or foreign one ({error})"
             ) from None
-        state = json.loads(metadata["state"])
-        settings = state["settings"]
-        for name in ("image_shape", "patch"):
-            if isinstance(settings[name], list):
-                settings[name] = tuple(settings[name])
-        model = cls(**settings)
-        model.n_features_in_ = state["n_features"]
-        if state["feature_names"]:
-            model.feature_names_in_ = np.array(state["feature_names"], dtype=object)
-        model._start(seed=state["seed"], n_units=state["n_units"])
-        if model.table_ is not None:
-            model.table_.low, model.table_.high = tensors["low"].numpy(), tensors["high"].numpy()
-        model.classes_ = np.array(state["classes"], dtype=np.dtype(state["classes_dtype"]))
-        moments = model.moments_
-        moments.counts, moments.samples = tensors["counts"], tensors["samples"]
-        moments.blocks = [tensors[f"pairs.{i}"] for i in range(len(moments.blocks))]
-        model._discriminants.former = state["former_classes"]
-        model._discriminants.recall(Discriminant(tensors["weight"], tensors["bias"]))
+        model = cls.from_state_dict({**tensors, "state": metadata["state"]})
+        model.discriminants_.recall(Discriminant(tensors["weight"], tensors["bias"]))
         return model
 
     # ---- checks
@@ -455,7 +505,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         for step in (2**k * 128 for k in range(12, -1, -1)):
             if learning_bytes(width + step, pairs=pairs) <= budget:
                 width += step
-        _log.info("memory_budget: %d bytes allow %d units", budget, width)
+        if self.verbose:
+            print(f"memory_budget: {budget} bytes allow {width} units")
         return width
 
     def _validated(self, X: Any, y: Any, fresh: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import library  # noqa: F401  it registers the operators
-from .reference import SCALE_BLOCK, words_for
+from .reference import _GROUP, _GROUPED_ROWS, SCALE_BLOCK, words_for
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,8 +157,8 @@ def _(a, w_bits, k):
 
 
 @torch.library.register_fake("engram_kernels::sign_matmul_t")
-def _(x, w_bits, k):
-    _check_same_device(x=x, w_bits=w_bits)
+def _(x, w_bits, k, w_groups=None):
+    _check_same_device(x=x, w_bits=w_bits, w_groups=w_groups)
     _check_tensor("x", x)
     exact = x.dtype == torch.uint8
     if not exact:
@@ -168,6 +168,11 @@ def _(x, w_bits, k):
     _require(x.shape[1] == k, "x", f"shape (M, {k}) for k = {k}", x)
     if exact:
         _require(k <= (2**31 - 1) // 255, "k", f"at most {(2**31 - 1) // 255} for uint8", k)
+    if w_groups is not None:
+        groups, outputs = -(-k // _GROUP), -(-w_bits.shape[0] // _GROUPED_ROWS) * _GROUPED_ROWS
+        expected = f"int16 of shape ({groups}, {outputs}) for k = {k} and {w_bits.shape[0]} rows"
+        _require(w_groups.dtype == torch.int16 and w_groups.dim() == 2, "w_groups", expected, w_groups)
+        _require(w_groups.shape[0] == groups and w_groups.shape[1] == outputs, "w_groups", expected, w_groups)
     return x.new_empty((x.shape[0], w_bits.shape[0]), dtype=torch.int32 if exact else x.dtype)
 
 
@@ -210,14 +215,44 @@ def _():
     return torch.empty(2, dtype=torch.int64, device="cpu")
 
 
+def _check_values(y: Tensor) -> None:
+    _check_tensor("y", y)
+    expected = "int32 (M, N) of 1 to 2^31 - 1 units"
+    _require(y.dtype == torch.int32 and y.dim() == 2, "y", expected, y)
+    _require(y.shape[1] >= 1, "y", expected, y)
+    _require(y.shape[1] <= 2**31 - 1, "y", expected, y)
+
+
+@torch.library.register_fake("engram_kernels::value_signs")
+def _(y, threshold=None, flip=None):
+    _check_same_device(y=y, threshold=threshold, flip=flip)
+    _check_values(y)
+    _require(flip is None or threshold is not None, "flip", "None without thresholds", flip)
+    for name, tensor, dtype in (("threshold", threshold, torch.int32), ("flip", flip, torch.bool)):
+        if tensor is not None:
+            expected = f"{dtype} ({y.shape[1]},), one for each unit of y"
+            _require(tensor.dtype == dtype and tensor.dim() == 1, name, expected, tensor)
+            _require(tensor.shape[0] == y.shape[1], name, expected, tensor)
+    return y.new_empty((y.shape[0], words_for(y.shape[1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::top_units")
+def _(y, count):
+    _check_values(y)
+    _require(count >= 1, "count", f"1 to {y.shape[1]}, the units of y", count)
+    _require(count <= y.shape[1], "count", f"1 to {y.shape[1]}, the units of y", count)
+    return y.new_empty((y.shape[0], words_for(y.shape[1])), dtype=torch.int64)
+
+
 @torch.library.register_fake("engram_kernels::sample_engram")
-def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0):
+def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0, row_step=1):
     _check_matrix("score", score)
     _check_units("score", score)
     _check_seed(seed)
     _require(0 < rate <= 1, "rate", "in (0, 1]", rate)
     _require(temperature == 0 or temperature >= 1e-6, "temperature", "0 or at least 1e-6", temperature)
     _require(first_row >= 0, "first_row", "at least 0", first_row)
+    _require(row_step >= 1, "row_step", "at least 1", row_step)
     return score.new_empty((score.shape[0], words_for(score.shape[1])), dtype=torch.int64)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -165,10 +166,11 @@ torch.serialization.add_safe_globals([_rebuild])
 def as_hidden_weight(parameter: nn.Parameter) -> HiddenWeight:
     """Turns a plain parameter (N, K) into a hidden weight, in place, so that optimizers that hold it still do.
 
+    A DTensor stays one: :func:`is_hidden_weight` knows it by its layer.
     Raises: TypeError if it is not a parameter; ValueError if it is not two-dimensional.
     """
-    if isinstance(parameter, HiddenWeight):
-        return parameter
+    if isinstance(parameter, HiddenWeight) or is_sharded(parameter):
+        return parameter  # type: ignore[return-value]
     if not isinstance(parameter, nn.Parameter):
         raise TypeError(f"weight: expected an nn.Parameter, got {type(parameter).__name__}")
     if parameter.dim() != 2:
@@ -177,6 +179,31 @@ def as_hidden_weight(parameter: nn.Parameter) -> HiddenWeight:
         parameter.__class__ = HiddenWeight
         return parameter  # type: ignore[return-value]
     return HiddenWeight(parameter.detach(), parameter.requires_grad)
+
+
+# The layers alive. torch's fully_shard puts DTensors in the place of hidden weights, which keep nothing of their class.
+layers_with_hidden_weights: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, as fully_shard (FSDP2) and tensor parallelism make it."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # imported, since that is slow, by whoever makes DTensors
+    return tensor is not None and isinstance(parameter, tensor.DTensor)
+
+
+def is_hidden_weight(parameter: Tensor) -> bool:
+    """Whether a parameter is a hidden weight, or a DTensor that stands in the place of one."""
+    if isinstance(parameter, HiddenWeight):
+        return True
+    if not is_sharded(parameter):
+        return False
+    known = parameter.__dict__.get("_stands_for_hidden_weight")
+    if known is None:  # asked once: there may be many layers
+        known = any(
+            layer.__dict__.get("_parameters", {}).get("weight") is parameter for layer in layers_with_hidden_weights
+        )
+        parameter._stands_for_hidden_weight = known  # type: ignore[attr-defined]
+    return known
 
 
 def sign_bits_of(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .autograd import GatedSignProduct, SignProduct
 from .checks import check_flag, check_hidden_dtype, check_number, check_size
 from .engrams import Engram, Recruitment
 from .fused_backward import gradient_consumer
-from .hidden_weight import HiddenWeight, as_hidden_weight, sign_bits_of
+from .hidden_weight import HiddenWeight, as_hidden_weight, layers_with_hidden_weights, sign_bits_of
 
 INIT_RANGE = 0.05  # hidden weights start uniform in [-0.05, 0.05] (Laborieux et al. 2021)
 
@@ -21,6 +22,12 @@ class HiddenWeightModule(nn.Module):
     """A module with a hidden ``weight``, which whatever is assigned to it becomes."""
 
     weight: HiddenWeight
+
+    def __new__(cls, *arguments: Any, **settings: Any) -> HiddenWeightModule:
+        """Notes the layer among those alive, whether it is made, copied or unpickled."""
+        layer: HiddenWeightModule = super().__new__(cls)
+        layers_with_hidden_weights.add(layer)
+        return layer
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Makes whatever is assigned to ``weight`` a hidden weight."""

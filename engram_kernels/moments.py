@@ -93,6 +93,13 @@ class SecondMoments:
         for block, more in zip(self.blocks, other.blocks, strict=True):
             block += _values(more).to(block.dtype)
 
+    def subtract_all(self, other: SecondMoments) -> None:
+        """Takes off the counts of another with the same classes in the same places, all of which are counted here."""
+        self.counts -= other.counts
+        self.samples -= other.samples
+        for block, less in zip(self.blocks, other.blocks, strict=True):
+            block -= _values(less).to(block.dtype)
+
     def rows(self, units: Tensor) -> Tensor:
         """Rows of the pairs, of units in rising order, int64 (units, K)."""
         out = torch.empty(len(units), self.n_units, dtype=torch.int64, device="cpu")

@@ -14,6 +14,7 @@ from .encoding import InputEncoding
 from .engrams import Engram, StochasticEngram
 from .layers import BinaryEngramLinear, balance_
 from .losses import batch_cross_entropy
+from .norms import standardise
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
 
 _READOUTS = {"dendritic": DendriticReadout, "prototype": PrototypeReadout, "ridge": RidgeReadout}
@@ -23,7 +24,7 @@ class EngramMLP(nn.Module):
     """Fully connected binary network: input encoding, binary hidden layers, an engram and a read-out.
 
     ``z_1 = norm(encode(x) s(W_1)^T)`` and ``z_i = norm((g_i * s(z_{i-1})) s(W_i)^T)`` in the hidden layers; ``norm``
-    standardises each sample over its units (LayerNorm without parameters), so that no statistics of a batch are used or
+    standardises each sample over its units (:class:`ExactLayerNorm`), so that no statistics of a batch are used or
     kept. The read-out makes scores of the last z; a linear one ``logit_scale (g * s(z)) s(W)^T / sqrt(recruited)``.
 
     As it comes, it learns new classes without forgetting the old ones: a fixed random hidden layer, an engram of the
@@ -81,7 +82,7 @@ class EngramMLP(nn.Module):
         check_flag("encode", encode)
         if engram is not None and not isinstance(engram, Engram):
             engram = StochasticEngram(engram, temperature=0.0)
-        self.engram = engram
+        self.sizes, self.engram = tuple(sizes), engram
         self.logit_scale = check_number("logit_scale", logit_scale, "a finite number above 0", above=0.0)
         if ste_window is None:
             ste_window = 1.0 if engram is None else math.inf
@@ -113,7 +114,7 @@ class EngramMLP(nn.Module):
             x = self.encoding(x)
         for layer in self.layers[: self.hidden_layers]:
             x = layer(x)
-            x = nn.functional.layer_norm(x, x.shape[-1:])
+            x = standardise(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:

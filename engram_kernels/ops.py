@@ -42,8 +42,10 @@ __all__ = [
     "set_isa",
     "sign_matmul",
     "sign_matmul_t",
+    "top_units",
     "transpose_bits",
     "unpack_signs",
+    "value_signs",
 ]
 
 
@@ -181,17 +183,39 @@ def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     return operators.sign_matmul(a, w_bits, k)
 
 
-def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
+def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int, w_groups: Tensor | None = None) -> Tensor:
     """``y = x @ s(W).T``: the real-valued first layer.
 
     Floats (M, K), bits (N, words) -> (M, N). Differentiable in ``x``. uint8 (M, K), as images come -> int32, exact, for
-    K up to 8 421 504.
+    K up to 8 421 504. ``w_groups``, what :func:`engram_kernels.reference.group_signs` makes of signs that stay, makes
+    that faster on the CPU.
 
     >>> w_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
     >>> ek.ops.sign_matmul_t(torch.tensor([[0.5, 2.0, 4.0]]), w_bits, 3).tolist()
     [[2.5]]
     """
-    return operators.sign_matmul_t(x, w_bits, k)
+    return operators.sign_matmul_t(x, w_bits, k, w_groups)
+
+
+def value_signs(y: Tensor, threshold: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+    """Signs of integers by a threshold a unit, ``(y >= threshold) != flip``, or by the mean, ``y[m] >= mean of y[m]``.
+
+    Shapes: int32 (M, N), int32 (N,), bool (N,) -> bits (M, words of N).
+
+    >>> y = torch.tensor([[1, 2, 3]], dtype=torch.int32)
+    >>> ek.ops.value_signs(y).tolist()  # 2 >= 2 and 3 >= 2
+    [[6, 0]]
+    """
+    return operators.value_signs(y, threshold, flip)
+
+
+def top_units(y: Tensor, count: int) -> Tensor:
+    """The ``count`` units of largest y, equal ones by the lower number first. int32 (M, K) -> gate bits (M, words).
+
+    >>> ek.ops.top_units(torch.tensor([[1, 3, 2, 3]], dtype=torch.int32), 1).tolist()
+    [[2, 0]]
+    """
+    return operators.top_units(y, count)
 
 
 def gated_input_grad(d: Tensor, w_bits: Tensor, x: Tensor, gate_bits: Tensor | None = None) -> Tensor:
@@ -237,12 +261,14 @@ def sample_engram(
     rule: str = "gumbel_top_k",
     temperature: float = 1.0,
     first_row: int = 0,
+    row_step: int = 1,
 ) -> Tensor:
     """Recruits units: floats (M, K) -> gate bits (M, words). Rules in :func:`engram_kernels.reference.sample_engram`.
 
     ``seed`` is int64 (2,) on the CPU: the Philox key and an offset below 2^32; :func:`draw_seed` takes one from torch's
-    generator. ``first_row`` is the number of this batch's first sample in the whole batch of a data-parallel step.
-    The same seed gives the same engram on every device, for any thread count.
+    generator. Sample m has the draws of row ``first_row + m row_step``, its number in the whole batch of a
+    data-parallel step: a contiguous part of that batch has a ``first_row``, every W-th sample of it a ``row_step`` of
+    W. The same seed gives the same engram on every device, for any thread count.
 
     >>> score = torch.tensor([[0.1, 2.0, -3.0, 0.7]])
     >>> ek.ops.sample_engram(score, ek.ops.draw_seed(), 0.5, temperature=0.0).tolist()  # units 1 and 3: 2 + 8
@@ -250,7 +276,7 @@ def sample_engram(
     """
     if rule not in ("gumbel_top_k", "bernoulli"):
         raise RuntimeError(f"rule: expected 'gumbel_top_k' or 'bernoulli', got {rule!r}")
-    return operators.sample_engram(score, seed, rate, rule == "bernoulli", temperature, first_row)
+    return operators.sample_engram(score, seed, rate, rule == "bernoulli", temperature, first_row, row_step)
 
 
 def draw_seed() -> Tensor:
@@ -349,3 +375,5 @@ def gated_metaplastic_adam_(
 
 torch.library.impl("engram_kernels::metaplastic_adam_", "cuda", triton_kernels.metaplastic_adam_)
 torch.library.impl("engram_kernels::gated_metaplastic_adam_", "cuda", triton_kernels.gated_metaplastic_adam_)
+for _name in ("value_signs", "top_units"):  # in CUDA's memory by torch's operators
+    torch.library.impl(f"engram_kernels::{_name}", "cuda", getattr(reference, _name))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 
-from . import ops
+from . import ops, shards
 from .fused_backward import FusedBackward, gradient_consumer
-from .hidden_weight import HiddenWeight
+from .hidden_weight import HiddenWeight, is_hidden_weight, is_sharded
 from .reference import SCALE_BLOCK
 
 _SECOND_MOMENT = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.uint8}
@@ -37,16 +36,17 @@ def _seed_of(weight: Tensor, position: int) -> Tensor:
     Data-parallel processes hold the same weights and must round them alike, whatever their generators have drawn.
     """
     rows = weight.detach()[: max(1, _HASHED_WEIGHTS // max(1, weight.shape[1]))]
+    if is_sharded(rows):  # the first rows may lie in other processes
+        rows = rows.full_tensor()  # type: ignore[attr-defined]
     values = rows.contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.blake2b(values.tobytes(), digest_size=8, salt=position.to_bytes(8, "little")).digest()
     return torch.tensor([int.from_bytes(digest, "little") >> 1, 0], dtype=torch.int64, device="cpu")
 
 
 def _shard_kind(parameter: Tensor) -> str | None:
-    """What a parameter is instead of one that its layer made, if sharding has made something else of it."""
-    tensor = sys.modules.get("torch.distributed.tensor")  # imported, since that is slow, by whoever makes DTensors
-    if tensor is not None and isinstance(parameter, tensor.DTensor):
-        return "a DTensor, as fully_shard (FSDP2) and tensor parallelism make it"
+    """What sharding has made of a parameter, if that is something that can't be updated."""
+    if is_sharded(parameter) and is_hidden_weight(parameter) and not shards.of_whole_rows(parameter):  # type: ignore[arg-type]
+        return f"a DTensor of parts of rows, {parameter.placements}"  # type: ignore[attr-defined]
     if getattr(parameter, "_is_flat_param", False):
         return "a flat parameter, as FullyShardedDataParallel (FSDP1) makes it"
     if isinstance(parameter, HiddenWeight) and parameter.dim() != 2:
@@ -55,7 +55,7 @@ def _shard_kind(parameter: Tensor) -> str | None:
 
 
 def _apply_gradient(grad: Tensor, weight: Tensor, *state: Tensor, **settings: Any) -> None:
-    ops.metaplastic_adam_(weight, grad, *state, **settings)
+    ops.metaplastic_adam_(weight, shards.local(grad), *state, **settings)  # type: ignore[arg-type]
 
 
 class MetaplasticAdam(Optimizer):
@@ -67,8 +67,7 @@ class MetaplasticAdam(Optimizer):
         W  -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)
         W   = min(max(W, -weight_bound), weight_bound)
 
-    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam, which is
-    the fused one on the CPU.
+    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam.
 
     Args:
         params: parameters, or groups of them, each with settings of its own if wanted (``metaplasticity`` may differ
@@ -111,11 +110,14 @@ class MetaplasticAdam(Optimizer):
     raises, as ever.
 
     Checkpoints: ``state_dict`` and torch.distributed.checkpoint. Data-parallel training: DistributedDataParallel, with
-    ZeroRedundancyOptimizer if wanted. A step with ``lr`` 0 changes moments only, not even to keep to ``weight_bound``.
+    ZeroRedundancyOptimizer if wanted, or fully_shard (FSDP2), before which no optimizer is made: a process then updates
+    the rows that it has, and from the same gradients all of them together do what one process does, bit for bit. A step
+    with ``lr`` 0 changes moments only, not even to keep to ``weight_bound``.
 
     Raises: ValueError for a setting out of range and for a ``state_dict`` of another ``state_dtype``; RuntimeError for
     a hidden weight in another dtype, for sparse gradients, and if a weight would become NaN; NotImplementedError for
-    sharded parameters (fully_shard, FullyShardedDataParallel, DTensor).
+    hidden weights that are shared out otherwise than in whole rows (FullyShardedDataParallel, tensor parallelism), and
+    for any DTensor with ``fuse_backward=True``.
     Warns: UserWarning if no parameter is a hidden weight, which makes this torch's Adam, and if in a distributed
     process a step finds no gradient at all, as where FSDP has replaced the parameters.
 
@@ -149,7 +151,7 @@ class MetaplasticAdam(Optimizer):
             weight_bound=weight_bound,
         )
         super().__init__(params, defaults)
-        if not any(isinstance(parameter, HiddenWeight) for parameter in self._parameters()):
+        if not any(is_hidden_weight(parameter) for parameter in self._parameters()):
             warnings.warn(
                 "params: expected the hidden weights of binary layers among them, got none, so that metaplasticity, "
                 "weight_bound, state_dtype and fuse_backward do nothing: every parameter gets torch's Adam",
@@ -202,11 +204,11 @@ class MetaplasticAdam(Optimizer):
             self._warn_of_replaced_parameters()
         for group, parameters in to_update:
             for parameter in parameters:
-                if isinstance(parameter, HiddenWeight):
+                if is_hidden_weight(parameter):
                     assert parameter.grad is not None
                     self._update_hidden(parameter, group, functools.partial(_apply_gradient, parameter.grad))
         for group, parameters in to_update:  # last, since the hidden weights may find that gradients are NaN
-            self._update_others([p for p in parameters if not isinstance(p, HiddenWeight)], group)
+            self._update_others([p for p in parameters if not is_hidden_weight(p)], group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. Raises: RuntimeError if a gradient has been consumed since the last step."""
@@ -261,10 +263,15 @@ class MetaplasticAdam(Optimizer):
         kind = _shard_kind(parameter)
         if kind is not None:
             raise NotImplementedError(
-                f"params: expected parameters as their layers made them, got {kind} ({self._place_of(parameter)}); "
-                "MetaplasticAdam does not support sharded hidden weights yet: use DistributedDataParallel"
+                "params: expected hidden weights in one piece, or in whole rows as fully_shard (FSDP2) shares them "
+                f"out, got {kind} ({self._place_of(parameter)})"
             )
-        if isinstance(parameter, HiddenWeight) and parameter.dtype not in (torch.float32, torch.bfloat16):
+        if self.fuse_backward and is_sharded(parameter):
+            raise NotImplementedError(
+                "fuse_backward: expected False with parameters that fully_shard or tensor parallelism has shared out, "
+                f"got True ({self._place_of(parameter)}): gradients are averaged between backward() and the update"
+            )
+        if is_hidden_weight(parameter) and parameter.dtype not in (torch.float32, torch.bfloat16):
             raise RuntimeError(
                 f"weight: expected float32 or bfloat16 with MetaplasticAdam, got {parameter.dtype} "
                 f"({self._place_of(parameter)}); any other optimizer takes layers of another dtype"
@@ -275,9 +282,9 @@ class MetaplasticAdam(Optimizer):
         if distributed and any(parameter.requires_grad for parameter in self._parameters()):
             warnings.warn(
                 "step: expected the gradient of at least one parameter, got none; if fully_shard or "
-                "FullyShardedDataParallel has replaced the parameters since, nothing is learned (MetaplasticAdam does "
-                "not support them yet: use DistributedDataParallel)",
-                stacklevel=5,
+                "FullyShardedDataParallel has replaced the parameters since, nothing is learned: make the optimizer "
+                "after fully_shard",
+                stacklevel=6,
             )
 
     def _ends_consuming(self, parameter: Tensor) -> bool:
@@ -319,13 +326,13 @@ class MetaplasticAdam(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         states = [state_dict["state"].get(key, {}) for key in saved]
         for parameter, state in zip(parameters, states, strict=False):
-            if isinstance(parameter, HiddenWeight) and "exp_avg" in state:
+            if is_hidden_weight(parameter) and "exp_avg" in state:
                 dtype = state["exp_avg"].dtype
                 if dtype != self.state_dtype:
                     raise ValueError(f"state_dict: expected moments in {self.state_dtype} as state_dtype, got {dtype}")
         super().load_state_dict(state_dict)
         for parameter, state in zip(parameters, states, strict=True):
-            if isinstance(parameter, HiddenWeight) and "step" in state:
+            if is_hidden_weight(parameter) and "step" in state:
                 for name, value in state.items():
                     if isinstance(value, Tensor) and name != "step":
                         device = torch.device("cpu") if name == "seed" else parameter.device
@@ -337,20 +344,25 @@ class MetaplasticAdam(Optimizer):
         if "step" in state:
             return state
         state["step"] = _count()
-        if not isinstance(parameter, HiddenWeight):
+        if not is_hidden_weight(parameter):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             return state
-        n, k = parameter.shape
-        state["exp_avg"] = torch.zeros(n, k, dtype=self.state_dtype, device=parameter.device)
-        state["exp_avg_sq"] = torch.zeros(n, k, dtype=_SECOND_MOMENT[self.state_dtype], device=parameter.device)
+
+        def zeros(columns: int, dtype: torch.dtype) -> Tensor:
+            if is_sharded(parameter):
+                return shards.like(parameter, columns, dtype)  # type: ignore[arg-type]
+            return torch.zeros(parameter.shape[0], columns, dtype=dtype, device=parameter.device)
+
+        k = parameter.shape[1]
+        state["exp_avg"] = zeros(k, self.state_dtype)
+        state["exp_avg_sq"] = zeros(k, _SECOND_MOMENT[self.state_dtype])
         if self.state_dtype == torch.int8:
-            blocks = -(-k // SCALE_BLOCK)
             for name in ("exp_avg_scale", "exp_avg_sq_scale"):
-                state[name] = torch.zeros(n, blocks, dtype=torch.float32, device=parameter.device)
+                state[name] = zeros(-(-k // SCALE_BLOCK), torch.float32)
         return state
 
-    def _update_hidden(self, weight: HiddenWeight, group: dict[str, Any], update: Callable[..., None]) -> None:
+    def _update_hidden(self, weight: Tensor, group: dict[str, Any], update: Callable[..., None]) -> None:
         state, (beta1, beta2) = self._state_of(weight), group["betas"]
         step, lr = int(state["step"]) + 1, float(group["lr"])
         if "seed" not in state and (self.state_dtype != torch.float32 or weight.dtype != torch.float32):
@@ -360,13 +372,15 @@ class MetaplasticAdam(Optimizer):
         if seed is not None:
             seed[1] = step % 2**32
 
-        def apply(sign_bits: Tensor) -> None:
+        own = {name: shards.local(value) for name, value in state.items()}
+
+        def apply(sign_bits: Tensor | None, weight: Tensor = weight, **place: int) -> None:
             values = weight if weight.is_contiguous() else weight.detach().contiguous()
             try:
                 update(
                     values,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
+                    own["exp_avg"],
+                    own["exp_avg_sq"],
                     sign_bits,
                     lr=lr,
                     beta1=beta1,
@@ -377,16 +391,20 @@ class MetaplasticAdam(Optimizer):
                     # torch.distributed.checkpoint makes fresh state by a step with lr 0, which may not move weights
                     weight_bound=group["weight_bound"] if lr > 0 else float("inf"),
                     step=step,
-                    exp_avg_scale=state.get("exp_avg_scale"),
-                    exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
+                    exp_avg_scale=own.get("exp_avg_scale"),
+                    exp_avg_sq_scale=own.get("exp_avg_sq_scale"),
                     seed=seed,
+                    **place,
                 )
             finally:
                 if values is not weight:
                     weight.copy_(values)
 
         try:
-            weight.updated_in_place(apply)
+            if isinstance(weight, HiddenWeight):
+                weight.updated_in_place(apply)
+            elif (rows := weight.to_local()).numel():  # type: ignore[attr-defined]
+                apply(None, rows, first_row=shards.first_row(weight))  # type: ignore[arg-type]
         except RuntimeError as error:
             if weight.is_cuda or type(error) is not RuntimeError:  # CUDA may report another weight's NaN
                 raise
@@ -405,8 +423,7 @@ class MetaplasticAdam(Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"].float() for state in states],  # torch adds the step to floats only
-            fused=all(parameter.is_cpu and parameter.is_floating_point() for parameter in parameters) or None,
+            [state["step"].double() for state in states],  # torch adds the step to floats only
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

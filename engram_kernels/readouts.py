@@ -230,7 +230,11 @@ class PrototypeReadout(_Readout):
     @torch.no_grad()
     def observe(self, x: Tensor, y: Tensor) -> None:
         """Counts the units that samples recruit. Excitabilities, floats (M, K), labels int64 (M,)."""
-        gate_bits = self.recruit(x)
+        self.observe_engrams(self.recruit(x), y)
+
+    @torch.no_grad()
+    def observe_engrams(self, gate_bits: Tensor, y: Tensor) -> None:
+        """:meth:`observe` of engrams that were recruited elsewhere, bits (M, words)."""
         self.check_labels(len(gate_bits), y)
         _count(gate_bits, y, self.counts, self.samples)
 
@@ -238,7 +242,7 @@ class PrototypeReadout(_Readout):
     def prototypes(self) -> tuple[Tensor, Tensor]:
         """The prototypes, bits (C, words), and what is taken off their products, ``sum_k f[k] W[c, k]``, (C,)."""
         shares = self.counts.double() / self.samples.clamp(min=1)[:, None]
-        mean = shares.sum(0) / max(1, int((self.samples > 0).sum()))
+        mean = shares.sum(0) / (self.samples > 0).sum().clamp(min=1)
         above = shares - mean > -1e-12  # equal shares may differ from their mean in its last bit
         offset = torch.where(above, mean, -mean).sum(1).float()
         return ops.pack_signs(above.float() - 0.5), offset
@@ -246,11 +250,13 @@ class PrototypeReadout(_Readout):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Excitabilities, floats (M, K) -> scores (M, C)."""
-        bits, offset = self.prototypes()
-        gate_bits = self.recruit(x)
-        y = ops.binary_matmul(gate_bits, bits, self.in_features, gate_bits) - offset
+        return self.engram_scores(self.recruit(x), *self.prototypes()).to(x.dtype)
+
+    def engram_scores(self, gate_bits: Tensor, prototype_bits: Tensor, offset: Tensor) -> Tensor:
+        """Scores, float32 (M, C), of engrams, bits (M, words), by what :meth:`prototypes` gives."""
+        y = ops.binary_matmul(gate_bits, prototype_bits, self.in_features, gate_bits) - offset
         y = y / math.sqrt(self.engram.recruited(self.in_features))
-        return y.to(x.dtype).masked_fill(self.samples == 0, -math.inf)
+        return y.masked_fill(self.samples == 0, -math.inf)
 
 
 class _Solution(NamedTuple):
@@ -313,7 +319,11 @@ class RidgeReadout(_Readout):
     @torch.no_grad()
     def observe(self, x: Tensor, y: Tensor) -> None:
         """Adds samples to the moments. Excitabilities, floats (M, K), labels int64 (M,). Best in large batches."""
-        gate_bits = self.recruit(x)
+        self.observe_engrams(self.recruit(x), y)
+
+    @torch.no_grad()
+    def observe_engrams(self, gate_bits: Tensor, y: Tensor) -> None:
+        """:meth:`observe` of engrams that were recruited elsewhere, bits (M, words)."""
         self.check_labels(len(gate_bits), y)
         if int(self.samples.sum()) + len(y) > torch.iinfo(torch.int32).max:
             raise ValueError("samples: expected at most 2**31 - 1 in all, since the Gram matrix is counted in int32")
@@ -378,11 +388,8 @@ class RidgeReadout(_Readout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Excitabilities, floats (M, K) -> scores (M, C)."""
-        gate_bits = self.recruit(x)
-        weight, bias = self.solve()
-        # a gate is half the sum of its sign and 1
-        y = 0.5 * (ops.sign_matmul_t(weight, gate_bits, self.in_features).T + weight.sum(1)) + bias
-        return y.to(x.dtype).masked_fill(self.samples == 0, -math.inf)
+        scores = regression_scores(self.recruit(x), *self.solve())
+        return scores.to(x.dtype).masked_fill(self.samples == 0, -math.inf)
 
 
 @contextlib.contextmanager
@@ -399,6 +406,12 @@ def _one_thread() -> Iterator[None]:
 def _version(tensor: Tensor) -> int:
     """Torch's count of writes; tensors made in inference mode have none."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def regression_scores(gate_bits: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``g @ weight.T + bias``: engrams, bits (M, words), floats (C, K) and (C,) -> float32 (M, C)."""
+    # a gate is half the sum of its sign and 1
+    return 0.5 * (ops.sign_matmul_t(weight, gate_bits, weight.shape[1]).T + weight.sum(1)) + bias
 
 
 def segment_scores(activations: Tensor, top_segments: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 _WORD_BITS = 64
 _ROW_BITS = 128
 _LOW = 0xFFFFFFFF
+_GROUP, _GROUPED_ROWS = 6, 32
 
 
 def words_for(k: int) -> int:
@@ -81,13 +82,46 @@ def binary_threshold(
     return _pack((binary_matmul(x_bits, w_bits, k, gate_bits) >= threshold) != flip)
 
 
+def value_signs(y: Tensor, threshold: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+    """Signs of integers by a threshold a unit, ``(y >= threshold) != flip``, or by the mean, ``y[m] >= mean of y[m]``.
+
+    int32 (M, N), int32 (N,), bool (N,) -> bits (M, words of N).
+    """
+    if threshold is None:
+        wide = y.to(torch.int64)
+        return _pack(wide * y.shape[1] >= wide.sum(1, keepdim=True))
+    return _pack((y >= threshold) != (False if flip is None else flip))
+
+
+def top_units(y: Tensor, count: int) -> Tensor:
+    """The ``count`` units of largest y, ties to the lower index. int32 (M, K) -> gate bits (M, words)."""
+    order = y.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return _pack(torch.zeros_like(y, dtype=torch.bool).scatter_(1, order, True))
+
+
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K) in the dtype of ``a``."""
     return (a.double() @ unpack_signs(w_bits, k, torch.float64)).to(a.dtype)
 
 
-def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int) -> Tensor:
-    """``y = x @ s(W).T``. Floats (M, K), bits (N, words) -> (M, N) in the dtype of ``x``; uint8 -> int32, exact."""
+def group_signs(w_bits: Tensor, k: int) -> Tensor:
+    """Packed signs (N, words) in groups of 6 inputs: int16 (ceil(K / 6), N rounded up to a multiple of 32).
+
+    Bit i of number n of group g is that of ``W[n, 6 g + i]``. Layout: ``csrc/cpu/grouped_product.cpp``.
+    """
+    n, groups = w_bits.shape[0], -(-k // _GROUP)
+    padded = torch.nn.functional.pad(
+        _unpack(w_bits, k).to(torch.int16), (0, groups * _GROUP - k, 0, -n % _GROUPED_ROWS)
+    )
+    place = torch.arange(_GROUP, dtype=torch.int16, device=w_bits.device)
+    return (padded.unflatten(1, (groups, _GROUP)) << place).sum(2).to(torch.int16).T.contiguous()
+
+
+def sign_matmul_t(x: Tensor, w_bits: Tensor, k: int, w_groups: Tensor | None = None) -> Tensor:
+    """``y = x @ s(W).T``. Floats (M, K), bits (N, words) -> (M, N) in the dtype of ``x``; uint8 -> int32, exact.
+
+    ``w_groups``, what :func:`group_signs` makes of the bits, says nothing new.
+    """
     y = x.double() @ unpack_signs(w_bits, k, torch.float64).T
     return y.to(torch.int32 if x.dtype == torch.uint8 else x.dtype)
 
@@ -109,7 +143,7 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
     return (d.double().T @ x).to(d.dtype)
 
 
-def philox(seed: Tensor, rows: int, k: int, first_row: int = 0) -> Tensor:
+def philox(seed: Tensor, rows: int, k: int, first_row: int = 0, row_step: int = 1) -> Tensor:
     """Philox4x32-10 draws (Salmon et al. 2011): 32 random bits per unit, int64 (rows, k) in [0, 2^32).
 
     ``seed`` is int64 (2,): the 64-bit key and an offset below 2^32. The draw of unit ``column`` of a row is word
@@ -117,7 +151,7 @@ def philox(seed: Tensor, rows: int, k: int, first_row: int = 0) -> Tensor:
     """
     key, offset = (int(value) for value in seed)
     groups = -(-k // 4)
-    row = torch.arange(first_row, first_row + rows).unsqueeze(1).expand(rows, groups)
+    row = (first_row + row_step * torch.arange(rows)).unsqueeze(1).expand(rows, groups)
     c0 = torch.arange(groups).expand(rows, groups) & _LOW
     c1, c2, c3 = row & _LOW, row >> 32, torch.full_like(row, offset)
     key0, key1 = key & _LOW, key >> 32 & _LOW
@@ -160,20 +194,22 @@ def sample_engram(
     rule: str = "gumbel_top_k",
     temperature: float = 1.0,
     first_row: int = 0,
+    row_step: int = 1,
 ) -> Tensor:
     """Recruits units: floats (M, K) -> gate bits (M, words).
 
     ``"bernoulli"`` recruits each unit independently with probability ``rate`` (``score`` gives the shape only);
     ``"gumbel_top_k"`` recruits the ``max(1, round(rate * K))`` units of largest ``score / temperature + Gumbel``, ties
-    to the lower index; temperature 0 adds no noise, infinity ignores the scores.
+    to the lower index; temperature 0 adds no noise, infinity ignores the scores. Sample m has the :func:`philox` draws
+    of row ``first_row + m row_step``.
     """
     rows, k = score.shape
     if rule == "bernoulli":
-        return _pack(philox(seed, rows, k, first_row) < round(rate * 2**32)).to(score.device)
+        return _pack(philox(seed, rows, k, first_row, row_step) < round(rate * 2**32)).to(score.device)
     count = recruited_units(rate, k)
     key = score.float().cpu()
     if temperature > 0:
-        noise = gumbel(philox(seed, rows, k, first_row))
+        noise = gumbel(philox(seed, rows, k, first_row, row_step))
         inverse = torch.tensor(1.0) / torch.tensor(temperature, dtype=torch.float32)
         key = noise if inverse == 0 else key * inverse + noise
     order = key.argsort(dim=1, descending=True, stable=True)

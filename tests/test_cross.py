@@ -161,17 +161,17 @@ def gated_weight_grad_cases() -> Iterator[Case]:
 
 
 def sample_engram_cases() -> Iterator[Case]:
-    seed, first_row = torch.tensor([-0x123456789ABCDEF, 2**32 - 1]), 2**33 + 1
+    seed, first_row, row_step = torch.tensor([-0x123456789ABCDEF, 2**32 - 1]), 2**33 + 1, 2**31 + 3
 
     def case(score, rate, rule, temperature=1.0):
         m, k = score.shape
         count, threshold = max(1, round(rate * k)), round(rate * 2**32)  # as csrc/bindings/sampling.cpp computes them
         inverse = -1.0 if temperature == 0 else (torch.tensor(1.0) / torch.tensor(temperature)).item()
-        fields = [m, k, rule == "bernoulli", count, threshold, inverse, *seed.tolist(), first_row, score]
+        fields = [m, k, rule == "bernoulli", count, threshold, inverse, *seed.tolist(), first_row, row_step, score]
         if score.isnan().any():
             expected = [None, flag(True)]
         else:
-            expected = [reference.sample_engram(score, seed, rate, rule, temperature, first_row), flag(False)]
+            expected = [reference.sample_engram(score, seed, rate, rule, temperature, first_row, row_step), flag(False)]
         return Case(f"{rule} {m=} {k=} {rate=} {temperature=}", fields, expected)
 
     for m, k in itertools.product((1, 3, 7), K_SIZES):
@@ -186,7 +186,7 @@ def sample_engram_cases() -> Iterator[Case]:
     yield case(with_nan, 0.1, "gumbel_top_k")
 
 
-# dtypes of the hidden weight and its gradient, and formats of the moments in the order of enum Moments, csrc/cpu/kernels.h
+# dtypes of the hidden weight and its gradient, and formats of the moments in the order of Moments in csrc/cpu/kernels.h
 WEIGHTS_AND_GRADS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 MOMENTS = ["float32", "bfloat16", "scaled"]
 STATE = ["weight", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "sign_bits"]

@@ -106,7 +106,7 @@ def test_engrams_are_those_of_the_cpu(k):
     score[::2] = score[::2].round()  # ties
     rules = [("bernoulli", 1.0), ("gumbel_top_k", 1.0), ("gumbel_top_k", 0.0), ("gumbel_top_k", float("inf"))]
     for (rule, temperature), rate, first_row in itertools.product(rules, (0.05, 0.5, 1.0), (0, 2**33)):
-        arguments = seed, rate, rule, temperature, first_row
+        arguments = seed, rate, rule, temperature, first_row, 3
         expected = ops.sample_engram(score, *arguments)
         assert torch.equal(ops.sample_engram(score.cuda(), *arguments).cpu(), expected)
 

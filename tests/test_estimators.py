@@ -99,6 +99,28 @@ def test_ridge_forgets_the_class_and_goes_on_learning():
 
 
 @pytest.mark.parametrize("settings", [{}, {"readout": "prototype"}, {"image_shape": (8, 8), "patch": 4}])
+def test_classes_whose_samples_are_shown_again_are_forgotten_exactly(settings):
+    X, y, X_test, _ = split()
+    gone, rest = np.isin(y, [3, 8]), ~np.isin(y, [3, 8])
+    never = classifier(**settings).fit(X[rest], y[rest])
+    model = classifier(**settings).fit(X, y)
+    for bad_X, bad_y, message in [
+        (X[gone][1:], y[gone][1:], r"X: expected the \d+ samples that were learned of class [38], got \d+"),
+        (X[gone][:, ::-1], y[gone], "X: expected the .* or others"),
+        (X, y, "y: expected labels of the classes to forget alone, got 0"),
+        (X[gone], None, "y: expected labels, got None"),
+        (X[gone][:, :9], y[gone], "has 9 features"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.forget([3, 8], bad_X, bad_y)
+    order = np.random.default_rng(0).permutation(gone.sum())
+    model.forget([3, 8], X[gone][order], y[gone][order])
+    assert same_counts(never, model)
+    assert (never.decision_function(X_test) == model.decision_function(X_test)).all()
+    assert model.merge(classifier(**settings).fit(X[gone], y[gone])).score(X, y) > 0.9
+
+
+@pytest.mark.parametrize("settings", [{}, {"readout": "prototype"}, {"image_shape": (8, 8), "patch": 4}])
 @pytest.mark.parametrize("names", [lambda y: y, lambda y: np.array([f"digit {i}" for i in y]), lambda y: y > 4])
 def test_a_saved_estimator_is_the_same(settings, names, tmp_path):
     X, y, X_test, _ = split()
@@ -203,10 +225,13 @@ def test_bad_settings_are_refused_by_name(settings, message):
         ek.EngramClassifier(**settings).fit(X, y)
 
 
-def test_a_memory_budget_chooses_the_width():
+def test_a_memory_budget_chooses_the_width_and_says_so(capsys):
     X, y, X_test, y_test = split()
     narrow, wide = (ek.EngramClassifier(memory_budget=budget).fit(X, y) for budget in ("50MB", 80_000_000))
     assert narrow.n_units_ < wide.n_units_
+    assert f"memory_budget: 50000000 bytes allow {narrow.n_units_} units\n" in capsys.readouterr().out
+    ek.EngramClassifier(memory_budget="50MB", verbose=False).fit(X, y)
+    assert capsys.readouterr().out == ""
     assert narrow.score(X_test, y_test) > 0.95
 
 
@@ -231,6 +256,21 @@ def test_inputs_of_any_kind_are_the_same():
         import scipy.sparse
 
         classifier().fit(scipy.sparse.csr_array(X), y)
+
+
+def test_frames_of_polars_are_the_same():
+    polars = pytest.importorskip("polars")
+    X, y, X_test, _ = split()
+    names = [f"pixel {i}" for i in range(64)]
+    model = classifier().fit(polars.DataFrame(X, schema=names), polars.Series(y))
+    assert model.feature_names_in_.tolist() == names
+    scores = classifier().fit(X, y).decision_function(X_test)
+    assert (model.decision_function(polars.DataFrame(X_test, schema=names)) == scores).all()
+    with pytest.raises(ValueError, match="feature names"):
+        model.predict(polars.DataFrame(X_test, schema=names[::-1]))
+    text = polars.DataFrame({"size": [1.0, 2.0], "kind": ["a", "b"]})
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        classifier().fit(text, [0, 1])
 
 
 def test_features_may_be_constant_few_or_huge():
@@ -269,7 +309,7 @@ def test_conjugate_gradients_find_what_a_factor_gives(monkeypatch):
     X, y, X_test, _ = split()
     model = classifier().fit(X, y)
     direct = model.decision_function(X_test)
-    penalty = model._discriminants._start.penalty
+    penalty = model.discriminants_._start.penalty
     monkeypatch.setattr("engram_kernels.discriminants.DIRECT_UNITS", 0)
     found = classifier(penalty=penalty).fit(X, y).decision_function(X_test)
     assert np.abs(found - direct).max() < 0.01 * np.abs(direct).max()

@@ -9,10 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import engram_kernels as ek
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-TESTED = {"class_incremental_digits.py", "own_network.py", "avalanche_naive.py", "layer_sizes.py"}
+TESTED = {
+    "avalanche_naive.py",
+    "class_incremental_digits.py",
+    "layer_sizes.py",
+    "lightning_digits.py",
+    "own_network.py",
+    "trainer_digits.py",
+}
 
 
 def run(name, *arguments):
@@ -55,6 +65,24 @@ def test_layers_of_any_size_are_timed():
         [size, kind] for size in ("130x70", "256x128") for kind in ("forward", "step")
     ]
     assert all(float(number.rstrip("x")) > 0 for row in rows for number in row.split()[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_lightning_trains_in_one_process_and_in_two(processes):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    (accuracy,) = percentages(run("lightning_digits.py", processes)[-1])
+    assert accuracy > 91
+
+
+@pytest.mark.slow
+def test_trainer_trains_and_keeps_a_folder(tmp_path):
+    for package in ("accelerate", "safetensors", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    (accuracy,) = percentages(run("trainer_digits.py", str(tmp_path))[-1])
+    assert accuracy > 85
+    model = ek.from_pretrained(tmp_path)
+    assert model(torch.zeros(3, 64)).shape == (3, 10)
 
 
 @pytest.mark.slow

@@ -159,6 +159,10 @@ def test_sign_products_of_uint8_are_exact(isa, k):
         x[0] = 255
         y = ops.sign_matmul_t(x, w_bits, k)
         assert y.dtype == torch.int32 and torch.equal(y, reference.sign_matmul_t(x, w_bits, k)), (m, n)
+        grouped = reference.group_signs(w_bits, k)
+        assert torch.equal(ops.sign_matmul_t(x, w_bits, k, grouped), y), (m, n)
+        few = x * (torch.rand(m, k) < 0.05)  # most groups of them are left out
+        assert torch.equal(ops.sign_matmul_t(few, w_bits, k, grouped), reference.sign_matmul_t(few, w_bits, k)), (m, n)
     ones = reference.pack_signs(torch.ones(3, k))  # the largest sums, of either sign
     assert (ops.sign_matmul_t(torch.full((2, k), 255, dtype=torch.uint8), ones, k) == 255 * k).all()
     assert (ops.sign_matmul_t(torch.full((2, k), 255, dtype=torch.uint8), torch.zeros_like(ones), k) == -255 * k).all()
@@ -275,6 +279,9 @@ def test_a_rank_draws_what_one_process_would_have_drawn(isa):
         whole = ops.sample_engram(score, seed, 0.1, rule)
         parts = [ops.sample_engram(score[i : i + 5], seed, 0.1, rule, first_row=i) for i in (0, 5)]
         assert torch.equal(whole, torch.cat(parts))
+        for rank in range(3):
+            part = ops.sample_engram(score[rank::3], seed, 0.1, rule, first_row=rank, row_step=3)
+            assert torch.equal(whole[rank::3], part)
 
 
 # ---- the update
@@ -619,6 +626,7 @@ def opcheck_cases():
     x_bits, w_bits, gate = reference.pack_signs(x), bits_of(n, k), gate_of("per sample", m, k)
     seed = torch.tensor([1, 0])
     weight, grad, avg, avg_sq, bits = update_arguments(n, k)
+    threshold = torch.arange(k, dtype=torch.int32) - k // 2
     return {
         "pack_signs": [(x,), (x.bfloat16(),)],
         "pack_window": [(x, 1.0, gate), (x, 0.5, None)],
@@ -630,7 +638,10 @@ def opcheck_cases():
             (x.clone().requires_grad_(), w_bits, k),
             (x.half(), w_bits, k),
             ((x.abs() * 50).to(torch.uint8), w_bits, k),
+            ((x.abs() * 50).to(torch.uint8), w_bits, k, reference.group_signs(w_bits, k)),
         ],
+        "value_signs": [((x * 9).int(),), ((x * 9).int(), threshold), ((x * 9).int(), threshold, threshold > 0)],
+        "top_units": [((x * 9).int(), 3)],
         "gated_input_grad": [(d, w_bits, x, gate), (d, w_bits, x)],
         "masked_input_grad": [(d, w_bits, k, gate)],
         "gated_weight_grad": [(d, x_bits, k, gate), (d, x_bits, k)],
@@ -666,6 +677,26 @@ def test_gradients_of_the_sign_products_agree_with_autograd_through_the_referenc
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3)
 
 
+def test_grouped_signs_of_more_outputs_than_a_block(isa):
+    k, n = 300, 4133
+    w_bits, x = bits_of(n, k), torch.full((5, k), 255, dtype=torch.uint8)  # sums that 16 bits do not hold
+    expected = reference.sign_matmul_t(x, w_bits, k)
+    assert torch.equal(ops.sign_matmul_t(x, w_bits, k, reference.group_signs(w_bits, k)), expected)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_signs_and_most_excited_units_of_integers(isa, n):
+    for m in (0, 1, 5):
+        wide = torch.randint(-(2**31), 2**31, (m, n)).to(torch.int32)
+        for y in (wide, wide % 5, wide % 5 - 7, torch.full((m, n), -3, dtype=torch.int32)):
+            assert torch.equal(ops.value_signs(y), reference.value_signs(y))
+            threshold, flip = torch.randint(-9, 9, (n,), dtype=torch.int32), torch.rand(n) < 0.5
+            assert torch.equal(ops.value_signs(y, threshold), reference.value_signs(y, threshold))
+            assert torch.equal(ops.value_signs(y, threshold, flip), reference.value_signs(y, threshold, flip))
+            for count in {1, max(1, n // 10), n}:
+                assert torch.equal(ops.top_units(y, count), reference.top_units(y, count)), (m, count)
+
+
 # ---- bad input: the message names the argument, what it got and what it needs
 
 
@@ -677,6 +708,20 @@ def bad_calls():
     nan = torch.full((2, 3), math.nan)
     return {
         "pack float64": (lambda: ops.pack_signs(x.double()), r"x: expected float32.*got float64 \(4, 70\)"),
+        "groups": (
+            lambda: ops.sign_matmul_t(x.byte(), w_bits, k, torch.zeros(12, 31, dtype=torch.int16)),
+            r"w_groups: expected int16 of shape \(12, 32\) for k = 70 and 9 rows, got int16 \(12, 31\)",
+        ),
+        "values": (lambda: ops.value_signs(x), r"y: expected int32 \(M, N\) .*got float32 \(4, 70\)"),
+        "values threshold": (
+            lambda: ops.value_signs(x.int(), torch.zeros(69, dtype=torch.int32)),
+            r"threshold: expected int32 \(70,\), one for each unit of y, got int32 \(69,\)",
+        ),
+        "values flip": (
+            lambda: ops.value_signs(x.int(), None, torch.zeros(70, dtype=torch.bool)),
+            r"flip: expected None without thresholds, got bool \(70,\)",
+        ),
+        "top count": (lambda: ops.top_units(x.int(), 71), "count: expected 1 to 70, the units of y, got 71"),
         "pack int": (lambda: ops.pack_signs(x.int()), r"x: expected float32.*got int32"),
         "pack scalar": (lambda: ops.pack_signs(torch.tensor(1.0)), "x: expected 1 to .* units in the last dim"),
         "pack nothing": (lambda: ops.pack_window(x[:, :0]), r"x: expected 1 to .* units .* got float32 \(4, 0\)"),

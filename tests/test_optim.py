@@ -146,7 +146,7 @@ def test_other_parameters_get_plain_adam():
     settings = dict(lr=5e-3, betas=(0.8, 0.99), eps=1e-7, weight_decay=1e-3)
     with pytest.warns(UserWarning, match="hidden weights of binary layers among them, got none"):
         a = ek.MetaplasticAdam(mine.parameters(), **settings, weight_bound=0.01)
-    b = torch.optim.Adam(theirs.parameters(), **settings, fused=True)
+    b = torch.optim.Adam(theirs.parameters(), **settings)
     for _ in range(10):
         x = torch.randn(6, 10)
         for model, optimizer in ((mine, a), (theirs, b)):

@@ -162,7 +162,7 @@ def cost(units: int = 4096, samples: int = 8192, repeats: int = 5) -> None:
     model = ek.EngramClassifier(units).fit(x, labels)
     again, update = [], []
     for i in range(repeats):
-        model._discriminants.forget()
+        model.discriminants_.forget()
         again.append(seconds(lambda: model.predict(x[:1])))
         update.append(seconds(lambda i=i: model.partial_fit(x[i : i + 1], labels[i : i + 1]).predict(x[:1])))
     row["update_ratio"] = statistics.median(again) / statistics.median(update)

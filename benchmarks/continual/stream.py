@@ -29,7 +29,8 @@ from jobs import RESULTS
 from torch import Tensor
 
 import engram_kernels as ek
-from engram_kernels.continual.data import Dataset, load, standardize
+from engram_kernels.continual.data import Dataset, load
+from engram_kernels.encoding import standardize
 
 FILE, SEARCH = RESULTS / "stream.json", RESULTS / "search" / "stream.json"
 PICTURE = RESULTS.parent / "pictures" / "stream.png"

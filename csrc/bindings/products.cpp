@@ -96,7 +96,7 @@ Tensor sign_matmul(const Tensor& a, const Tensor& w_bits, int64_t k) {
   return sign_product(place, a, {M, k}, {.signs = packed_data(w), .signs_by_row = true, .R = M, .I = N, .V = k});
 }
 
-Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
+Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k, std::optional<Tensor> w_groups) {
   check_k(k);
   const Place place = place_of("x", x);
   const bool exact = x.scalar_type() == ScalarType::Byte;
@@ -105,7 +105,25 @@ Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k) {
   require(x.dim() == 2 && x.size(1) == k, "x: expected shape (M, ", k, ") for k = ", k, ", got ", describe(x));
   require(!exact || k <= INT32_MAX / 255, "k: expected at most ", INT32_MAX / 255, " for uint8, got ", k);
   const int64_t M = x.size(0), N = w_bits.size(0);
+  const int64_t groups = ceil_div(k, kGroup), stride = ceil_div(N, kGroupedRows) * kGroupedRows;
+  if (w_groups) {
+    check_place("w_groups", *w_groups, place);
+    require(w_groups->scalar_type() == ScalarType::Short && w_groups->dim() == 2 && w_groups->size(0) == groups &&
+                w_groups->size(1) == stride,
+            "w_groups: expected int16 of shape (", groups, ", ", stride, ") for k = ", k, " and ", N, " rows, got ",
+            describe(*w_groups));
+  }
   const Tensor w = as_packed(w_bits);
+  if (w_groups && exact && place.cpu) {
+    const Tensor in = as_contiguous(x), grouped = as_contiguous(*w_groups);
+    Tensor y = new_tensor({M, N}, ScalarType::Int, place);
+    TorchRuntime rt;
+    cpu::grouped_product(rt.get(),
+                         {static_cast<const uint8_t*>(in.const_data_ptr()),
+                          static_cast<const uint16_t*>(grouped.const_data_ptr()), stride, data<int32_t>(y), M, N, k},
+                         packed_data(w));
+    return y;
+  }
   return sign_product(place, x, {M, N}, {.signs = packed_data(w), .R = M, .I = k, .V = N});
 }
 

@@ -11,7 +11,7 @@ namespace engram::bindings {
 namespace {
 
 Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool bernoulli, double temperature,
-                     int64_t first_row) {
+                     int64_t first_row, int64_t row_step) {
   const Place place = place_of("score", score);
   check_matrix("score", score, place);
   check_units("score", score);
@@ -20,6 +20,7 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   require(rate > 0 && rate <= 1, "rate: expected in (0, 1], got ", rate);
   require(temperature == 0 || temperature >= 1e-6, "temperature: expected 0 or at least 1e-6, got ", temperature);
   require(first_row >= 0, "first_row: expected at least 0, got ", first_row);
+  require(row_step >= 1, "row_step: expected at least 1, got ", row_step);
   const Tensor in = as_float32(score);
   Tensor gate = new_tensor({M, words_for(K)}, ScalarType::Long, place);
   const auto count = static_cast<int64_t>(std::nearbyint(rate * static_cast<double>(K)));
@@ -31,6 +32,7 @@ Tensor sample_engram(const Tensor& score, const Tensor& seed, double rate, bool 
   p.threshold = static_cast<uint64_t>(std::nearbyint(rate * 4294967296.0));
   p.inverse_temperature = temperature == 0 ? -1.0f : 1.0f / static_cast<float>(temperature);
   p.seed = key.key, p.offset = key.offset, p.first_row = static_cast<uint64_t>(first_row);
+  p.row_step = static_cast<uint64_t>(row_step);
   if (!place.cuda) {
     TorchRuntime rt;
     require(!cpu::sample_engram(rt.get(), p), "score: expected numbers, got NaN");

@@ -13,13 +13,15 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("transpose_bits(Tensor bits, int k) -> Tensor");
   m.def("binary_matmul(Tensor x_bits, Tensor w_bits, int k, Tensor? gate_bits=None) -> Tensor");
   m.def("sign_matmul(Tensor a, Tensor w_bits, int k) -> Tensor");
-  m.def("sign_matmul_t(Tensor x, Tensor w_bits, int k) -> Tensor");
+  m.def("sign_matmul_t(Tensor x, Tensor w_bits, int k, Tensor? w_groups=None) -> Tensor");
   m.def("gated_input_grad(Tensor d, Tensor w_bits, Tensor x, Tensor? gate_bits=None) -> Tensor");
   m.def("masked_input_grad(Tensor d, Tensor w_bits, int k, Tensor mask_bits) -> Tensor");
   m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
+  m.def("value_signs(Tensor y, Tensor? threshold=None, Tensor? flip=None) -> Tensor");
+  m.def("top_units(Tensor y, int count) -> Tensor");
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
-      "int first_row=0) -> Tensor");
+      "int first_row=0, int row_step=1) -> Tensor");
   m.def(update_schema("metaplastic_adam_(Tensor(a!) weight, Tensor grad", true, "()").c_str());
   m.def(
       update_schema("gated_metaplastic_adam_(Tensor d, Tensor x_bits, Tensor? gate_bits, Tensor(a!) weight", true, "()")

@@ -26,6 +26,10 @@ namespace engram {
 constexpr int64_t kWordBits = 64;
 constexpr int64_t kRowBits = 128;
 
+// Of signs in groups, which subsets of so many numbers are looked up by; rows of groups are padded to kGroupedRows.
+constexpr int64_t kGroup = 6;
+constexpr int64_t kGroupedRows = 32;
+
 // Number of 64-bit words in a packed row of k units.
 ENGRAM_FUNCTION constexpr int64_t words_for(int64_t k) {
   return (k + kRowBits - 1) / kRowBits * (kRowBits / kWordBits);

@@ -73,6 +73,31 @@ struct SignProduct {
   int64_t R, I, V;
 };
 
+// y[m,n] = sum_k x[m,k] s(w[n,k]), from the signs in groups of kGroup inputs
+struct GroupedProduct {
+  const uint8_t* x;        // [M, K]
+  const uint16_t* groups;  // [ceil(K / kGroup), stride]: bit i of number n of row g is that of w[n, kGroup g + i]
+  int64_t stride;          // N rounded up to kGroupedRows
+  int32_t* y;              // [M, N]
+  int64_t M, N, K;
+};
+
+// bits[m,n] = (y[m,n] >= threshold[n]) != flip[n]; without thresholds y[m,n] >= mean of row m
+struct ValueSigns {
+  const int32_t* y;          // [M, N]
+  const int32_t* threshold;  // [N] or null
+  const uint8_t* flip;       // [N], 0 or 1, or null
+  int64_t M, N;
+  uint64_t* bits;  // [M, words_for(N)]
+};
+
+// The `count` units of largest y of each row, equal ones by the lower number first.
+struct TopUnits {
+  const int32_t* y;  // [M, K]
+  int64_t M, K, count;
+  uint64_t* gate;  // [M, words_for(K)]
+};
+
 struct SampleEngram {
   const float* score;  // [M, K]
   uint64_t* gate;      // [M, words]
@@ -83,7 +108,7 @@ struct SampleEngram {
   float inverse_temperature;  // 0: scores ignored; negative: no noise
   uint64_t seed;
   uint32_t offset;
-  uint64_t first_row;
+  uint64_t first_row, row_step;  // sample m has the draws of row first_row + m row_step
   uint32_t* keys;      // scratch for Gumbel-top-k: [M, key_stride] on CUDA, K on the CPU, for each share of the samples
   int64_t key_stride;  // K rounded up to a multiple of 4
   int32_t* nan;

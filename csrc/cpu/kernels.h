@@ -48,6 +48,10 @@ struct PreparedMatmul : BinaryMatmul {
   const uint64_t* gate_parts;  // what split_gates makes of the gate; the gate itself where Kernels::gate_parts is 1
 };
 
+struct PreparedSigns : ValueSigns {
+  const uint64_t* flip_bits;  // [words_for(N)], flip packed, or null
+};
+
 // y[r,v] = sum_i a[r,i] s(plus[v,i]), or with minus sum_i a[r,i] (plus[v,i] - minus[v,i]).
 struct StridedSignProduct {
   const void* a;    // a[r,i] lies at a[r * r_stride + i * i_stride]
@@ -109,7 +113,7 @@ struct MetaplasticAdam {
 };
 
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
-// where a weight could not be updated. pack_reached packs what binary_threshold makes of y; transpose_bits works on
+// where a weight could not be updated. transpose_bits works on
 // words of units, list_samples on words of units, split_gates on words, metaplastic_adam on words of weights,
 // row-major.
 #define ENGRAM_CPU_KERNELS(KERNEL)                        \
@@ -117,7 +121,6 @@ struct MetaplasticAdam {
   KERNEL(void, pack_window, PackWindow, Range)            \
   KERNEL(void, unpack_signs, UnpackSigns, Range)          \
   KERNEL(void, popcount_rows, PopcountRows, Range)        \
-  KERNEL(void, pack_reached, BinaryMatmul, Range)         \
   KERNEL(void, transpose_bits, TransposeBits, Range)      \
   KERNEL(void, zero_unrecruited, ZeroUnrecruited, Range)  \
   KERNEL(void, split_gates, SplitGates, Range)            \
@@ -127,12 +130,15 @@ struct MetaplasticAdam {
   KERNEL(void, list_samples, GatedWeightGrad, Range)      \
   KERNEL(void, gated_weight_grad, GatedWeightGrad, Block) \
   KERNEL(bool, sample_engram, SampleEngram, Range)        \
+  KERNEL(void, value_signs, PreparedSigns, Range)         \
+  KERNEL(void, top_units, TopUnits, Range)                \
   KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)
 
 struct Kernels {
   const char* isa;
-  int64_t panel;       // rows of w that binary_matmul works on together
-  int64_t gate_parts;  // words into which it wants each word of a gate split
+  int64_t panel;                                          // rows of w that binary_matmul works on together
+  int64_t gate_parts;                                     // words into which it wants each word of a gate split
+  void (*grouped_product)(const GroupedProduct&, Block);  // null where sign_product is the faster
 #define ENGRAM_POINTER(Result, name, Arguments, Part) Result (*name)(const Arguments&, Part);
   ENGRAM_CPU_KERNELS(ENGRAM_POINTER)
 #undef ENGRAM_POINTER

@@ -180,6 +180,19 @@ void product(const Runtime& rt, const Kernels& kernels, const BinaryMatmul& oper
   }
 }
 
+const uint64_t* packed_flips(const Runtime& rt, const uint8_t* flip, int64_t n) {
+  if (flip == nullptr) return nullptr;
+  uint64_t* bits = workspace<uint64_t>(rt, words_for(n));
+  for (int64_t word = 0; word < words_for(n); ++word) bits[word] = 0;
+  for (int64_t i = 0; i < n; ++i) bits[i / kWordBits] |= static_cast<uint64_t>(flip[i] != 0) << (i % kWordBits);
+  return bits;
+}
+
+void pack_values(const Runtime& rt, const Kernels& kernels, const PreparedSigns& p) {
+  constexpr int64_t kAtOnce = 8;  // values of a vector, which is one step
+  share(rt, p.M, p.N / kAtOnce, [&](Range rows) { kernels.value_signs(p, rows); });
+}
+
 }  // namespace
 
 void binary_matmul(const Runtime& rt, const BinaryMatmul& p) {
@@ -188,13 +201,14 @@ void binary_matmul(const Runtime& rt, const BinaryMatmul& p) {
   constexpr int64_t kSamples = 256;  // whose products are held at a time
   BinaryMatmul part = p;
   part.y = workspace<int32_t>(rt, (p.M < kSamples ? p.M : kSamples) * p.N);
+  const uint64_t* flips = packed_flips(rt, p.flip, p.N);
   for (int64_t m = 0; m < p.M; m += kSamples) {
     part.M = p.M - m < kSamples ? p.M - m : kSamples;
     part.x = p.x + m * p.words;
     part.gate = p.gate == nullptr ? nullptr : p.gate + m * p.gate_stride;
     part.y_bits = p.y_bits + m * words_for(p.N);
     product(rt, kernels, part);
-    share(rt, part.M, p.N, [&](Range rows) { kernels.pack_reached(part, rows); });
+    pack_values(rt, kernels, {{part.y, p.threshold, nullptr, part.M, p.N, part.y_bits}, flips});
   }
 }
 
@@ -306,6 +320,34 @@ void sign_product(const Runtime& rt, const SignProduct& p) {
     const Range outputs = items_of(blocks, WeightGrad::kOutputs, p.R);
     gradient.make({outputs, {0, p.V}}, static_cast<float*>(p.y) + outputs.begin * p.V, p.V);
   });
+}
+
+void grouped_product(const Runtime& rt, const GroupedProduct& p, const uint64_t* signs) {
+  const Kernels& kernels = *active().load();
+  if (kernels.grouped_product == nullptr) {
+    SignProduct plain{};
+    plain.a = p.x, plain.element = Element::kUint8, plain.signs = signs, plain.y = p.y;
+    plain.R = p.M, plain.I = p.K, plain.V = p.N;
+    return sign_product(rt, plain);
+  }
+  constexpr int64_t kSamples = 2, kLookUps = 64;  // samples taken together, and products of a look-up and its addition
+  const int64_t blocks = ceil_div(p.N, kGroupedRows), pairs = ceil_div(p.M, kSamples);
+  if (enough_blocks(rt, pairs) || pairs >= blocks) {
+    share(rt, pairs, p.N * p.K / kLookUps,
+          [&](Range part) { kernels.grouped_product(p, {items_of(part, kSamples, p.M), {0, p.N}}); });
+  } else {
+    share(rt, blocks, p.M * p.K * kGroupedRows / kLookUps,
+          [&](Range part) { kernels.grouped_product(p, {{0, p.M}, items_of(part, kGroupedRows, p.N)}); });
+  }
+}
+
+void value_signs(const Runtime& rt, const ValueSigns& p) {
+  pack_values(rt, *active().load(), {p, packed_flips(rt, p.flip, p.N)});
+}
+
+void top_units(const Runtime& rt, const TopUnits& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.M, p.K, [&](Range rows) { kernels.top_units(p, rows); });
 }
 
 bool sample_engram(const Runtime& rt, SampleEngram p) {

@@ -35,6 +35,10 @@ void transpose_bits(const Runtime&, const TransposeBits&);
 void binary_matmul(const Runtime&, const BinaryMatmul&);
 // Any of the operators of core/operands.h, on float32 or uint8.
 void sign_product(const Runtime&, const SignProduct&);
+// `signs` are those of the groups: [N, words_for(K)].
+void grouped_product(const Runtime&, const GroupedProduct&, const uint64_t* signs);
+void value_signs(const Runtime&, const ValueSigns&);
+void top_units(const Runtime&, const TopUnits&);
 bool sample_engram(const Runtime&, SampleEngram);  // keys are made here
 // True if a weight could not be updated.
 bool metaplastic_adam(const Runtime&, const MetaplasticAdam&);

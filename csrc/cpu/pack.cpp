@@ -64,8 +64,12 @@ void pack_window(const PackWindow& p, Range rows) {
   const float outside = __builtin_nanf(""), width = p.width;
   pack_rows(p.x, outside, p.K, p.bits, rows, [width](const float* block, bool&) { return window_of_64(block, width); });
   if (p.gate == nullptr) return;
-  for (int64_t row = rows.begin; row < rows.end; ++row)
-    for (int64_t word = 0; word < p.words; ++word) p.bits[row * p.words + word] &= p.gate[row * p.gate_stride + word];
+  const int64_t words = p.words;  // in a register: a word that is written might be p.words, for all the compiler knows
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    uint64_t* bits = p.bits + row * words;
+    const uint64_t* gate = p.gate + row * p.gate_stride;
+    for (int64_t word = 0; word < words; ++word) bits[word] &= gate[word];
+  }
 }
 
 void unpack_signs(const UnpackSigns& p, Range rows) {
@@ -86,28 +90,6 @@ void popcount_rows(const PopcountRows& p, Range rows) {
     int64_t sum = 0;
     for (int64_t word = 0; word < p.words; ++word) sum += scalar_popcount(p.bits[row * p.words + word]);
     p.counts[row] = static_cast<int32_t>(sum);
-  }
-}
-
-void pack_reached(const BinaryMatmul& p, Range rows) {
-  const int64_t n = p.N;
-  const int32_t* threshold = p.threshold;
-  const uint8_t* flip = p.flip;
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const int32_t* from = p.y + row * n;
-    for (int64_t word = 0; word < words_for(n); ++word) {
-      const int64_t first = word * kWordBits, units = smaller(kWordBits, n - first);
-      alignas(8) uint8_t bytes[kWordBits] = {};
-      for (int64_t i = 0; i < units; ++i)
-        bytes[i] = (from[first + i] >= threshold[first + i]) != (flip[first + i] != 0);
-      uint64_t gathered = 0;
-      for (int64_t group = 0; group < kWordBits / 8; ++group) {
-        uint64_t eight;  // each byte 0 or 1: the product's highest byte holds them as bits
-        memcpy(&eight, bytes + 8 * group, sizeof eight);
-        gathered |= (eight * 0x0102040810204080u >> 56) << (8 * group);
-      }
-      p.y_bits[row * words_for(n) + word] = gathered;
-    }
   }
 }
 

@@ -14,13 +14,16 @@ namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
 
+// Of a sample, for the draws.
+uint64_t row_number(const SampleEngram& p, int64_t m) { return p.first_row + static_cast<uint64_t>(m) * p.row_step; }
+
 void bernoulli_row(const SampleEngram& p, const Draws& source, int64_t m) {
   uint32_t draws[kDrawGroup];
   uint64_t* gate = p.gate + m * p.words;
   for (int64_t word = 0; word < p.words; ++word) {
     uint64_t bits = 0;
     if (word * kWordBits < p.K) {
-      source.group<kDrawGroup>(p.first_row + static_cast<uint64_t>(m), word * kWordBits, draws);
+      source.group<kDrawGroup>(row_number(p, m), word * kWordBits, draws);
       for (int64_t i = 0; i < kDrawGroup; ++i) bits |= static_cast<uint64_t>(draws[i] < p.threshold) << i;
     }
     gate[word] = bits & valid_bits(word, p.K);
@@ -43,7 +46,7 @@ bool make_keys(const SampleEngram& p, const Draws& source, int64_t m) {
     }
     if (noisy) {
       uint32_t draws[kDrawGroup];
-      source.group<kDrawGroup>(p.first_row + static_cast<uint64_t>(m), first, draws);
+      source.group<kDrawGroup>(row_number(p, m), first, draws);
       if (scored)
         for (int64_t i = 0; i < kDrawGroup; ++i) value[i] = value[i] * p.inverse_temperature + gumbel(draws[i]);
       else

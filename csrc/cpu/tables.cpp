@@ -5,9 +5,20 @@
 
 namespace engram::cpu::ENGRAM_ISA {
 
+namespace {
+
+#if defined(ENGRAM_HAS_SUBSET_LOOK_UP)
+constexpr auto kGroupedProduct = grouped_product;
+#else
+constexpr decltype(Kernels::grouped_product) kGroupedProduct = nullptr;
+#endif
+
+}  // namespace
+
 #define ENGRAM_ENTRY(Result, name, Arguments, Part) name,
 extern const Kernels kernels;
-const Kernels kernels = {ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes, kGateParts, ENGRAM_CPU_KERNELS(ENGRAM_ENTRY)};
+const Kernels kernels = {ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes, kGateParts, kGroupedProduct,
+                         ENGRAM_CPU_KERNELS(ENGRAM_ENTRY)};
 #undef ENGRAM_ENTRY
 
 }  // namespace engram::cpu::ENGRAM_ISA

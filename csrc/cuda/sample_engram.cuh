@@ -20,12 +20,16 @@
 
 namespace engram::cuda {
 
+// Of a sample, for the draws.
+__device__ __forceinline__ uint64_t row_number(const SampleEngram& p, int64_t m) {
+  return p.first_row + static_cast<uint64_t>(m) * p.row_step;
+}
+
 __global__ void __launch_bounds__(kBlock) bernoulli_kernel(SampleEngram p) {
   const int64_t pieces = p.words / 2;
   for (int64_t i = first_piece(); i < p.M * pieces; i += piece_step()) {
     const int64_t m = i / pieces, word = i % pieces * 2, unit = word * kWordBits + 4 * lane_id();
-    const PhiloxDraws draws =
-        philox(p.seed, static_cast<uint64_t>(unit / 4), p.first_row + static_cast<uint64_t>(m), p.offset);
+    const PhiloxDraws draws = philox(p.seed, static_cast<uint64_t>(unit / 4), row_number(p, m), p.offset);
     uint32_t nibble = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) nibble |= static_cast<uint32_t>(unit + j < p.K && draws.word[j] < p.threshold) << j;
@@ -58,8 +62,7 @@ __device__ __forceinline__ void make_keys(const SampleEngram& p, int64_t m, uint
       for (int j = 0; j < 4; ++j) nan |= value[j] != value[j];
     }
     if (noisy) {
-      const PhiloxDraws draws =
-          philox(p.seed, static_cast<uint64_t>(unit / 4), p.first_row + static_cast<uint64_t>(m), p.offset);
+      const PhiloxDraws draws = philox(p.seed, static_cast<uint64_t>(unit / 4), row_number(p, m), p.offset);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float noise = gumbel(draws.word[j]);

@@ -1,4 +1,4 @@
-"""The command ``engram-kernels``: train a network on task after task; describe the installation.
+"""The command ``engram-kernels``: train a model on task after task; predict by it; describe the installation.
 
 Exit codes: 0 done; 1 some runs of a comparison or some of several seeds failed; 2 the user's input can't be used (one
 line on stderr has the value and what was expected); 130 interrupted (the results so far are written).
@@ -17,10 +17,10 @@ from .. import __version__
 from ..continual.compare import end_with_parent
 from ..continual.progress import JsonProgress
 from ..continual.streams import readable, standard_streams
-from . import compare, info, train
+from . import compare, info, pack, predict, train
 from .console import EXIT_INTERRUPTED, EXIT_USER_ERROR, PROGRAM, Parser, message_of, print_error
 
-COMMANDS = (train, compare, info)
+COMMANDS = (train, compare, predict, pack, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

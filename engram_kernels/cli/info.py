@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the state of the installation; anything that can't be found out is said, not raised."""
     build = ops.build_info()
-    extra = ("scikit-learn", "matplotlib", "tqdm")
+    extra = ("scikit-learn", "safetensors", "matplotlib", "tqdm")
     environment = {name: value for name, value in os.environ.items() if name.startswith("ENGRAM_")}
     rows: list[tuple[str, str]] = [
         ("engram-kernels", __version__),

@@ -74,7 +74,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> list[argparse.Actio
     group.add_argument(
         "--threads", type=int, metavar="N", default=argparse.SUPPRESS, help="CPU threads (default: torch's)"
     )
-    group.add_argument("--save-model", action="store_true", help="also write the trained weights, model.pt")
+    group.add_argument("--save-model", action="store_true", help="also write the model, for predict")
     return parser._actions[before:]
 
 
@@ -149,7 +149,9 @@ def plan_of(options: argparse.Namespace) -> Plan:
     data_name = data.joined_name(datasets)
     default = method_config(options.method, options.scenario, data_name, **overrides)
     check_build(options.method, default, options.hidden)
-    scenario = scenarios.make_scenario(options.scenario, datasets, seed=seeds[0], **tasks)
+    scenario = scenarios.make_scenario(
+        options.scenario, datasets, seed=seeds[0], encoded=not default.takes_features, **tasks
+    )
     samples = scenarios.task_samples(options.scenario, datasets, tasks["classes_per_task"])
     config = method_config(options.method, options.scenario, data_name, task_samples=samples, **overrides)
     several = "s" if len(seeds) > 1 else ""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import io
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..continual import folders, plots, report, training
+from ..continual import folders, plots, processes, report, training
 from ..continual.checkpoint import Checkpoint
-from ..continual.files import DamagedFileError, sweep, write_atomically
+from ..continual.files import DamagedFileError, replacing, sweep
 from ..continual.memory import MemoryMeter
 from ..continual.methods import ENOUGH_STEPS, METHODS, Method, steps_of
 from ..continual.progress import NoProgress, default_progress
@@ -20,8 +20,6 @@ from ..continual.streams import terminal_width
 from ..continual.training import TrainingResult
 from .console import EXIT_FAILURES, EXIT_INTERRUPTED, PROGRAM, Parser, message_of, one_line, print_error, warn
 from .options import Plan, add_training_options, plan_of
-
-MODEL_FILE = "model.pt"
 
 _WAIT_SECONDS = 30.0  # for a run of a comparison that was killed to leave its folder to the one that goes on with it
 
@@ -33,13 +31,15 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         help="train a network on one task after another and show what it remembers",
         description="Train a binarized network on a stream of tasks; after each, test it on all of them. "
         "Without options: scikit-learn's digits, two new classes per task, method engram. "
-        "Writes metrics.json and report.png.",
+        "Writes metrics.json and report.png. "
+        "torchrun --nproc-per-node N -m engram_kernels.cli train ... shares each batch among N processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("run")
     group.add_argument(
         "--method", choices=tuple(METHODS), default="engram",
-        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; the others: full precision",
+        help="engram: binary, gated, metaplastic; mbnn: metaplastic only; bnn: neither; classifier: counted, binary; "
+        "the others: full precision",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, engrams, sample order and tasks")
     group.add_argument(
@@ -61,10 +61,29 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains; returns the exit code."""
+    """Trains, with the other processes that torchrun has started, if any; returns the exit code."""
     plan = plan_of(options)
     if "threads" in options:
         torch.set_num_threads(options.threads)
+    with processes.joined():
+        if processes.rank() > 0:
+            return _assist(plan)
+        code = _lead(plan, options)
+        processes.told_by_the_first()  # that nothing is left to train
+        return code
+
+
+def _assist(plan: Plan) -> int:
+    """Trains what the first process says; writes and prints nothing."""
+    while (run := processes.told_by_the_first()) is not None:
+        seed, folder, resume = run
+        checkpoint = Checkpoint(folder, plan.config_of(seed), resume=resume)
+        training.run(plan.datasets, seed=seed, checkpoint=checkpoint, **plan.arguments)
+    return 0
+
+
+def _lead(plan: Plan, options: argparse.Namespace) -> int:
+    """Trains every seed and writes the results; returns the exit code."""
     output, claim = folders.claim(
         plan.output,
         own="output" in options,
@@ -86,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 results[seed] = runs.show(seed, complete[seed]) if seed in complete else runs.train(seed)
             except Exception as error:  # of this seed alone: the others are trained
-                if len(plan.seeds) == 1 or (message := message_of(error)) is None:
+                if len(plan.seeds) == 1 or processes.size() > 1 or (message := message_of(error)) is None:
                     raise
                 print_error(f"{message} (seed {seed})")
                 failed = True
@@ -119,6 +138,8 @@ def _print_plan(plan: Plan) -> None:
         f"{len(scenario)} tasks; method {plan.config['method']}; "
         f"network {'-'.join(map(str, [scenario.features, *plan.config['hidden'], scenario.num_classes]))}"
     )
+    if processes.size() > 1:
+        print(f"{processes.size()} processes share each batch")
     if config.takes_steps:
         steps = [config.epochs * steps_of(config, len(experience)) for experience in scenario.train_stream]
         span = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
@@ -194,6 +215,7 @@ class _Training(NamedTuple):
             )
         else:
             checkpoint.remove()
+        processes.told_by_the_first((seed, folder, resume))
         method, result = training.run(
             plan.datasets,
             seed=seed,
@@ -204,7 +226,7 @@ class _Training(NamedTuple):
         )
         metrics = report.metrics_of(result, config, chance=plan.chance)
         self._print(result)
-        unsaved = self._save(method, folder / MODEL_FILE, metrics) if self.options.save_model else None
+        unsaved = self._save(method, folder, metrics, result.data) if self.options.save_model else None
         print(f"wrote {report.write_metrics(folder, metrics)}")
         self._draw(folder, metrics)
         if unsaved is not None:  # the checkpoint stays, so that --resume comes back to it
@@ -213,15 +235,15 @@ class _Training(NamedTuple):
             checkpoint.remove()
         return result
 
-    def _save(self, method: Method, path: Path, metrics: dict[str, Any]) -> OSError | None:
-        """Writes the weights; an error is raised later, since the numbers are worth more."""
-        buffer = io.BytesIO()
-        torch.save({"state_dict": method.model.state_dict(), "config": metrics["config"]}, buffer)
+    def _save(self, method: Method, folder: Path, metrics: dict[str, Any], data: dict[str, Any]) -> OSError | None:
+        """Writes the model; an error is raised later, since the numbers are worth more."""
+        path = folder / method.config.model_file
         try:
-            write_atomically(path, buffer.getvalue())
+            with replacing(path) as partial:
+                method.save_model(partial, metrics["config"], data)
         except OSError as error:
             return error
-        print(f"wrote {path}")
+        print(f"wrote {path}, the model: {PROGRAM} predict {shlex.quote(str(path))} FILE")
         return None
 
     def _print(self, result: TrainingResult) -> None:
@@ -251,7 +273,7 @@ def _complete(plan: Plan, seed: int, options: argparse.Namespace) -> dict[str, A
     metrics = report.read_metrics(folder)
     if metrics is None or not metrics["completed"]:
         return None
-    if options.save_model and not (folder / MODEL_FILE).exists():
+    if options.save_model and not (folder / plan.method_config.model_file).exists():
         raise ValueError(
             f"save_model: {folder} is complete and its model was not saved; without --resume training begins anew"
         )

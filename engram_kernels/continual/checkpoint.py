@@ -90,7 +90,7 @@ class Checkpoint:
 
     def _read(self, mmap: bool = False) -> dict[str, Any] | None:
         try:
-            _check_archive(self.path)
+            check_archive(self.path)
             state = torch.load(self.path, weights_only=True, map_location="cpu", mmap=mmap)
             _check_fields(state)
         except FileNotFoundError:
@@ -105,7 +105,7 @@ class Checkpoint:
         return dict(state)
 
 
-def _check_archive(path: Path) -> None:
+def check_archive(path: Path) -> None:
     """Checks sizes and checksums, which torch does not look at before it reads a file.
 
     Raises:

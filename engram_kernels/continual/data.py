@@ -6,13 +6,15 @@ a time into the float input of the network.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gzip
 import math
 import os
+import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +36,7 @@ _IDX_FILES = (
 )
 _LARGEST_IDX_BYTES = 2**30  # twenty times MNIST: a gzip file of 8 MB can hold 8 GiB
 _NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_SAMPLE_ARRAYS = ("x", "x_test")
 
 _DIGITS_SPLIT_SEED = 0
 _DIGITS_TEST_FRACTION = 0.2
@@ -100,7 +103,7 @@ def from_arrays(
     Raises:
         ValueError: one line that names the array, what was expected and what was got.
     """
-    inputs = {"x_train": _check_inputs("x_train", x_train), "x_test": _check_inputs("x_test", x_test)}
+    inputs = {"x_train": as_samples("x_train", x_train), "x_test": as_samples("x_test", x_test)}
     labels = {"y_train": _check_labels("y_train", y_train), "y_test": _check_labels("y_test", y_test)}
     for part in ("train", "test"):
         x, y = inputs[f"x_{part}"], labels[f"y_{part}"]
@@ -276,38 +279,114 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
         OSError: it can't be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"dataset: expected an .npz file, but {path} does not exist")
-    try:
-        archive = zipfile.ZipFile(path)
-    except (PermissionError, IsADirectoryError) as error:
-        raise OSError(f"dataset: {path} can't be read ({reason(error)})") from None
-    except Exception as error:  # zipfile has many kinds for bytes that it can't make out
-        raise DamagedFileError(
-            f"dataset: expected {path} to be an .npz archive, got a truncated file or another format "
-            f"({reason(error)}); save it again"
-        ) from None
-    with archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    with _npz(path, "dataset") as archive:
+        members = _members(archive)
         if missing := [name for name in _NPZ_ARRAYS if name not in members]:
             raise ValueError(
                 f"dataset: expected the arrays {', '.join(_NPZ_ARRAYS)} in {path}, "
                 f"got {', '.join(members) or 'none'} (missing: {', '.join(missing)})"
             )
-        arrays = [_read_array(archive, members[name], name) for name in _NPZ_ARRAYS]
+        arrays = [_read_member(archive, members[name], name) for name in _NPZ_ARRAYS]
     try:
         return from_arrays(path.stem, *arrays)
     except ValueError as error:
         raise ValueError(f"{error} (in {path})") from None
 
 
-def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> npt.NDArray[np.generic]:
-    """An array of an archive, once its header has shown that it is one of numbers and as large as its member."""
-    where = f"in {archive.filename}"
+def read_samples(path: str | os.PathLike[str]) -> npt.NDArray[np.generic]:
+    """Samples without labels from a file, an array (n, ...) of numbers.
+
+    ``.npz``: the array ``x``, or ``x_test``, or the only one. ``.npy``: one array. ``.csv``: a sample a line, numbers
+    between commas, with or without a line of names above. IDX files of unsigned bytes, gzipped if the name ends in .gz.
+
+    Raises:
+        ValueError: another kind of file, or an array that is not there.
+        DamagedFileError: a damaged file.
+        OSError: it can't be read.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        with _npz(path, "samples") as archive:
+            members = _members(archive)
+            name = next((name for name in (*_SAMPLE_ARRAYS, *members) if name in members), "none")
+            if name not in _SAMPLE_ARRAYS and len(members) != 1:
+                raise ValueError(
+                    f"samples: expected one array in {path}, or one of the name {' or '.join(_SAMPLE_ARRAYS)}, "
+                    f"got {', '.join(members) or 'none'}"
+                )
+            return _read_member(archive, members[name], name)
+    if path.suffix == ".npy":
+        return _read_array(lambda: open(path, "rb"), path.stat().st_size, "samples", f"in {path}")
+    if path.suffix == ".csv":
+        return _read_csv(path)
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
+        try:
+            start = stream.read(4)
+        except Exception as error:  # gzip and zlib have several kinds for bytes that they can't make out
+            raise DamagedFileError(f"{path}: truncated or damaged ({reason(error)}); fetch it again") from None
+    if start[:3] != bytes([0, 0, 8]) or len(start) < 4:
+        raise ValueError(f"samples: expected a .npz, .npy, .csv or IDX file, got {path}")
+    return read_idx(path, dimensions=start[3])
+
+
+def _read_csv(path: Path) -> npt.NDArray[np.generic]:
     try:
-        with archive.open(member) as stream:
+        with open(path, encoding="utf-8-sig") as stream:
+            first = stream.readline()
+            names = 0 if all(map(_is_number, first.split(","))) else 1
+            stream.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of a file without samples, which is refused below
+                table = np.loadtxt(stream, delimiter=",", skiprows=names, ndmin=2, comments=None)
+    except OSError:
+        raise
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"samples: expected lines of numbers between commas in {path}, got {reason(error)}") from None
+    if table.size == 0:
+        raise ValueError(f"samples: expected at least one line of numbers in {path}, got none")
+    return table
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _npz(path: Path, argument: str) -> Iterator[zipfile.ZipFile]:
+    """A NumPy archive that is there and is one; errors begin with ``argument``."""
+    if not path.exists():
+        raise FileNotFoundError(f"{argument}: expected an .npz file, but {path} does not exist")
+    try:
+        archive = zipfile.ZipFile(path)
+    except (PermissionError, IsADirectoryError) as error:
+        raise OSError(f"{argument}: {path} can't be read ({reason(error)})") from None
+    except Exception as error:  # zipfile has many kinds for bytes that it can't make out
+        raise DamagedFileError(
+            f"{argument}: expected {path} to be an .npz archive, got a truncated file or another format "
+            f"({reason(error)}); save it again"
+        ) from None
+    with archive:
+        yield archive
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    return {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> npt.NDArray[np.generic]:
+    return _read_array(lambda: archive.open(member), member.file_size, name, f"in {archive.filename}")
+
+
+def _read_array(open_stream: Callable[[], IO[bytes]], size: int, name: str, where: str) -> npt.NDArray[np.generic]:
+    """An array of a .npy file, once its header has shown that it is one of numbers and as large as its file."""
+    try:
+        with open_stream() as stream:
             shape, dtype = _read_header(stream)
-            held = member.file_size - stream.tell()
+            held = size - stream.tell()
     except Exception as error:  # zipfile, zlib and NumPy have many kinds of errors for bytes they can't read
         raise DamagedFileError(f"{name}: damaged {where} ({reason(error)}); save it again") from None
     if dtype.hasobject:
@@ -323,7 +402,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) ->
             f"{name}: expected an array that fits the {free} bytes of free memory, got {announced} {where}"
         )
     try:
-        with archive.open(member) as stream:
+        with open_stream() as stream:
             array: npt.NDArray[np.generic] = np.lib.format.read_array(stream, allow_pickle=False)
             stream.read()  # to the end, where the checksum is looked at
     except MemoryError:
@@ -385,25 +464,11 @@ def joined_name(datasets: Sequence[Dataset]) -> str:
     return "+".join(names if len(names) <= 3 else [names[0], f"{len(names) - 1}-more"])
 
 
-def standardize(x: Tensor) -> Tensor:
-    """Per-sample standardisation, ``(x - mean) / std``, of one minibatch.
+def as_samples(name: str, array: npt.NDArray[np.generic]) -> Tensor:
+    """An array (n, ...) of real numbers as rows of features (n, features): uint8 if all are from 0 to 255, or float32.
 
-    Shapes: (B, features) uint8 or float32 -> (B, features) float32. The mean and the (population) deviation
-    are over the features of each sample; a constant sample becomes zeros. Nothing is learned from other
-    samples, so a test sample is treated alike whatever came before or beside it.
+    Raises: ValueError, which begins with ``name``.
     """
-    x = x.to(torch.float32)
-    # Scaling to [-1, 1] first keeps the variance inside float32 for data of any magnitude.
-    peak = x.abs().amax(dim=1, keepdim=True)
-    x = x / torch.where(peak > 0, peak, 1.0)
-    x -= x.mean(dim=1, keepdim=True)
-    deviation = x.square().mean(dim=1, keepdim=True).sqrt()
-    # Below this the deviation of a constant sample is rounding noise, which must not be amplified.
-    x /= torch.where(deviation > 1e-5, deviation, torch.inf)
-    return x
-
-
-def _check_inputs(name: str, array: npt.NDArray[np.generic]) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"{name}: expected an array of real numbers, got dtype {array.dtype}")
     if array.ndim < 2 or array.size == 0:

@@ -9,7 +9,7 @@ EXTRA = "engram-kernels[train]"
 
 
 class MissingExtraError(ImportError):
-    """A package of the extra ``train`` (scikit-learn, matplotlib, tqdm) is needed and absent."""
+    """A package of the extra ``train`` (scikit-learn, safetensors, matplotlib, tqdm) is needed and absent."""
 
 
 def require(module: str, package: str, purpose: str) -> ModuleType:

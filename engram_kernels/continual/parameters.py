@@ -63,8 +63,9 @@ class Parameter:
             return "True or False"
         noun = "an integer" if self.kind is int else "a finite number" if self.below == math.inf else "a number"
         open_below, lowest = self.above is not None, self.at_least if self.above is None else self.above
-        if lowest is not None and self.at_most is not None:
-            return f"{noun} in {'(' if open_below else '['}{lowest}, {self.at_most}]"
+        open_above, highest = self.at_most is None, self.below if self.at_most is None else self.at_most
+        if lowest is not None and highest not in (None, math.inf):
+            return f"{noun} in {'(' if open_below else '['}{lowest}, {highest}{')' if open_above else ']'}"
         return noun if lowest is None else f"{noun} {'>' if open_below else '>='} {lowest}"
 
     def check(self, name: str, value: Any) -> None:

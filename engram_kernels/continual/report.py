@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from .. import __version__, ops
+from . import processes
 from .checkpoint import plain
 from .files import DamagedFileError, read_within, reason, write_atomically
 from .metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting, forward_transfer
@@ -63,7 +64,7 @@ def metrics_of(result: TrainingResult, config: dict[str, Any], chance: float | N
     accuracy_matrix, average_accuracy, backward_transfer, forgetting, forward_transfer (fractions, see `metrics`;
     the last needs ``chance``, the accuracy of guessing), peak_memory_bytes, step_milliseconds, config (every option
     of the run), and their context: completed, tasks_completed, steps, train_seconds,
-    total_memory_bytes, seed, threads, isa, versions.
+    total_memory_bytes, seed, threads (of each process), processes, isa, versions.
     """
     matrix = result.accuracy_matrix
     return {
@@ -82,6 +83,7 @@ def metrics_of(result: TrainingResult, config: dict[str, Any], chance: float | N
         "total_memory_bytes": result.total_memory_bytes,
         "seed": config.get("seed"),
         "threads": torch.get_num_threads(),
+        "processes": processes.size(),
         "isa": ops.isa(),
         "versions": {
             "engram_kernels": __version__,
@@ -145,8 +147,9 @@ def _check_metrics(metrics: dict[str, Any]) -> None:
 
 
 def result_of(metrics: dict[str, Any]) -> TrainingResult:
-    """The result that :func:`metrics_of` was given."""
-    values = {field.name: metrics[field.name] for field in dataclasses.fields(TrainingResult)}
+    """The result that :func:`metrics_of` was given, but for its ``data``, which are the saved model's."""
+    names = [field.name for field in dataclasses.fields(TrainingResult) if field.name != "data"]
+    values = {name: metrics[name] for name in names}
     if values["step_milliseconds"] is None:
         values["step_milliseconds"] = math.nan
     return TrainingResult(**values)

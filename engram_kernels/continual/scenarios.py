@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoding import FIRST_SAMPLES, as_inputs, inputs_of, mean_of, scale_of
-from .data import Dataset, common_shape, standardize
+from ..encoding import FIRST_SAMPLES, as_inputs, inputs_of, mean_of, scale_of, standardize
+from .data import Dataset, common_shape
 
 DEFAULT_CLASSES_PER_TASK = 2
 DEFAULT_PERMUTED_TASKS = 10
@@ -106,7 +106,7 @@ class Samples(ABC):
 
     @abstractmethod
     def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, y)`` of the given samples, x float32 (B, features) standardised per sample, y int64 (B,).
+        """``(x, y)`` of the given samples: inputs of a network, float32 (B, features), and labels, int64 (B,).
 
         Shapes: ``rows`` (B,) int64, each from 0 to len(self) - 1.
         """
@@ -132,7 +132,9 @@ class Experience(Samples):
     (B, features) to one of the same shape, None leaves it. ``classes`` are the labels (indices into
     ``Dataset.classes``) that occur in it. Images are standardised per sample; of a table, whose features have units of
     their own, ``offset`` and ``scale`` (features,) say how each is scaled before the transform
-    (`engram_kernels.InputEncoding`), which its inputs then code.
+    (`engram_kernels.InputEncoding`), which its inputs then code. With ``encoded`` False `samples`
+    gives the features themselves, uint8 or float32. ``sample_shape`` is then that of a sample in the
+    data set, () where a permutation has undone it.
 
     All this is done on the minibatch: no task ever has a copy of the data.
     """
@@ -144,6 +146,8 @@ class Experience(Samples):
     transform: Transform | None = None
     offset: Tensor | None = None
     scale: Tensor | None = None
+    encoded: bool = True
+    sample_shape: tuple[int, ...] = ()
 
     @property
     def features(self) -> int:
@@ -164,7 +168,9 @@ class Experience(Samples):
             x = (x.float() - self.offset) / self.scale
         if self.transform is not None:
             x = self.transform(x)
-        return standardize(x) if self.scale is None else as_inputs(x), self.y[rows]
+        if self.encoded:
+            x = standardize(x) if self.scale is None else as_inputs(x)
+        return x, self.y[rows]
 
 
 # Experiences may be part of a method's state, which is loaded with weights_only=True.
@@ -215,7 +221,8 @@ class Joint(Samples):
 class Scenario:
     """A train stream and a test stream of equal length, experience by experience about the same task.
 
-    ``features`` and ``num_classes`` are the input and output units of a network for all of them.
+    ``features`` and ``num_classes`` are the input and output units of a network for all of them; ``labels`` are the
+    classes as the data set names them.
     """
 
     name: str
@@ -223,10 +230,34 @@ class Scenario:
     num_classes: int
     train_stream: tuple[Experience, ...]
     test_stream: tuple[Experience, ...]
+    labels: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Number of tasks."""
         return len(self.train_stream)
+
+    def data(self) -> dict[str, Any]:
+        """All that predicting for new samples needs to know: plain values and tensors, see :func:`new_samples`."""
+        first = self.test_stream[0]
+        return {
+            "features": first.x.shape[1],
+            "labels": list(self.labels),
+            "encoded": first.encoded,
+            "offset": first.offset,
+            "scale": first.scale,
+        }
+
+
+def new_samples(x: Tensor, data: Mapping[str, Any]) -> Experience:
+    """Samples without labels, uint8 or float32 (n, features), that become inputs as those of the scenario did.
+
+    ``data`` is that of :meth:`Scenario.data`. Samples are taken as they are, neither permuted nor rotated.
+    Raises: ValueError for another number of features.
+    """
+    if x.shape[1] != data["features"]:
+        raise ValueError(f"samples: expected {data['features']} features per sample, got {x.shape[1]}")
+    unknown = torch.zeros(len(x), dtype=torch.int64, device=_CPU)
+    return Experience(x, unknown, (), offset=data["offset"], scale=data["scale"], encoded=data["encoded"])
 
 
 def seeded_generator(seed: int, purpose: str) -> torch.Generator:
@@ -450,10 +481,12 @@ def make_scenario(
     max_degrees: float | None = None,
     samples_per_task: int | None = None,
     seed: int = 0,
+    encoded: bool = True,
 ) -> Scenario:
     """A scenario by its name on the command line; None takes the scenario's default.
 
-    ``dataset`` is one (or a list of one), with scenario domain a list of at least two.
+    ``dataset`` is one (or a list of one), with scenario domain a list of at least two. With ``encoded`` False the
+    experiences give the features of the data set rather than the inputs of a network.
 
     Raises:
         ValueError: unknown name, several data sets for a scenario of one, an option of another scenario, or a value
@@ -478,7 +511,15 @@ def make_scenario(
     if not kind.several and len(datasets) != 1:
         raise ValueError(f"dataset: expected one with scenario {name}, got {len(datasets)} (several: scenario domain)")
     scenario = kind.make(datasets if kind.several else datasets[0], seed=seed, **given)
-    return _scaled(scenario) if any(dataset.is_table for dataset in datasets) else scenario
+    scenario = replace(scenario, labels=datasets[0].classes)
+    if encoded:
+        return _scaled(scenario) if any(dataset.is_table for dataset in datasets) else scenario
+    shape = datasets[0].sample_shape
+    for other in datasets[1:]:
+        shape = common_shape(shape, other.sample_shape) or (scenario.features,)
+    if any(isinstance(experience.transform, Permutation) for experience in scenario.train_stream):
+        shape = ()  # of all tasks, the first too: the code of what was learned can't change with a later one
+    return _with_streams(scenario, lambda experience: replace(experience, encoded=False, sample_shape=shape))
 
 
 def _scaled(scenario: Scenario) -> Scenario:
@@ -488,11 +529,14 @@ def _scaled(scenario: Scenario) -> Scenario:
     x = x.float()
     offset = mean_of(x)
     scale = scale_of(offset, x.amin(dim=0), x.amax(dim=0))
-    train, test = (
-        tuple(replace(experience, offset=offset, scale=scale) for experience in stream)
-        for stream in (scenario.train_stream, scenario.test_stream)
-    )
-    return replace(scenario, features=inputs_of(len(offset)), train_stream=train, test_stream=test)
+    scenario = _with_streams(scenario, lambda experience: replace(experience, offset=offset, scale=scale))
+    return replace(scenario, features=inputs_of(len(offset)))
+
+
+def _with_streams(scenario: Scenario, change: Callable[[Experience], Experience]) -> Scenario:
+    """The scenario with all its experiences changed."""
+    train, test = (tuple(map(change, stream)) for stream in (scenario.train_stream, scenario.test_stream))
+    return replace(scenario, train_stream=train, test_stream=test)
 
 
 def task_samples(name: str, dataset: Dataset | Sequence[Dataset], classes_per_task: int | None = None) -> int:

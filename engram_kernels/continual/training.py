@@ -7,17 +7,18 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from . import processes
 from .checkpoint import Checkpoint
 from .data import Dataset, joined_name
 from .files import reason
 from .memory import MemoryMeter
-from .methods import Method, TrainingError, build, method_config, steps_of
+from .methods import Method, TrainingError, build, method_config, preset_of, steps_of
 from .metrics import average_accuracy
 from .progress import NoProgress, Progress
 from .scenarios import Samples, Scenario, make_scenario, seeded_generator, task_samples
@@ -50,6 +51,7 @@ class TrainingResult:
             and activations; not the interpreter, torch and the data). None where the system does not provide it.
         total_memory_bytes: peak resident memory of the whole process so far; None as above.
         train_seconds: of the whole run, evaluation included.
+        data: all that predicting for new samples needs to know of the data set, see `Scenario.data`.
     """
 
     accuracy_matrix: list[list[float | None]]
@@ -60,6 +62,7 @@ class TrainingResult:
     peak_memory_bytes: int | None = None
     total_memory_bytes: int | None = None
     train_seconds: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(predict: Predictor, experience: Samples, batch_size: int = EVALUATION_BATCH) -> float:
@@ -86,6 +89,10 @@ def train(
 ) -> TrainingResult:
     """Train ``method`` on the train stream; after each experience evaluate it on the test stream.
 
+    The processes of torch.distributed's default group, if there is one, share every minibatch and take the steps that
+    one process would take, but for the order in which gradients are summed; each calls this with the same arguments.
+    The first of them reports progress and writes checkpoints, which all read.
+
     The order of the samples comes from ``seed`` alone; engrams are drawn from torch's global generator. A
     KeyboardInterrupt ends training: the half-learned state is evaluated too (a second interrupt skips that)
     and the result so far is returned with ``completed`` False.
@@ -102,16 +109,22 @@ def train(
             then those of a run without a break, to the last bit.
 
     Raises:
-        ValueError: unknown ``evaluation``, or a checkpoint that can't be gone on from.
+        ValueError: unknown ``evaluation``, ``fuse_backward`` with several processes, or a checkpoint that can't be gone
+            on from.
         TrainingError: the loss or a weight became nan or infinite.
         OSError: the checkpoint can't be written.
     """
     if evaluation not in EVALUATIONS:
         raise ValueError(f"evaluation: expected one of {', '.join(EVALUATIONS)}, got {evaluation!r}")
-    progress = NoProgress() if progress is None else progress
+    if processes.size() > 1 and getattr(method.config, "fuse_backward", False):
+        raise ValueError(
+            "fuse_backward: expected False with several processes, which average gradients before the update, got True"
+        )
+    leads = processes.rank() == 0
+    progress = NoProgress() if progress is None or not leads else progress
     memory = MemoryMeter() if memory is None else memory
     tasks, config = len(scenario), method.config
-    result = TrainingResult([[None] * tasks for _ in range(tasks)])
+    result = TrainingResult([[None] * tasks for _ in range(tasks)], data=scenario.data())
     order = seeded_generator(seed, "sample order")
     step_seconds: list[float] = []
     started = time.perf_counter()
@@ -128,8 +141,11 @@ def train(
         method.model.eval()
         first = task if evaluation == "new" and not last else 0
         stop = tasks if evaluation == "all" else task + 1
+        own = range(first + processes.rank(), stop, processes.size())
         row: list[float | None] = [None] * tasks
-        row[first:stop] = [evaluate(method.model, experience) for experience in scenario.test_stream[first:stop]]
+        for accuracies in processes.gathered({j: evaluate(method.model, scenario.test_stream[j]) for j in own}):
+            for j, accuracy in accuracies.items():
+                row[j] = accuracy
         result.accuracy_matrix[task] = row
         return row
 
@@ -138,7 +154,7 @@ def train(
         result.peak_memory_bytes = _larger(earlier_peaks[0], memory.peak_above_start())
         result.total_memory_bytes = _larger(earlier_peaks[1], memory.peak_total())
 
-    total = config.epochs * sum(steps_of(config, samples) for samples in method.samples_of(scenario.train_stream))
+    total = config.passes * sum(steps_of(config, samples) for samples in method.samples_of(scenario.train_stream))
     progress.begin(tasks, total)
     if result.tasks_completed:
         progress.resumed(result.tasks_completed, len(step_seconds))
@@ -150,7 +166,7 @@ def train(
             with _as_damage(doubted):
                 experience = method.before_training_exp(new)
                 next(experience.batches(config.batch_size))
-            for epoch in range(config.epochs):
+            for epoch in range(config.passes):
                 for x, y in experience.batches(config.batch_size, order):
                     begun = time.perf_counter()
                     with _as_damage(doubted):
@@ -164,11 +180,14 @@ def train(
             result.tasks_completed = task + 1
             if checkpoint is not None and task + 1 < tasks:
                 measure()  # before the writing, which is no part of training
-                checkpoint.save(_state(method, result, order, step_seconds))
+                if leads:
+                    checkpoint.save(_state(method, result, order, step_seconds))
             progress.learned(task, row)
         result.completed = True
     except KeyboardInterrupt:
         progress.interrupted()
+        if processes.size() > 1:  # the others may be elsewhere in the run, and can't be waited for
+            raise
         try:
             if step_seconds and result.tasks_completed <= task:
                 evaluate_row(last=True)
@@ -223,6 +242,7 @@ def run(
         max_degrees=max_degrees,
         samples_per_task=samples_per_task,
         seed=seed,
+        encoded=not preset_of(method).config.takes_features,
     )
     samples = task_samples(scenario, datasets, classes_per_task)
     config = method_config(method, scenario, joined_name(datasets), task_samples=samples, **overrides)
@@ -239,6 +259,7 @@ def _state(method: Method, result: TrainingResult, order: torch.Generator, step_
     """The state from which a later process goes on as this one does; all but the tensors is small."""
     return {
         "method": method.state_dict(),
+        "data": result.data,
         "tasks_completed": result.tasks_completed,
         "accuracy_matrix": result.accuracy_matrix[: result.tasks_completed],
         "step_seconds": torch.tensor(step_seconds, dtype=torch.float64, device="cpu"),

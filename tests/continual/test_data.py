@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_kernels.continual import data
+from engram_kernels.encoding import standardize
 
 REAL_DATA = Path(os.environ.get("ENGRAM_DATA_DIR", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
@@ -520,15 +521,15 @@ def test_one_name_for_several_data_sets():
 def test_standardize_is_per_sample_whatever_the_scale(samples, features, offset, scale, seed):
     x = torch.randn(samples, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
     expected = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0)
-    actual = data.standardize((scale * x).float())
+    actual = standardize((scale * x).float())
     torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(data.standardize((scale * x[:1]).float()), actual[:1])
+    torch.testing.assert_close(standardize((scale * x[:1]).float()), actual[:1])
 
 
 def test_standardize_of_bytes_and_of_constant_samples():
     x = torch.tensor([[0, 255, 0, 255], [7, 7, 7, 7], [0, 0, 0, 0]], dtype=torch.uint8)
-    assert data.standardize(x).tolist() == [[-1, 1, -1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert (data.standardize(torch.full((3, 784), 0.1)) == 0).all()
+    assert standardize(x).tolist() == [[-1, 1, -1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert (standardize(torch.full((3, 784), 0.1)) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])

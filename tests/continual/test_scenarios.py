@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_kernels.continual.data import Dataset, from_arrays, standardize
+from engram_kernels.continual.data import Dataset, from_arrays
 from engram_kernels.continual.scenarios import (
     SCENARIOS,
     Experience,
@@ -27,6 +27,7 @@ from engram_kernels.continual.scenarios import (
     seeded_generator,
 )
 from engram_kernels.continual.training import evaluate
+from engram_kernels.encoding import standardize
 
 
 @functools.cache

@@ -250,7 +250,7 @@ void run(Case& c, Operator op) {
       p.inverse_temperature = c.number<float>();
       p.seed = c.number<uint64_t>();
       p.offset = static_cast<uint32_t>(c.integer());
-      p.first_row = c.number<uint64_t>();
+      p.first_row = c.number<uint64_t>(), p.row_step = c.number<uint64_t>();
       p.score = c.array<float>();
       p.gate = c.output<uint64_t>(p.M * p.words * kWord);
       return c.send_flag(sample_engram(rt, p));

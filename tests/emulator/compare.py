@@ -261,6 +261,7 @@ def sample_engram(
     rule: str = "gumbel_top_k",
     temperature: float = 1.0,
     first_row: int = 2**33 + 2**31,
+    row_step: int = 2**31 + 1,
     levels: int = 0,
     offset: int = 0,
 ) -> None:
@@ -269,7 +270,7 @@ def sample_engram(
     if rows * k > 40:
         scattered(score, [0.0, -0.0, -0.0, math.inf, math.inf, -math.inf, 1e-45, -1e-45, 3e38, -3e38])
     score, seed = at_offset(score, offset), torch.tensor(SEED)
-    arguments = score, seed, rate, rule, temperature, first_row
+    arguments = score, seed, rate, rule, temperature, first_row, row_step
     expected = reference.sample_engram(*arguments)
     assert_same(ops.sample_engram(*arguments), expected, rows, k, rate, rule, temperature, levels, offset)
 

@@ -52,9 +52,10 @@ ENGRAM_EXPORT run_sign_product(const void* a, int64_t element, int64_t a_transpo
 
 ENGRAM_EXPORT run_sample_engram(const float* score, uint64_t* gate, int64_t m, int64_t k, int64_t bernoulli,
                                 int64_t count, int64_t threshold, float inverse_temperature, int64_t seed,
-                                int64_t offset, int64_t first_row, uint32_t* keys, int64_t key_stride, int32_t* nan) {
+                                int64_t offset, int64_t first_row, int64_t row_step, uint32_t* keys, int64_t key_stride,
+                                int32_t* nan) {
   return sample_engram({score, gate, m, k, words_for(k), bernoulli != 0, count, static_cast<uint64_t>(threshold),
                         inverse_temperature, static_cast<uint64_t>(seed), static_cast<uint32_t>(offset),
-                        static_cast<uint64_t>(first_row), keys, key_stride, nan},
+                        static_cast<uint64_t>(first_row), static_cast<uint64_t>(row_step), keys, key_stride, nan},
                        nullptr);
 }

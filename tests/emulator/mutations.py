@@ -96,15 +96,13 @@ MUTATIONS = [
     *_of(
         "sample_engram.cuh",
         ("counter by unit",
-         "philox(p.seed, static_cast<uint64_t>(unit / 4), p.first_row + static_cast<uint64_t>(m), p.offset);\n"
-         "    uint32_t nibble",
-         "philox(p.seed, static_cast<uint64_t>(unit), p.first_row + static_cast<uint64_t>(m), p.offset);\n"
-         "    uint32_t nibble"),
-        ("first row ignored", "p.first_row + static_cast<uint64_t>(m), p.offset);\n    uint32_t nibble",
-         "static_cast<uint64_t>(m), p.offset);\n    uint32_t nibble"),
-        ("high half of the row ignored", "p.first_row + static_cast<uint64_t>(m), p.offset);\n#pragma",
-         "static_cast<uint32_t>(p.first_row + m), p.offset);\n#pragma"),
-        ("offset ignored", "static_cast<uint64_t>(m), p.offset);\n#pragma", "static_cast<uint64_t>(m), 0);\n#pragma"),
+         "philox(p.seed, static_cast<uint64_t>(unit / 4), row_number(p, m), p.offset);\n    uint32_t nibble",
+         "philox(p.seed, static_cast<uint64_t>(unit), row_number(p, m), p.offset);\n    uint32_t nibble"),
+        ("first row ignored", "p.first_row + static_cast<uint64_t>(m)", "static_cast<uint64_t>(m)"),
+        ("row step ignored", "static_cast<uint64_t>(m) * p.row_step", "static_cast<uint64_t>(m)"),
+        ("high half of the row ignored", "row_number(p, m), p.offset);\n#pragma",
+         "static_cast<uint32_t>(row_number(p, m)), p.offset);\n#pragma"),
+        ("offset ignored", "row_number(p, m), p.offset);\n#pragma", "row_number(p, m), 0);\n#pragma"),
         ("a draw at the rate recruits", "draws.word[j] < p.threshold", "draws.word[j] <= p.threshold"),
         ("padding recruited", "unit + j < p.K && draws", "draws"),
         ("rate 1 is rate 0", "< p.threshold)", "< static_cast<uint32_t>(p.threshold))"),

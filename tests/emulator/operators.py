@@ -162,7 +162,7 @@ class EmulatedOps:
     def gated_weight_grad(self, d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | None = None) -> Tensor:
         return self._sign_product(d, (d.shape[1], k), x_bits, d.shape[0], transposed=True, gate_bits=gate_bits)
 
-    def sample_engram(self, score, seed, rate, rule="gumbel_top_k", temperature=1.0, first_row=0) -> Tensor:
+    def sample_engram(self, score, seed, rate, rule="gumbel_top_k", temperature=1.0, first_row=0, row_step=1) -> Tensor:
         rows, k = score.shape
         bernoulli, stride = rule == "bernoulli", -(-k // 4) * 4
         gate, nan = torch.full((rows, words_for(k)), -1), torch.zeros(1, dtype=torch.int32)
@@ -180,6 +180,7 @@ class EmulatedOps:
             seed=int(seed[0]),
             offset=int(seed[1]),
             first_row=first_row,
+            row_step=row_step,
             keys=None if bernoulli else Write(torch.full((rows, stride), -1, dtype=torch.int32)),
             key_stride=stride,
             nan=Flag(nan),

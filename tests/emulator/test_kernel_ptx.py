@@ -223,14 +223,15 @@ def sample(
         "inverse_temperature": 0.0,
         "seed": (5, 9),
         "first_row": 0,
+        "row_step": 1,
     }
     settings |= given
     words, stride, launch = reference.words_for(k), -(-k // 4) * 4, Launch(module)
     gate, keys, nan = garbage(m, words), garbage(m, stride, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     argument = packed(
-        "QQqqq?qQfQIQQqQ", launch.read(score, "score"), launch.write(gate, "gate"), m, k, words, settings["bernoulli"],
+        "QQqqq?qQfQIQQQqQ", launch.read(score, "score"), launch.write(gate, "gate"), m, k, words, settings["bernoulli"],
         settings["count"], settings["threshold"], settings["inverse_temperature"], *settings["seed"],
-        settings["first_row"], launch.write(keys, "keys"), stride, launch.write(nan, "nan"),
+        settings["first_row"], settings["row_step"], launch.write(keys, "keys"), stride, launch.write(nan, "nan"),
     )  # fmt: skip
     launch(kernel, blocks, BLOCK, argument)
     return gate, nan

@@ -176,7 +176,27 @@ def sign_matmul(draw: Draw) -> dict[str, Any]:
 def sign_matmul_t(draw: Draw) -> dict[str, Any]:
     m, n, k = draw.sizes(3)
     x = draw.integers(0, 256, m, k).to(torch.uint8) if draw.chance(0.4) else draw.floats(m, k)
-    return {"x": x, "w_bits": draw.words(n, k), "k": k}
+    w_bits = draw.words(n, k)
+    return {
+        "x": x,
+        "w_bits": w_bits,
+        "k": k,
+        "w_groups": reference.group_signs(w_bits, k) if draw.chance(0.5) else None,
+    }
+
+
+def value_signs(draw: Draw) -> dict[str, Any]:
+    m, n = draw.sizes()
+    width = draw.choice([2, 1000, 2**31])
+    threshold = draw.integers(-width, width, n).int() if draw.chance(0.7) else None
+    flip = draw.uniform_of(n) < 0.5 if threshold is not None and draw.chance(0.7) else None
+    return {"y": draw.integers(-width, width, m, n).int(), "threshold": threshold, "flip": flip}
+
+
+def top_units(draw: Draw) -> dict[str, Any]:
+    m, k = draw.sizes()
+    width = draw.choice([2, 1000, 2**31])
+    return {"y": draw.integers(-width, width, m, k).int(), "count": draw.randint(1, k)}
 
 
 def gated_input_grad(draw: Draw) -> dict[str, Any]:
@@ -205,6 +225,7 @@ def sample_engram(draw: Draw) -> dict[str, Any]:
         "rule": draw.choice(["gumbel_top_k", "gumbel_top_k", "bernoulli"]),
         "temperature": draw.choice([0.0, 0, 1e-6, 0.1, 1.0, 1e30, INF]),
         "first_row": draw.choice([0, 1, 2**32 - 1, 2**40]),
+        "row_step": draw.choice([1, 1, 2, 2**32 + 1]),
     }
 
 
@@ -338,6 +359,8 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     "rule": lambda v: v in ("gumbel_top_k", "bernoulli"),
     "temperature": lambda v: v == 0 or v >= 1e-6,
     "first_row": lambda v: v >= 0,
+    "count": lambda v: v >= 1,
+    "row_step": lambda v: v >= 1,
     "dtype": lambda v: v in (*FLOATS, torch.float64, torch.int8, torch.int32),
     "lr": lambda v: 0 <= v < INF,
     "beta1": lambda v: 0 <= v < 1,
@@ -355,6 +378,8 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "rule": ["uniform", "", None, 3],
     "temperature": [-1.0, 1e-7, NAN, -INF],
     "first_row": [-1, -(2**63)],
+    "count": [0, -1, -(2**63)],
+    "row_step": [0, -1, -(2**63)],
     "dtype": [torch.bool, torch.int64, torch.uint8, torch.int16, torch.complex64],
     "lr": [-1e-3, NAN, INF],
     "beta1": [-0.1, 1.0, 2.0, NAN],
@@ -365,7 +390,9 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "step": [0, -1, -(2**63)],
     "weight_bound": [0.0, -1.0, NAN, 1e-50],
 }
-KINDS: dict[str, Any] = {"k": int, "first_row": int, "step": int, "rule": str, "dtype": torch.dtype}
+KINDS: dict[str, Any] = {
+    "k": int, "first_row": int, "row_step": int, "count": int, "step": int, "rule": str, "dtype": torch.dtype,
+}  # fmt: skip
 
 
 # ---- memory
@@ -512,7 +539,11 @@ def shapes_agree(call: Call) -> bool:
                 sizes["K"] = t.shape[-1]
                 break
     if "K" in sizes:
-        sizes |= {"words": words_for(sizes["K"]), "blocks": -(-sizes["K"] // SCALE_BLOCK)}
+        groups = -(-sizes["K"] // reference._GROUP)
+        sizes |= {"words": words_for(sizes["K"]), "blocks": -(-sizes["K"] // SCALE_BLOCK), "groups": groups}
+    w_bits = call.arguments.get("w_bits")
+    if isinstance(w_bits, Tensor) and w_bits.dim() == 2:
+        sizes["outputs"] = w_bits.shape[0] + -w_bits.shape[0] % reference._GROUPED_ROWS
 
     def fits(t: Tensor, shape: str) -> bool:
         symbols = shape.split()
@@ -891,9 +922,23 @@ OPERATORS = {
     "sign_matmul": Operator(sign_matmul, {"a": TensorRule("M N"), "w_bits": W_BITS}, check_sign_matmul),
     "sign_matmul_t": Operator(
         sign_matmul_t,
-        {"x": TensorRule("M K", either(*FLOATS, torch.uint8)), "w_bits": W_BITS},
+        {
+            "x": TensorRule("M K", either(*FLOATS, torch.uint8)),
+            "w_bits": W_BITS,
+            "w_groups": TensorRule("groups outputs", either(torch.int16), optional=always),
+        },
         check_sign_matmul_t,
     ),
+    "value_signs": Operator(
+        value_signs,
+        {
+            "y": TensorRule("M K", either(torch.int32)),
+            "threshold": TensorRule("K", either(torch.int32), optional=lambda a: a["flip"] is None),
+            "flip": TensorRule("K", either(torch.bool), optional=always, allowed=lambda a: a["threshold"] is not None),
+        },
+        check_exact,
+    ),
+    "top_units": Operator(top_units, {"y": TensorRule("M K", either(torch.int32))}, check_exact),
     "gated_input_grad": Operator(
         gated_input_grad,
         {"d": TensorRule("M N"), "w_bits": W_BITS, "x": TensorRule("M K"), "gate_bits": GATE},

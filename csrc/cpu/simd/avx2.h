@@ -140,4 +140,19 @@ ENGRAM_INLINE void transpose_words(const uint64_t* in, int64_t in_stride, uint64
   transpose_plainly<kBitLanes>(in, in_stride, out, out_stride);
 }
 
+ENGRAM_INLINE __m256i thresholds_of(OneThreshold t, int) { return _mm256_set1_epi32(t.value); }
+ENGRAM_INLINE __m256i thresholds_of(ThresholdEach t, int first) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(t.values + first));
+}
+template <typename Threshold>
+ENGRAM_INLINE uint64_t at_least_64(const int32_t* y, const Threshold& threshold) {
+  uint64_t below = 0;
+  for (int g = 0; g < 8; ++g) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(y + 8 * g));
+    const __m256i less = _mm256_cmpgt_epi32(thresholds_of(threshold, 8 * g), v);
+    below |= static_cast<uint64_t>(static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(less)))) << (8 * g);
+  }
+  return ~below;
+}
+
 }  // namespace engram::cpu::ENGRAM_ISA

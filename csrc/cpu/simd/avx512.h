@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "core/bits.h"
 #include "cpu/simd/common.h"
 #include "cpu/simd/x86.h"
 
@@ -127,6 +128,48 @@ ENGRAM_INLINE void transpose_words(const uint64_t* in, int64_t in_stride, uint64
     bits_store(out + (j + 4) * out_stride, _mm512_shuffle_i64x2(low02, high02, 0xDD));
     bits_store(out + (j + 6) * out_stride, _mm512_shuffle_i64x2(low13, high13, 0xDD));
   }
+}
+
+#define ENGRAM_HAS_SUBSET_LOOK_UP
+using Shorts = __m512i;
+struct SubsetSums {
+  Shorts low, high;
+};
+ENGRAM_INLINE Shorts shorts_load(const uint16_t* p) { return _mm512_loadu_si512(p); }
+ENGRAM_INLINE void shorts_store(uint16_t* p, Shorts v) { _mm512_storeu_si512(p, v); }
+ENGRAM_INLINE Shorts shorts_add(Shorts a, Shorts b) { return _mm512_add_epi16(a, b); }
+ENGRAM_INLINE SubsetSums subset_sums(uint64_t numbers) {
+  const auto number = [numbers](int i) { return static_cast<int16_t>(numbers >> (8 * i) & 0xFF); };
+  Shorts low = _mm512_maskz_set1_epi16(0xAAAAAAAA, number(0));
+  low = _mm512_mask_add_epi16(low, 0xCCCCCCCC, low, _mm512_set1_epi16(number(1)));
+  low = _mm512_mask_add_epi16(low, 0xF0F0F0F0, low, _mm512_set1_epi16(number(2)));
+  low = _mm512_mask_add_epi16(low, 0xFF00FF00, low, _mm512_set1_epi16(number(3)));
+  low = _mm512_mask_add_epi16(low, 0xFFFF0000, low, _mm512_set1_epi16(number(4)));
+  return {low, _mm512_add_epi16(low, _mm512_set1_epi16(number(5)))};
+}
+ENGRAM_INLINE Shorts look_up_subset(const SubsetSums& table, Shorts indices) {
+  return _mm512_permutex2var_epi16(table.low, indices, table.high);
+}
+ENGRAM_INLINE void add_twice(int32_t* y, Shorts sums, int32_t less, bool to_y) {
+  const __m512i halves[] = {_mm512_cvtepu16_epi32(_mm512_castsi512_si256(sums)),
+                            _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(sums, 1))};
+  for (int h = 0; h < 2; ++h) {
+    const __m512i before = to_y ? _mm512_loadu_si512(y + 16 * h) : _mm512_setzero_si512();
+    const __m512i twice = _mm512_add_epi32(halves[h], halves[h]);
+    _mm512_storeu_si512(y + 16 * h, _mm512_add_epi32(before, _mm512_sub_epi32(twice, _mm512_set1_epi32(less))));
+  }
+}
+
+ENGRAM_INLINE __m512i thresholds_of(OneThreshold t, int) { return _mm512_set1_epi32(t.value); }
+ENGRAM_INLINE __m512i thresholds_of(ThresholdEach t, int first) { return _mm512_loadu_si512(t.values + first); }
+template <typename Threshold>
+ENGRAM_INLINE uint64_t at_least_64(const int32_t* y, const Threshold& threshold) {
+  uint64_t word = 0;
+  for (int g = 0; g < 4; ++g) {
+    const __mmask16 reached = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(y + 16 * g), thresholds_of(threshold, 16 * g));
+    word |= static_cast<uint64_t>(reached) << (16 * g);
+  }
+  return word;
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -19,6 +19,26 @@ ENGRAM_INLINE int64_t scalar_popcount(uint64_t v) {
   return static_cast<int64_t>((v * 0x0101010101010101u) >> 56);
 }
 
+// Bit i: y[i] >= threshold.of(i), for i < units.
+template <typename Threshold>
+ENGRAM_INLINE uint64_t at_least_plainly(const int32_t* y, int64_t units, const Threshold& threshold) {
+  uint64_t word = 0;
+  for (int64_t i = 0; i < units; ++i) word |= static_cast<uint64_t>(y[i] >= threshold.of(i)) << i;
+  return word;
+}
+
+// Thresholds of integers: one for all of them, or one each.
+struct OneThreshold {
+  int32_t value;
+  int32_t of(int64_t) const { return value; }
+  OneThreshold from(int64_t) const { return *this; }
+};
+struct ThresholdEach {
+  const int32_t* values;
+  int32_t of(int64_t i) const { return values[i]; }
+  ThresholdEach from(int64_t i) const { return {values + i}; }
+};
+
 // out[j * out_stride + i] = in[i * in_stride + j] for i, j < kSize.
 template <int kSize, typename T>
 ENGRAM_INLINE void transpose_plainly(const T* in, int64_t in_stride, T* out, int64_t out_stride) {

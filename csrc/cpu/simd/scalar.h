@@ -104,4 +104,9 @@ ENGRAM_INLINE void transpose_words(const uint64_t* in, int64_t in_stride, uint64
   transpose_plainly<kBitLanes>(in, in_stride, out, out_stride);
 }
 
+template <typename Threshold>
+ENGRAM_INLINE uint64_t at_least_64(const int32_t* y, const Threshold& threshold) {
+  return at_least_plainly(y, 64, threshold);
+}
+
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -1,5 +1,6 @@
 """The methods that can be trained side by side: ours and its baselines, each one row of `METHODS`.
 
+    classifier  counted moments of a random binary code, solved on demand: `engram_kernels.EngramClassifier`
     engram      binarized network, stochastic engram gates, metaplastic Adam, one of four read-outs
     mbnn        the same without gates: Laborieux et al. 2021, "Synaptic metaplasticity in BNNs"
     bnn         the same without gates and without metaplasticity: Courbariaux et al. 2016
@@ -18,22 +19,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from ..parameters import parameters_of
 from . import binary
 from .base import Method, TrainingError
+from .classifier import ClassifierMethod
 from .config import (
     LOSS_NAMES,
     READOUTS,
     STATE_DTYPES,
     WEIGHT_DTYPES,
     BinaryConfig,
+    ClassifierConfig,
     EWCConfig,
     FloatTwinConfig,
     FullPrecisionConfig,
+    GradientConfig,
     LwFConfig,
     MethodConfig,
     PenaltyConfig,
@@ -56,9 +61,11 @@ __all__ = [
     "STATE_DTYPES",
     "WEIGHT_DTYPES",
     "BinaryConfig",
+    "ClassifierConfig",
     "EWCConfig",
     "FloatTwinConfig",
     "FullPrecisionConfig",
+    "GradientConfig",
     "LwFConfig",
     "Method",
     "MethodConfig",
@@ -67,7 +74,9 @@ __all__ = [
     "TrainingError",
     "build",
     "check_build",
+    "config_of",
     "method_config",
+    "preset_of",
     "steps_of",
 ]
 
@@ -111,6 +120,7 @@ METHODS: dict[str, Preset] = {
     "replay": Preset(ReplayConfig(lr=1e-3, batch_size=128), Replay.build),
     "joint": Preset(FullPrecisionConfig(lr=1e-3, batch_size=128), JointTraining.build),
     "engram-fp": Preset(FloatTwinConfig(lr=5e-3, batch_size=64, loss="local"), FloatTwinMethod.build),
+    "classifier": Preset(ClassifierConfig(), ClassifierMethod.build),
 }
 # With fewer steps than this on a task the hyper-parameters do not reach the accuracy they were chosen for: on 200
 # digits, and on tables of 130 to 430 samples, accuracy rises until there are 20 to 40. MNIST has 43 in its smallest
@@ -138,6 +148,7 @@ ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
         },
     ),
     ({"dataset": "digits"}, {"epochs": 5, "batch_size": 16}),
+    ({"method": "classifier"}, {"epochs": 1, "batch_size": 4096}),
     *(
         (
             {"method": "engram", "readout": readout},
@@ -149,6 +160,28 @@ ADJUSTMENTS: tuple[tuple[dict[str, str], dict[str, Any]], ...] = (
         for readout, rate in (("prototype", 0.05), ("ridge", 0.3))
     ),
 )  # fmt: skip
+
+
+def preset_of(method: str) -> Preset:
+    """The row of a method. Raises: ValueError for an unknown one."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]
+
+
+def config_of(options: Mapping[str, Any]) -> MethodConfig:
+    """The hyper-parameters of a run from its options as a file has them, see `checkpoint.plain`.
+
+    Raises: ValueError for a method or a value that there is not; KeyError for one that is missing.
+    """
+    kind = type(preset_of(options["method"]).config)
+    read: dict[str, Any] = {}
+    for name, stated in parameters_of(kind).items():
+        value = options[name]
+        several = value if isinstance(value, list) else [value]
+        numbers = [float(one) if isinstance(one, str) and stated.kind is float else one for one in several]
+        read[name] = tuple(numbers) if isinstance(value, list) else numbers[0]
+    return kind(**read)
 
 
 def method_config(
@@ -168,10 +201,8 @@ def method_config(
         ValueError: unknown method, a value out of range, an option of another kind of method, gate options for a
             method without gates, metaplasticity for the method that is defined by having none.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    config = preset_of(method).config
     given = {name: value for name, value in overrides.items() if value is not None}
-    config = METHODS[method].config
     readout = given.get("readout", getattr(config, "readout", None))
     here = {"method": method, "scenario": scenario, "dataset": dataset, "readout": readout}
     for where, changes in ADJUSTMENTS:

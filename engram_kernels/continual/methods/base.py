@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...losses import batch_cross_entropy
+from .. import processes
 from ..scenarios import Experience, Samples
-from .config import MethodConfig
+from .config import GradientConfig, MethodConfig
 
 
 class TrainingError(RuntimeError):
@@ -33,6 +36,7 @@ class Method:
 
     def __init__(self, config: MethodConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
+        self.batch = 0  # samples of the minibatch at hand, in all processes
 
     def before_training_exp(self, experience: Experience) -> Samples:
         """The samples to train on in place of a new experience; by default that experience."""
@@ -48,19 +52,29 @@ class Method:
     def observe(self, x: Tensor, y: Tensor) -> tuple[float | None, float | None]:
         """One step on a minibatch, x float32 (B, features), y int64 (B,): the loss and accuracy before it.
 
-        None stands for a number that a method does not compute.
+        None stands for a number that a method does not compute. Several processes are given the same minibatch, of
+        which each works on a part.
         Raises: TrainingError if the loss is not finite; the weights are then unchanged.
         """
-        loss, scores = self.loss(x, y)
-        value = float(loss.detach())
+        self.batch = len(y)
+        own, weight = processes.part(self.batch)
+        x, y = x[own], y[own]
+        with processes.counting_together(
+            [b for name, b in self.model.named_buffers() if name.endswith("wins")], weight
+        ):
+            loss, scores = self.loss(x, y)
+        hits = float((scores.detach().argmax(dim=1) == y).float().mean())
+        value, accuracy = processes.mean([float(loss.detach()), hits], weight)
         if not math.isfinite(value):
             raise TrainingError(f"loss: expected a finite number, got {value}")
         torch.autograd.backward(loss)
+        processes.average_gradients(self.model.parameters(), weight)
         self.update()
-        return value, float((scores.detach().argmax(dim=1) == y).float().mean())
+        return value, accuracy
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a minibatch, a scalar, and the scores (B, classes) that it was computed from."""
+        assert isinstance(self.config, GradientConfig)
         scores = self.model(x)
         return LOSSES[self.config.loss](scores, y), scores
 
@@ -76,6 +90,16 @@ class Method:
         if self.optimizer is not None:
             state["optimizer"] = self.optimizer.state_dict()
         return state
+
+    def save_model(self, path: Path, options: dict[str, Any], data: dict[str, Any]) -> None:
+        """Writes all that predicting needs: a file named ``config.model_file`` in the end.
+
+        `trained.TrainedModel` reads it. ``options`` are those of the run, ``data`` is that of `Scenario.data`.
+        Raises: OSError.
+        """
+        buffer = io.BytesIO()  # torch gives no reason where it can't write
+        torch.save({"state_dict": self.model.state_dict(), "config": options, "data": data}, buffer)
+        path.write_bytes(buffer.getvalue())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state from :meth:`state_dict`."""

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...distributed import merged_counts
 from ...engrams import StochasticEngram
 from ...networks import EngramMLP
 from ...optim import MetaplasticAdam
 from ...readouts import DendriticReadout, PrototypeReadout, RidgeReadout
+from .. import processes
 from ..parameters import PerLayer
+from ..scenarios import Experience, Samples
 from .base import LOSSES, Method
 from .config import BinaryConfig, values
 
@@ -40,14 +43,33 @@ class DendriticMethod(Method):
 
 
 class CountingMethod(Method):
-    """Counts a read-out together on fixed hidden layers; takes no steps."""
+    """Counts a read-out together on fixed hidden layers; takes no steps.
+
+    Of several processes each counts its part of every minibatch; after each experience all are given what all have
+    counted, with which the first one goes on, and the others begin anew.
+    """
+
+    def before_training_exp(self, experience: Experience) -> Samples:
+        """Leaves what was counted before to the first process."""
+        if processes.rank() > 0:
+            assert isinstance(self.model.readout, nn.Module)
+            for counts in self.model.readout.buffers(recurse=False):
+                counts.zero_()
+        return super().before_training_exp(experience)
+
+    def after_training_exp(self, experience: Samples) -> None:
+        """Puts together what the processes have counted."""
+        if processes.size() > 1:
+            self.model.load_state_dict(merged_counts(self.model).state_dict())
 
     @torch.no_grad()
     def observe(self, x: Tensor, y: Tensor) -> tuple[float | None, float | None]:
         """Counts a minibatch. No loss; the accuracy would cost more than the counting."""
         assert isinstance(self.model, EngramMLP)
         assert isinstance(self.model.readout, (PrototypeReadout, RidgeReadout))
-        self.model.readout.observe(self.model.features(x), y)
+        own, weight = processes.part(len(y))
+        if weight:
+            self.model.readout.observe(self.model.features(x[own]), y[own])
         return None, None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..parameters import PerLayer, check_parameters, documented, parameter
 
@@ -46,15 +46,42 @@ def _check_one_lr(lr: PerLayer) -> None:
 
 
 @documented
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Hyper-parameters of every method.
+
+    Raises: ValueError, which names the hyper-parameter, what was expected and what was got.
+    """
+
+    batch_size: int = parameter("samples per step", 100, at_least=1)
+    epochs: int = parameter("passes over each task; a method that counts its samples takes one", 1, at_least=1)
+
+    model_file: ClassVar[str] = "model.pt"  # in the folder of a run, where its model is saved
+    takes_features: ClassVar[bool] = False  # as the data set has them, rather than the inputs of a network
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        check_parameters(self)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it is trained in steps, so that more passes teach it more."""
+        return True
+
+    @property
+    def passes(self) -> int:
+        """Passes over each task that are made."""
+        return self.epochs if self.takes_steps else 1
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class GradientConfig(MethodConfig):
+    """Hyper-parameters of every method that is trained by gradients.
 
     The losses: ``all`` is cross-entropy over all classes, ``batch`` over the classes present in the batch only, so that
     learning new classes does not push the old ones' logits down. That uses no task label: the labels of the batch are
     all it needs. ``local`` is that of a dendritic read-out, see `DendriticReadout`.
-
-    Raises: ValueError, which names the hyper-parameter, what was expected and what was got.
     """
 
     lr: PerLayer = parameter(
@@ -66,22 +93,11 @@ class MethodConfig:
         "cross-entropy over all classes, over those present in the batch, or a dendritic read-out's local loss", "all",
         choices=LOSS_NAMES,
     )  # fmt: skip
-    batch_size: int = parameter("samples per step", 100, at_least=1)
-    epochs: int = parameter("passes over each task", 1, at_least=1)
-
-    def __post_init__(self) -> None:
-        """Raises ValueError."""
-        check_parameters(self)
-
-    @property
-    def takes_steps(self) -> bool:
-        """Whether it is trained in steps, so that more passes teach it more."""
-        return True
 
 
 @documented
-@dataclass(frozen=True)
-class BinaryConfig(MethodConfig):
+@dataclass(frozen=True, kw_only=True)
+class BinaryConfig(GradientConfig):
     """Hyper-parameters of binarized networks trained by metaplastic Adam.
 
     The read-outs: ``linear`` is a binary output layer; ``dendritic``, ``prototype`` and ``ridge`` are those of
@@ -101,8 +117,9 @@ class BinaryConfig(MethodConfig):
         at_least=0,
     )  # fmt: skip
     readout: str = parameter(
-        "read-out of engram: a binary output layer, dendritic segments, counted prototypes, ridge regression", "linear",
-        choices=READOUTS, group=READOUT_GROUP,
+        "read-out of engram: a binary output layer, dendritic segments, counted prototypes, ridge regression; of "
+        "classifier: counted moments of pairs (ridge) or means alone (prototype)",
+        "linear", choices=READOUTS, group=READOUT_GROUP,
     )  # fmt: skip
     segments: int = parameter(**_SEGMENTS)
     top_segments: int = parameter(**_TOP_SEGMENTS)
@@ -146,8 +163,8 @@ class BinaryConfig(MethodConfig):
 
 
 @documented
-@dataclass(frozen=True)
-class FullPrecisionConfig(MethodConfig):
+@dataclass(frozen=True, kw_only=True)
+class FullPrecisionConfig(GradientConfig):
     """Hyper-parameters of a full-precision multilayer perceptron trained by Adam: those of `finetune` and `joint`."""
 
     def __post_init__(self) -> None:
@@ -159,7 +176,7 @@ class FullPrecisionConfig(MethodConfig):
 
 
 @documented
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PenaltyConfig(FullPrecisionConfig):
     """Hyper-parameters of a method that pulls weights or outputs back to their earlier values: those of `si`."""
 
@@ -167,7 +184,7 @@ class PenaltyConfig(FullPrecisionConfig):
 
 
 @documented
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EWCConfig(PenaltyConfig):
     """Hyper-parameters of `ewc`."""
 
@@ -177,7 +194,7 @@ class EWCConfig(PenaltyConfig):
 
 
 @documented
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LwFConfig(PenaltyConfig):
     """Hyper-parameters of `lwf`."""
 
@@ -187,7 +204,7 @@ class LwFConfig(PenaltyConfig):
 
 
 @documented
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReplayConfig(FullPrecisionConfig):
     """Hyper-parameters of `replay`."""
 
@@ -195,8 +212,8 @@ class ReplayConfig(FullPrecisionConfig):
 
 
 @documented
-@dataclass(frozen=True)
-class FloatTwinConfig(MethodConfig):
+@dataclass(frozen=True, kw_only=True)
+class FloatTwinConfig(GradientConfig):
     """Hyper-parameters of `engram-fp`, the full-precision twin of a dendritic read-out on fixed hidden layers."""
 
     rate: float = parameter(default=0.1, **_RATE)
@@ -209,3 +226,28 @@ class FloatTwinConfig(MethodConfig):
         super().__post_init__()
         _check_one_lr(self.lr)
         _check_top_segments(self.top_segments, self.segments)
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(MethodConfig):
+    """Hyper-parameters of `classifier`."""
+
+    batch_size: int = parameter("samples per step", 4096, at_least=1)
+    readout: str = parameter(
+        "the discriminant of counted pairs, or the nearest counted class mean", "ridge",
+        choices=COUNTED_READOUTS[::-1], group=READOUT_GROUP,
+    )  # fmt: skip
+    rate: float = parameter("share of the code's units that fire", 0.25, above=0, below=1)
+    penalty: float | None = parameter(
+        "penalty of the discriminant, a share of the code's variance; none: by generalised cross-validation", None,
+        above=0, below=math.inf,
+    )  # fmt: skip
+
+    model_file: ClassVar[str] = "model.safetensors"
+    takes_features: ClassVar[bool] = True
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it is trained in steps, so that more passes teach it more."""
+        return False

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import processes
 from ..scenarios import Samples
 from .config import ReplayConfig
 from .finetune import MLP, FullPrecisionMethod
@@ -66,8 +67,10 @@ class Replay(FullPrecisionMethod):
         """The loss with replayed samples, and the scores (B, classes) of the minibatch alone."""
         if len(self.buffer) == 0:
             return super().loss(x, y)
-        replayed_x, replayed_y = self.buffer.draw(len(y))
-        loss, scores = super().loss(torch.cat([x, replayed_x]), torch.cat([y, replayed_y]))
+        batch = self.batch if processes.size() > 1 else len(y)  # of all processes, which draw alike
+        own, _ = processes.part(batch)
+        replayed_x, replayed_y = self.buffer.draw(batch)
+        loss, scores = super().loss(torch.cat([x, replayed_x[own]]), torch.cat([y, replayed_y[own]]))
         return loss, scores[: len(y)]
 
     def after_training_exp(self, experience: Samples) -> None:

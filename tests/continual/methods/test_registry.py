@@ -8,8 +8,9 @@ import runpy
 import pytest
 import torch
 
+from engram_kernels.continual.checkpoint import plain
 from engram_kernels.continual.data import Dataset
-from engram_kernels.continual.methods import METHODS, build, method_config
+from engram_kernels.continual.methods import METHODS, GradientConfig, build, config_of, method_config
 from engram_kernels.continual.scenarios import SCENARIOS, class_scenario
 from engram_kernels.continual.training import evaluate
 
@@ -38,7 +39,7 @@ def test_overrides_win_and_none_keeps_the_default():
 @pytest.mark.parametrize(
     ("method", "options", "wanted"),
     [
-        ("magic", {}, "method: expected one of engram, mbnn, bnn, finetune, .*, engram-fp, got 'magic'"),
+        ("magic", {}, "method: expected one of engram, mbnn, bnn, finetune, .*, engram-fp, classifier, got 'magic'"),
         ("engram", {"rate": 0.0}, r"rate: expected a number in \(0, 1\], got 0.0"),
         ("engram", {"rate": 1.5}, r"rate: expected a number in \(0, 1\], got 1.5"),
         ("engram", {"rate": math.nan}, r"rate: expected a number in \(0, 1\], got nan"),
@@ -89,11 +90,23 @@ def test_overrides_win_and_none_keeps_the_default():
         ),
         ("engram-fp", {"conscience": -1.0}, "conscience: expected a finite number >= 0, got -1.0"),
         ("engram-fp", {"lr": (0.1, 0.2)}, "lr: expected one value with a full-precision method"),
+        ("classifier", {"lr": 0.1}, "lr: expected only with methods that have it, got it with method classifier"),
+        ("classifier", {"rate": 1.0}, r"rate: expected a number in \(0, 1\), got 1.0"),
+        ("classifier", {"readout": "linear"}, "readout: expected one of ridge, prototype, got 'linear'"),
+        ("classifier", {"penalty": 0.0}, "penalty: expected a finite number > 0, got 0.0"),
     ],
 )
 def test_bad_options(method, options, wanted):
     with pytest.raises(ValueError, match=wanted):
         build(method, method_config(method, "class", "mnist", **options), 8, [16, 16], 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scenario", ["class", "permuted"])
+def test_hyper_parameters_come_back_from_the_options_of_a_file(method, scenario):
+    config = method_config(method, scenario, "mnist")
+    options = plain({"method": method, "hidden": [5], **dataclasses.asdict(config)})
+    assert config_of(options) == config
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,7 +134,9 @@ def dataset(classes=6, features=12, train=240, test=120):
 def small(method, seed=0):
     """A method for `dataset`, with a learning rate that suits so few steps."""
     torch.manual_seed(seed)
-    options = {"lr": 0.01, "batch_size": 10}
+    options = {"batch_size": 10}
+    if isinstance(METHODS[method].config, GradientConfig):
+        options["lr"] = 0.01
     if method == "engram-fp":
         options |= {"segments": 5}
     return build(method, method_config(method, "class", "separable", **options), 12, [48, 32], 6)

@@ -1,0 +1,552 @@
+"""The layers of a packed model: what each holds, and what it does to values, signs and gate.
+
+``docs/packed-format.md`` defines them. A layer reads and writes the state ``(y, bits, gate)`` of a batch: the latest
+values (M, N), the latest signs (M, words) and the recruited units (M, words) or (words,).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..encoding import as_inputs, inputs_of, standardize
+from ..engrams import StochasticEngram
+from ..norms import standardise
+from ..readouts import PrototypeReadout, RidgeReadout, regression_scores, segment_scores
+from ..reference import group_signs, top_units, words_for
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Fields = dict[str, Callable[[Any], bool]]
+
+
+class State(NamedTuple):
+    """What layers read and write."""
+
+    y: Tensor
+    bits: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Flow(NamedTuple):
+    """What is known of the state before a model has run: the units of y, and which of the others there are."""
+
+    units: int
+    is_input: bool = True
+    bits: bool = False
+    gate: bool = False
+    scores: bool = False
+
+
+class PackedLayer(nn.Module):
+    """One layer: ``kind``, ``fields`` as JSON holds them, and tensors, which are buffers of the same names.
+
+    Raises: ValueError for fields or tensors other than those of the kind; the message names the layer.
+    """
+
+    kind: ClassVar[str]
+    fields: ClassVar[Fields]
+    optional: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, where: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.where = where
+        if set(fields) != set(self.fields):
+            raise self.fault("fields", ", ".join(self.fields) or "none", ", ".join(map(str, fields)) or "none")
+        for name, valid in self.fields.items():
+            if not valid(fields[name]):
+                raise self.fault(name, f"a {name} of this kind of layer", repr(fields[name]))
+            setattr(self, name, fields[name])
+        layout = self.layout()
+        for name in tensors:
+            if name not in layout:
+                raise self.fault("tensors", ", ".join(layout) or "none", name)
+        for name, (dtype, shape) in layout.items():
+            tensor = tensors.get(name)
+            if tensor is None:
+                if name not in self.optional:
+                    raise self.fault(name, f"{dtype} {shape}", "nothing")
+            elif tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise self.fault(name, f"{dtype} {shape}", f"{tensor.dtype} {tuple(tensor.shape)}")
+            self.register_buffer(name, tensor)
+        self.check()
+
+    def layout(self) -> Layout:
+        """The tensors, in the order of the format: dtype and shape."""
+        return {}
+
+    def check(self) -> None:
+        """Checks values, and derives what is not in the file."""
+
+    def fault(self, name: str, expected: str, got: str) -> ValueError:
+        """The error for a wrong field or tensor."""
+        return ValueError(f"{self.where} ({self.kind}), {name}: expected {expected}, got {got}")
+
+    def described(self) -> dict[str, Any]:
+        """The layer as JSON holds it."""
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.fields}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds of it."""
+        return {name: tensor for name in self.layout() if (tensor := getattr(self, name)) is not None}
+
+    def flow(self, before: Flow) -> Flow:
+        """The state after the layer. Raises: ValueError for a layer that can't stand where it stands."""
+        raise NotImplementedError
+
+    def forward(self, state: State) -> State:
+        """The state after the layer."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The fields, for ``print``."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self.fields)
+
+    def _require(self, before: Flow, units: int, *, bits: bool = False, gate: bool = False) -> None:
+        if before.scores:
+            raise self.fault("order", "nothing after the read-out", f"a layer of kind {self.kind}")
+        if units != before.units:
+            raise self.fault("units", f"{before.units}, as the layer before gives", str(units))
+        for name, needed, there in (("bits", bits, before.bits), ("gate", gate, before.gate)):
+            if needed and not there:
+                raise self.fault("order", f"a layer before it that makes {name}", "none")
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(*names: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in names
+
+
+class Encode(PackedLayer):
+    """`InputEncoding` in evaluation mode."""
+
+    kind = "encode"
+    fields: ClassVar[Fields] = {"features": _size, "inputs": _size}
+    features: int
+    inputs: int
+    mean: Tensor
+    scale: Tensor
+
+    def layout(self) -> Layout:
+        """Mean and scale of the features."""
+        return {name: (torch.float32, (self.features,)) for name in ("mean", "scale")}
+
+    def check(self) -> None:
+        """The number of inputs follows from the features."""
+        if self.inputs != inputs_of(self.features):
+            raise self.fault("inputs", str(inputs_of(self.features)), str(self.inputs))
+
+    def flow(self, before: Flow) -> Flow:
+        """First of all layers."""
+        self._require(before, self.features)
+        if not before.is_input:
+            raise self.fault("order", "the first layer", "a later one")
+        return before._replace(units=self.inputs)
+
+    def forward(self, state: State) -> State:
+        """Scaled and coded, but for images."""
+        y = state.y
+        if y.dtype == torch.uint8 and self.inputs == self.features:
+            return state
+        return State(as_inputs((y.float() - self.mean) / self.scale))
+
+
+class Standardise(PackedLayer):
+    """The standardisation of a training run's images: each sample by its own mean and deviation."""
+
+    kind = "standardise"
+    fields: ClassVar[Fields] = {"features": _size}
+    features: int
+
+    def flow(self, before: Flow) -> Flow:
+        """First of all layers."""
+        self._require(before, self.features)
+        if not before.is_input:
+            raise self.fault("order", "the first layer", "a later one")
+        return before
+
+    def forward(self, state: State) -> State:
+        """Floats."""
+        return State(standardize(state.y))
+
+
+class Product(PackedLayer):
+    """The product with a sign matrix: of signs, or of a real-valued input."""
+
+    kind = "product"
+    fields: ClassVar[Fields] = {"inputs": _size, "outputs": _size, "real": lambda value: isinstance(value, bool)}
+    inputs: int
+    outputs: int
+    real: bool
+    weight: Tensor
+    groups: Tensor | None
+
+    def layout(self) -> Layout:
+        """The signs."""
+        return {"weight": (torch.int64, (self.outputs, words_for(self.inputs)))}
+
+    def check(self) -> None:
+        """Lays the signs out for products with uint8."""
+        groups = group_signs(self.weight, self.inputs) if self.real else None
+        self.register_buffer("groups", groups, persistent=False)
+
+    def flow(self, before: Flow) -> Flow:
+        """Of signs, or the first."""
+        self._require(before, self.inputs, bits=not self.real)
+        if self.real and not before.is_input:
+            raise self.fault("real", "false after the first product", "true")
+        return Flow(self.outputs, is_input=False)
+
+    def forward(self, state: State) -> State:
+        """int32 (M, N), or float32 where the input is float32."""
+        if self.real:
+            return State(ops.sign_matmul_t(state.y, self.weight, self.inputs, self.groups))
+        assert state.bits is not None
+        return State(ops.binary_matmul(state.bits, self.weight, self.inputs, state.gate))
+
+
+class Sign(PackedLayer):
+    """Signs of values: by a threshold a unit, or by the mean of the sample."""
+
+    kind = "sign"
+    fields: ClassVar[Fields] = {"units": _size, "by": _one_of("threshold", "mean")}
+    optional = frozenset({"threshold", "flip"})
+    units: int
+    by: str
+    threshold: Tensor | None
+    flip: Tensor | None
+    flipped: Tensor
+    whole_threshold: Tensor
+
+    def __init__(self, where: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        # int32, or float32 where values may be
+        given = tensors.get("threshold")
+        self._dtype = torch.float32 if given is not None and given.dtype == torch.float32 else torch.int32
+        super().__init__(where, fields, tensors)
+
+    def layout(self) -> Layout:
+        """Thresholds and flips."""
+        if self.by == "mean":
+            return {}
+        return {"threshold": (self._dtype, (self.units,)), "flip": (torch.uint8, (self.units,))}
+
+    def check(self) -> None:
+        """Thresholds for integers are those for floats, rounded up."""
+        if self.by == "mean":
+            return
+        if self.threshold is None or self.flip is None:
+            raise self.fault("threshold", "int32 or float32 threshold and uint8 flip", "nothing")
+        if bool((self.flip > 1).any()):
+            raise self.fault("flip", "0 or 1", str(int(self.flip.max())))
+        if bool(self.threshold.isnan().any()):
+            raise self.fault("threshold", "numbers", "NaN")
+        self.register_buffer("flipped", self.flip.bool(), persistent=False)
+        whole = self.threshold if self._dtype == torch.int32 else least_integer_that_reaches(self.threshold)
+        self.register_buffer("whole_threshold", whole, persistent=False)
+
+    def flow(self, before: Flow) -> Flow:
+        """After any layer that makes values."""
+        self._require(before, self.units)
+        return before._replace(bits=True)
+
+    def forward(self, state: State) -> State:
+        """The same values, with their signs."""
+        y = state.y
+        if y.dtype == torch.int32:
+            if self.by == "mean":
+                return state._replace(bits=ops.value_signs(y))
+            return state._replace(bits=ops.value_signs(y, self.whole_threshold, self.flipped))
+        if self.by == "mean":
+            return state._replace(bits=ops.pack_signs(standardise(y)))
+        assert self.threshold is not None
+        signs = torch.where((y >= self.threshold) != self.flipped, 1.0, -1.0)
+        return state._replace(bits=ops.pack_signs(torch.where(y.isnan(), y, signs)))  # which packing refuses
+
+
+class Recruit(PackedLayer):
+    """The most excited units: `StochasticEngram` in evaluation mode."""
+
+    kind = "recruit"
+    fields: ClassVar[Fields] = {
+        "units": _size, "recruited": _size, "score": _one_of("value", "magnitude", "standardised", "distance"),
+    }  # fmt: skip
+    units: int
+    recruited: int
+    score: str
+
+    def check(self) -> None:
+        """No more than there are."""
+        if self.recruited > self.units:
+            raise self.fault("recruited", f"at most {self.units}", str(self.recruited))
+
+    def flow(self, before: Flow) -> Flow:
+        """After any layer that makes values."""
+        self._require(before, self.units)
+        return before._replace(gate=True)
+
+    def forward(self, state: State) -> State:
+        """The same values, with their gate."""
+        y = state.y
+        whole = not y.dtype.is_floating_point
+        if self.score in ("standardised", "distance") and not whole:
+            y = standardise(y)  # rounded as in training, where close values become equal ones
+        elif self.score == "distance":
+            y = _from_mean(y.to(torch.int64))
+        if self.score in ("magnitude", "distance"):
+            y = y.abs()
+        if y.dtype == torch.int64:
+            gate = top_units(y, self.recruited)
+        elif whole:
+            gate = ops.top_units(y.int(), self.recruited)
+        else:
+            seed = torch.zeros(2, dtype=torch.int64)
+            gate = ops.sample_engram(y, seed, self.recruited / self.units, temperature=0.0)
+        return state._replace(gate=gate)
+
+
+def _from_mean(y: Tensor) -> Tensor:
+    """How far integers, int64 (M, N), lie from their mean, times N."""
+    return y * y.shape[1] - y.sum(1, keepdim=True)
+
+
+class Gate(PackedLayer):
+    """One gate for all samples."""
+
+    kind = "gate"
+    fields: ClassVar[Fields] = {"units": _size}
+    units: int
+    gate: Tensor
+
+    def layout(self) -> Layout:
+        """The gate."""
+        return {"gate": (torch.int64, (words_for(self.units),))}
+
+    def flow(self, before: Flow) -> Flow:
+        """After any layer that makes values."""
+        self._require(before, self.units)
+        return before._replace(gate=True)
+
+    def forward(self, state: State) -> State:
+        """The same values, with the gate."""
+        return state._replace(gate=self.gate)
+
+
+class Affine(PackedLayer):
+    """Values as float32, times factors, then scaled and shifted unit by unit."""
+
+    kind = "affine"
+    fields: ClassVar[Fields] = {
+        "units": _size,
+        "factors": lambda value: isinstance(value, list) and all(map(_finite, value)),
+    }
+    optional = frozenset({"scale", "shift"})
+    units: int
+    factors: list[float]
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def layout(self) -> Layout:
+        """Scale and shift."""
+        return {name: (torch.float32, (self.units,)) for name in ("scale", "shift")}
+
+    def check(self) -> None:
+        """A scale comes with a shift."""
+        if self.scale is not None and self.shift is None:
+            raise self.fault("shift", f"float32 ({self.units},) beside a scale", "nothing")
+
+    def flow(self, before: Flow) -> Flow:
+        """After any layer that makes values."""
+        self._require(before, self.units)
+        return before
+
+    def forward(self, state: State) -> State:
+        """Other values."""
+        y = state.y.float()
+        for factor in self.factors:
+            y = y * factor
+        if self.scale is not None:
+            assert self.shift is not None
+            y = torch.addcmul(self.shift, y, self.scale)
+        elif self.shift is not None:
+            y = y + self.shift
+        return state._replace(y=y)
+
+
+class _Readout(PackedLayer):
+    """What the read-outs share."""
+
+    inputs: int
+    classes: int
+    recruited: int
+
+    def flow(self, before: Flow) -> Flow:
+        """Of a gate."""
+        self._require(before, self.inputs, gate=True)
+        return Flow(self.classes, is_input=False, scores=True)
+
+    def forward(self, state: State) -> State:
+        """Scores, float32 (M, C)."""
+        gate = state.gate
+        assert gate is not None
+        if gate.dim() == 1:
+            gate = gate.expand(state.y.shape[0], -1)
+        return State(self.scores(gate))
+
+    def scores(self, gate: Tensor) -> Tensor:
+        """Scores, float32 (M, C), of engrams, bits (M, words)."""
+        raise NotImplementedError
+
+    def observe(self, gate: Tensor, y: Tensor) -> None:
+        """Learns engrams, bits (M, words), and the numbers of their classes, int64 (M,)."""
+        raise TypeError(f"{self.where} ({self.kind}): expected a read-out that is counted, got one that is trained")
+
+    def _engram(self) -> StochasticEngram:
+        return StochasticEngram(self.recruited / self.inputs, temperature=0.0)
+
+
+class Dendritic(_Readout):
+    """`DendriticReadout`."""
+
+    kind = "dendritic"
+    fields: ClassVar[Fields] = {
+        "inputs": _size, "classes": _size, "segments": _size, "top_segments": _size, "recruited": _size,
+        "rate": _finite,
+    }  # fmt: skip
+    segments: int
+    top_segments: int
+    rate: float
+    weight: Tensor
+    mean_product: Tensor
+
+    def layout(self) -> Layout:
+        """The signs of all segments."""
+        return {"weight": (torch.int64, (self.classes * self.segments, words_for(self.inputs)))}
+
+    def check(self) -> None:
+        """Derives the sums of signs."""
+        if self.top_segments > self.segments:
+            raise self.fault("top_segments", f"at most {self.segments}", str(self.top_segments))
+        ones = ops.pack_signs(torch.ones(1, self.inputs, device=self.weight.device))
+        every = ops.binary_matmul(ones, self.weight, self.inputs)
+        self.register_buffer("mean_product", self.rate * every.float(), persistent=False)
+
+    def scores(self, gate: Tensor) -> Tensor:
+        """As `DendriticReadout.scores`, rounded alike."""
+        y = ops.binary_matmul(gate, self.weight, self.inputs, gate).float() - self.mean_product
+        y = (y / math.sqrt(self.recruited)).reshape(-1, self.classes, self.segments)
+        return segment_scores(y, self.top_segments)
+
+
+class Prototype(_Readout):
+    """`PrototypeReadout`, by its counts."""
+
+    kind = "prototype"
+    fields: ClassVar[Fields] = {"inputs": _size, "classes": _size, "recruited": _size}
+    counts: Tensor
+    samples: Tensor
+    prototype_bits: Tensor
+    offset: Tensor
+    _counted: PrototypeReadout
+
+    def layout(self) -> Layout:
+        """The counts."""
+        shape = (self.classes, self.inputs)
+        return {"counts": (torch.int32, shape), "samples": (torch.int64, (self.classes,))}
+
+    def check(self) -> None:
+        """Derives the prototypes."""
+        readout = PrototypeReadout(self.inputs, self.classes, engram=self._engram())
+        readout.counts, readout.samples = self.counts.long(), self.samples
+        object.__setattr__(self, "_counted", readout)  # no module of this one: its buffers are those of the file
+        self._derive()
+
+    def _derive(self) -> None:
+        bits, offset = self._counted.prototypes()
+        self.register_buffer("prototype_bits", bits, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+
+    def scores(self, gate: Tensor) -> Tensor:
+        """As `PrototypeReadout`."""
+        return self._counted.engram_scores(gate, self.prototype_bits, self.offset)
+
+    def observe(self, gate: Tensor, y: Tensor) -> None:
+        """Counts."""
+        self._counted.observe_engrams(gate, y)
+        self.counts = self._counted.counts.int()
+        self._derive()
+
+
+class Ridge(_Readout):
+    """`RidgeReadout`: a solution, and to go on learning its moments."""
+
+    kind = "ridge"
+    fields: ClassVar[Fields] = {"inputs": _size, "classes": _size, "recruited": _size, "penalty": _finite}
+    optional = frozenset({"counts", "gram"})
+    penalty: float
+    weight: Tensor
+    bias: Tensor
+    samples: Tensor
+    counts: Tensor | None
+    gram: Tensor | None
+
+    def layout(self) -> Layout:
+        """Solution and moments."""
+        shape = (self.classes, self.inputs)
+        return {
+            "weight": (torch.float32, shape), "bias": (torch.float32, (self.classes,)),
+            "samples": (torch.int64, (self.classes,)), "counts": (torch.int32, shape),
+            "gram": (torch.int32, (self.inputs, self.inputs)),
+        }  # fmt: skip
+
+    def check(self) -> None:
+        """Derives the moments that learning goes on from."""
+        self._moments: RidgeReadout | None = None
+        if (self.counts is None) != (self.gram is None):
+            raise self.fault("gram", "counts and gram, or neither", "one of them")
+        if self.counts is not None and self.gram is not None:
+            moments = RidgeReadout(self.inputs, self.classes, engram=self._engram(), penalty=self.penalty)
+            moments.gram, moments.counts, moments.samples = self.gram, self.counts.long(), self.samples
+            object.__setattr__(self, "_moments", moments)  # no module of this one: its buffers are those of the file
+
+    def scores(self, gate: Tensor) -> Tensor:
+        """As `RidgeReadout`."""
+        return regression_scores(gate, self.weight, self.bias).masked_fill(self.samples == 0, -math.inf)
+
+    def observe(self, gate: Tensor, y: Tensor) -> None:
+        """Counts, and solves anew."""
+        if self._moments is None:
+            raise RuntimeError("partial_fit: expected a model packed to go on learning, pack(model, learning=True)")
+        self._moments.observe_engrams(gate, y)
+        self.gram, self.counts = self._moments.gram, self._moments.counts.int()
+        self.weight, self.bias = self._moments.solve()
+
+
+KINDS: dict[str, type[PackedLayer]] = {
+    layer.kind: layer
+    for layer in (Encode, Standardise, Product, Sign, Recruit, Gate, Affine, Dendritic, Prototype, Ridge)
+}
+
+
+def least_integer_that_reaches(threshold: Tensor) -> Tensor:
+    """The least integers that are at least ``threshold`` as float32: float32 (N,) -> int32 (N,).
+
+    Beyond float32's integers several integers are one number, and the least of them counts.
+    """
+    low = torch.full(threshold.shape, -(2**31), dtype=torch.int64, device=threshold.device)
+    high = torch.full_like(low, 2**31 - 1)  # reached by none that a product gives
+    for _ in range(32):
+        middle = (low + high) >> 1
+        reached = middle.float() >= threshold
+        low, high = torch.where(reached, low, middle + 1).clamp(max=2**31 - 1), torch.where(reached, middle, high)
+    return high.int()

@@ -1,0 +1,115 @@
+"""A packed model: layers that never leave bits and integers between the first product and the read-out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Encode, Flow, PackedLayer, Product, Standardise, State, _Readout
+
+
+class PackedModel(nn.Module):
+    """A network for evaluation that holds signs, thresholds and settings, and no hidden weights.
+
+    :func:`~engram_kernels.pack` makes it of a trained network, :func:`~engram_kernels.load_packed` reads its file. Its
+    scores are those of that network in evaluation mode.
+
+    Attributes: ``features``, of a sample; ``classes``; ``labels``, a list of the labels of the classes, or None;
+    ``settings``, what the writer told of the model; ``layers``.
+
+    Shapes: uint8, or float32, (M, features), or (M, ...) of as many numbers -> scores, float32 (M, classes).
+    Raises: ValueError for layers that do not follow each other, or labels of another number; RuntimeError for an input
+    of another dtype or shape, or one with NaN.
+
+    >>> model = ek.EngramMLP((64, 256, 10), readout="linear", encode=False).eval()
+    >>> packed, x = ek.pack(model), torch.randn(5, 64)
+    >>> torch.equal(packed(x), model(x))
+    True
+    """
+
+    def __init__(
+        self,
+        features: int,
+        layers: Sequence[PackedLayer],
+        *,
+        labels: Sequence[int | str] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.layers = nn.ModuleList(layers)
+        flow = Flow(features)
+        for layer in layers:
+            flow = layer.flow(flow)
+        if flow.is_input:
+            raise ValueError("layers: expected a product among the layers, got none")
+        self.classes = flow.units
+        if labels is not None:
+            if any(isinstance(label, bool) or not isinstance(label, (int, str)) for label in labels):
+                raise TypeError(f"labels: expected integers or texts, got {list(labels)!r}")
+            if len(labels) != self.classes:
+                raise ValueError(f"labels: expected {self.classes}, one for each class, got {len(labels)}")
+        self.labels = None if labels is None else list(labels)
+        self.settings = {} if settings is None else settings
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores, float32 (M, classes)."""
+        state = self._begin(x)
+        for layer in self.layers:
+            state = layer(state)
+        return state.y.float()
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> list[int | str]:
+        """The label of each sample: the first class of the largest score. Without labels its number."""
+        classes = self(x).argmax(dim=1).tolist()
+        return classes if self.labels is None else [self.labels[i] for i in classes]
+
+    @torch.no_grad()
+    def partial_fit(self, x: Tensor, y: Tensor) -> PackedModel:
+        """Goes on learning with samples (M, features) and the numbers of their classes, int64 (M,); returns itself.
+
+        Of prototype and ridge read-outs, which are counted: the scores are then those of a read-out that has observed
+        all samples in the first place.
+        Raises: TypeError for another read-out; RuntimeError for a ridge read-out packed without its moments.
+        """
+        readout = self.layers[-1]
+        if not isinstance(readout, _Readout):
+            raise TypeError(f"partial_fit: expected a prototype or ridge read-out, got {readout.kind}")
+        state = self._begin(x)
+        for layer in self.layers[:-1]:
+            state = layer(state)
+        gate = state.gate
+        assert gate is not None
+        readout.observe(gate if gate.dim() == 2 else gate.expand(len(x), -1).contiguous(), y)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one file, which :func:`~engram_kernels.load_packed` and the C++ runtime read.
+
+        Raises: OSError if it can't be written; what was there before then stays.
+        """
+        from .file import save
+
+        save(self, path)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"features={self.features}, classes={self.classes}"
+
+    def _begin(self, x: Tensor) -> State:
+        if x.dtype not in (torch.uint8, torch.float32):
+            raise RuntimeError(f"input: expected uint8 or float32, got {x.dtype}")
+        if x.dim() > 2:
+            x = x.flatten(1)
+        if x.dim() != 2 or x.shape[1] != self.features:
+            raise RuntimeError(f"input: expected shape (M, {self.features}), got {tuple(x.shape)}")
+        if x.dtype == torch.uint8 and not isinstance(self.layers[0], (Encode, Standardise, Product)):
+            raise RuntimeError("input: expected float32, of which the first layer takes the signs, got uint8")
+        return State(x)

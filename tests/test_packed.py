@@ -1,0 +1,571 @@
+"""Packed models give what the models that they are made of give, bit for bit; a file that can't be used says why."""
+
+import itertools
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from torch import nn
+
+import engram_kernels as ek
+from engram_kernels.cli import main
+from engram_kernels.encoding import SampleStandardisation
+from engram_kernels.packed.layers import KINDS, least_integer_that_reaches
+
+ENGRAMS = {
+    "none": lambda: None,
+    "value": lambda: ek.StochasticEngram(0.3),
+    "magnitude": lambda: ek.StochasticEngram(0.3, score="magnitude"),
+    "bernoulli": lambda: ek.BernoulliEngram(0.4),
+    "context": lambda: with_context(ek.ContextEngram(3, 0.3), 1),
+}
+
+
+def with_context(engram, context):
+    engram.context = context
+    return engram
+
+
+def batch_norm(units):
+    """As training leaves it, with factors below and above 0, and one of 0."""
+    norm = nn.BatchNorm1d(units)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm.weight.data[0] = 0.0
+    norm.running_mean.normal_(0, 3)
+    norm.running_var.uniform_(0.5, 60)
+    return norm
+
+
+def exact_norm(units):
+    return ek.ExactLayerNorm(units)
+
+
+def images(samples, features):
+    """With many zeros, as images have them."""
+    return (torch.randint(256, (samples, features)) * (torch.rand(samples, features) < 0.4)).to(torch.uint8)
+
+
+def sequential(sizes, norm, engram, scaled, bias, first_binary=False):
+    """First layer, hidden layers with norms between, and a last layer."""
+    layers = [ek.BinaryEngramLinear(sizes[0], sizes[1], bias, binary_input=first_binary, scaled=scaled)]
+    for k, n in itertools.pairwise(sizes[1:]):
+        if norm is not None:
+            layers.append(norm(k))
+        layers.append(ek.BinaryEngramLinear(k, n, bias, engram=ENGRAMS[engram](), scaled=scaled))
+    for layer in layers:
+        if isinstance(layer, ek.BinaryEngramLinear) and bias:
+            nn.init.normal_(layer.bias)
+    return nn.Sequential(*layers).eval()
+
+
+def assert_same(model, packed, x):
+    with torch.no_grad():
+        assert torch.equal(packed(x), model(x))
+
+
+# ---- predictions
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 140), min_size=3, max_size=4),
+    samples=st.integers(0, 9),
+    norm=st.sampled_from([None, batch_norm, exact_norm]),
+    engram=st.sampled_from(sorted(ENGRAMS)),
+    scaled=st.booleans(),
+    bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_scores_are_those_of_the_model(sizes, samples, norm, engram, scaled, bias, seed):
+    torch.manual_seed(seed)
+    if norm is exact_norm:  # whose rounding decides ties where a scale or a bias comes before
+        scaled = bias = False
+        engram = "none" if engram == "bernoulli" else engram  # its rate is a scale
+    model = sequential(sizes, norm, engram, scaled, bias)
+    packed = ek.pack(model)
+    x = images(samples, sizes[0])
+    assert_same(model, packed, x)
+    assert_same(model, packed, x.float() / 255)
+    assert_same(model, packed, torch.randn(samples, sizes[0]))
+
+
+@pytest.mark.parametrize("engram", ENGRAMS)
+def test_a_first_layer_may_take_signs(engram):
+    model = sequential((70, 33, 10), batch_norm, engram, True, True, first_binary=True)
+    packed = ek.pack(model)
+    assert_same(model, packed, torch.randn(20, 70))
+    with pytest.raises(
+        RuntimeError, match="input: expected float32, of which the first layer takes the signs, got uint8"
+    ):
+        packed(images(2, 70))
+
+
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+@pytest.mark.parametrize("sizes", [(784, 256, 10), (5, 100, 130, 3)])
+@pytest.mark.parametrize("encode", [True, False])
+def test_every_read_out_of_a_network(readout, sizes, encode):
+    model = ek.EngramMLP(sizes, readout=readout, encode=encode)
+    x = images(100, sizes[0])
+    if encode:
+        model.encoding(x.float())
+    if readout in ("prototype", "ridge"):
+        model.observe(x, torch.randint(sizes[-1] - 1, (100,)))  # one class is never seen
+    packed = ek.pack(model)
+    assert model.training and not packed.training
+    assert_same(model.eval(), packed, x)
+    assert_same(model, packed, torch.randn(40, sizes[0]))
+
+
+def test_several_segments_speak_for_a_class():
+    engram = ek.StochasticEngram(0.2, score="magnitude")
+    readout = ek.DendriticReadout(64, 3, segments=7, top_segments=3, engram=engram)
+    model = ek.EngramMLP((20, 64, 3), readout=readout, engram=engram).eval()
+    assert_same(model, ek.pack(model), torch.randn(50, 20))
+
+
+def test_no_engram_and_no_encoding():
+    model = ek.EngramMLP((100, 150, 150, 7), readout="linear", engram=None, encode=False, logit_scale=0.3).eval()
+    assert_same(model, ek.pack(model), images(50, 100))
+
+
+def test_layers_without_effect_are_left_out():
+    first, last = ek.BinaryEngramLinear(64, 32, binary_input=False), ek.BinaryEngramLinear(32, 10)
+    norm = batch_norm(32)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Sequential(first, nn.Identity(), norm, nn.Hardtanh()), nn.Dropout(0.5), last
+    ).eval()
+    packed = ek.pack(model)
+    assert [layer.kind for layer in packed.layers] == ["product", "sign", "product", "affine"]
+    x = images(20, 64)
+    assert torch.equal(packed(x.reshape(20, 8, 8)), model(x))
+
+
+def test_the_mean_of_a_sample_is_met_exactly():
+    """Ties with the mean, which float32 rounding would decide in nn.LayerNorm."""
+    model = sequential((60, 64, 10), exact_norm, "none", False, False)
+    x = torch.randint(3, (500, 60), dtype=torch.uint8)
+    y = model[0](x).detach()
+    assert int((y * 64 == y.sum(1, keepdim=True)).sum()) > 10
+    assert_same(model, ek.pack(model), x)
+
+
+def test_predictions_after_torchs_layer_norm_differ_by_rounding_alone():
+    model = sequential((60, 256, 10), lambda n: nn.LayerNorm(n, elementwise_affine=False), "none", False, False)
+    x = images(500, 60)
+    with torch.no_grad():
+        same = (ek.pack(model)(x) == model(x)).all(dim=1)
+    y = model[0](x).detach()
+    whole_mean = y.sum(1) % 256 == 0
+    assert bool((same | whole_mean).all())
+
+
+def test_a_threshold_beyond_every_product_is_never_and_always_reached():
+    model = sequential((16, 8, 4), batch_norm, "none", False, False)
+    model[1].bias.data = torch.tensor([1e30, -1e30] * 4)
+    model[1].weight.data.abs_()
+    assert_same(model, ek.pack(model), images(20, 16))
+    assert_same(model, ek.pack(model), torch.randn(20, 16) * 1e3)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20))
+def test_least_integer_that_reaches_a_threshold(thresholds):
+    t = torch.tensor(thresholds, dtype=torch.float32)
+    least = least_integer_that_reaches(t)
+    inside = (least > -(2**31)) & (least < 2**31 - 1)
+    assert bool((least.float() >= t)[inside].all())
+    assert bool(((least.long() - 1).float() < t)[inside].all())
+    assert bool((least[t == math.inf] == 2**31 - 1).all() and (least[t == -math.inf] == -(2**31)).all())
+
+
+def test_no_float_weight_is_left():
+    packed = ek.pack(ek.EngramMLP((784, 256, 256, 10), readout="linear"))
+    floats = [tensor for tensor in packed.buffers() if tensor.dtype.is_floating_point and tensor.dim() > 1]
+    assert not floats and not list(packed.parameters())
+
+
+def test_the_model_is_left_as_it_was():
+    model = ek.EngramMLP((20, 64, 3))
+    model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    ek.pack(model)
+    assert before == {name: module.training for name, module in model.named_modules()}
+
+
+# ---- what has no packed form
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (nn.Sequential(nn.Linear(3, 2)), "0: expected a binary layer, .* got Linear"),
+        (nn.Sequential(nn.Flatten()), "model: expected a binary layer, got none"),
+        (nn.Sequential(ek.BinaryEngramLinear(3, 2), nn.ReLU()), "1: expected a binary layer, .* got ReLU"),
+        (
+            nn.Sequential(ek.BinaryEngramLinear(3, 2), nn.LayerNorm(2)),
+            "1: expected a LayerNorm of one dimension without",
+        ),
+        (
+            nn.Sequential(ek.BinaryEngramLinear(3, 2), ek.ExactLayerNorm(2)),
+            "1: expected a binary layer or a read-out after",
+        ),
+        (
+            nn.Sequential(ek.BinaryEngramLinear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)),
+            "1: expected a BatchNorm1d with running statistics",
+        ),
+        (
+            nn.Sequential(*[ek.BinaryEngramLinear(2, 2, binary_input=False) for _ in range(2)]),
+            "1: expected binary_input=True after the first layer",
+        ),
+        (
+            nn.Sequential(
+                ek.BinaryEngramLinear(3, 2),
+                ek.BinaryEngramLinear(2, 2, engram=ek.BernoulliEngram(0.5, sample_at_eval=True)),
+            ),
+            "1: expected a StochasticEngram, ContextEngram or BernoulliEngram, got BernoulliEngram",
+        ),
+        (
+            nn.Sequential(ek.BinaryEngramLinear(3, 2), ek.BinaryEngramLinear(2, 2, engram=ek.ContextEngram(2, 0.5))),
+            "1: expected one context for all samples, got None",
+        ),
+        (
+            nn.Sequential(
+                ek.BinaryEngramLinear(3, 2), ek.ExactLayerNorm(2), nn.BatchNorm1d(2), ek.BinaryEngramLinear(2, 2)
+            ),
+            "2: expected a binary layer or a read-out after a LayerNorm, got BatchNorm1d",
+        ),
+        (nn.Sequential(ek.BinaryEngramLinear(3, 2), nn.Hardtanh(1, 2)), "1: expected a Hardtanh of a range around 0"),
+    ],
+)
+def test_what_has_no_packed_form_is_named(model, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ek.pack(model)
+
+
+def test_a_batch_norm_of_nan_is_named():
+    model = sequential((16, 8, 4), batch_norm, "none", False, False)
+    model[1].bias.data[3] = math.nan
+    with pytest.raises(ValueError, match="1: expected a BatchNorm1d of finite float32 numbers"):
+        ek.pack(model)
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.zeros(2, 64, dtype=torch.float64), "input: expected uint8 or float32, got torch.float64"),
+        (torch.zeros(2, 63), r"input: expected shape \(M, 64\), got \(2, 63\)"),
+        (torch.zeros(64), r"input: expected shape \(M, 64\), got \(64,\)"),
+        (torch.full((2, 64), math.nan), "expected numbers, got NaN"),
+    ],
+)
+def test_a_wrong_input_is_named(x, message):
+    packed = ek.pack(sequential((64, 32, 10), batch_norm, "value", True, False))
+    with pytest.raises(RuntimeError, match=message):
+        packed(x)
+
+
+@pytest.mark.parametrize(
+    "labels, error, message",
+    [(["a"], ValueError, "labels: expected 3"), ([1.5] * 3, TypeError, "labels: expected integers or texts")],
+)
+def test_wrong_labels_are_named(labels, error, message):
+    with pytest.raises(error, match=message):
+        ek.pack(ek.EngramMLP((20, 64, 3)), labels=labels)
+
+
+# ---- learning
+
+
+@pytest.mark.parametrize("readout", ["prototype", "ridge"])
+def test_a_counted_read_out_goes_on_learning_from_its_file(readout, tmp_path):
+    model = ek.EngramMLP((30, 100, 4), readout=readout)
+    x, y = images(90, 30), torch.randint(4, (90,))
+    model.encoding(x.float())
+    model.eval().observe(x[:40], y[:40].clamp(max=2))
+    ek.pack(model, learning=True).save(tmp_path / "model")
+    packed = ek.load_packed(tmp_path / "model")
+    assert packed.partial_fit(x[40:], y[40:]) is packed
+    model.observe(x[40:], y[40:])
+    assert_same(model, packed, x)
+    packed.save(tmp_path / "model")  # in place of the file that is mapped
+    assert_same(model, ek.load_packed(tmp_path / "model"), x)
+
+
+def test_a_read_out_that_is_not_counted_says_so():
+    x, y = torch.zeros(2, 20), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"layer 3 \(dendritic\): expected a read-out that is counted"):
+        ek.pack(ek.EngramMLP((20, 64, 3))).partial_fit(x, y)
+    with pytest.raises(TypeError, match="partial_fit: expected a prototype or ridge read-out, got affine"):
+        ek.pack(ek.EngramMLP((20, 64, 3), readout="linear")).partial_fit(x, y)
+    model = ek.EngramMLP((20, 64, 3), readout="ridge")
+    model.observe(torch.randn(10, 20), torch.randint(3, (10,)))
+    with pytest.raises(RuntimeError, match=r"pack\(model, learning=True\)"):
+        ek.pack(model).partial_fit(x, y)
+    with pytest.raises(ValueError, match="y: expected labels in"):
+        ek.pack(model, learning=True).partial_fit(x, torch.tensor([0, 3]))
+
+
+# ---- files
+
+
+@pytest.fixture
+def packed():
+    return ek.pack(
+        sequential((64, 32, 10), batch_norm, "value", True, True), labels=list("abcdefghij"), settings={"a": 1}
+    )
+
+
+def test_a_file_gives_the_same_model(packed, tmp_path):
+    packed.save(tmp_path / "model")
+    loaded = ek.load_packed(tmp_path / "model")
+    x = images(20, 64)
+    assert torch.equal(loaded(x), packed(x)) and loaded.predict(x) == packed.predict(x)
+    assert (loaded.labels, loaded.settings) == (packed.labels, packed.settings)
+    assert set(loaded.predict(x)) <= set("abcdefghij")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_without_labels_a_class_is_its_number():
+    packed = ek.pack(sequential((64, 32, 10), batch_norm, "value", True, True))
+    assert all(isinstance(label, int) for label in packed.predict(images(5, 64)))
+
+
+def test_tensors_of_a_file_are_mapped(packed, tmp_path):
+    packed.save(tmp_path / "model")
+    loaded = ek.load_packed(tmp_path / "model")
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path / "model") in maps.read()
+    del loaded
+
+
+def test_a_network_of_images_takes_less_than_800_kilobytes(tmp_path):
+    ek.pack(sequential((784, 2048, 2048, 10), batch_norm, "none", True, False)).save(tmp_path / "model")
+    assert (tmp_path / "model").stat().st_size < 800_000
+
+
+def edited(path, metadata=None, tensors=None):
+    """The file with other metadata and tensors."""
+    with safe_open(path, "pt") as file:
+        old_metadata = file.metadata()
+        old = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    save_file({**old, **(tensors or {})}, path, {**old_metadata, **(metadata or {})})
+
+
+def network_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["network"])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_bytes(b""), "expected a whole packed model"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "expected a whole packed model"),
+    (lambda path: path.write_bytes(path.read_bytes()[:100]), "expected a whole packed model"),
+    (lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"x" * 100), "expected a whole packed model"),
+    (lambda path: path.write_bytes(b"\x80\x04" + os.urandom(100)), "expected a whole packed model"),
+    (lambda path: save_file({"a": torch.zeros(1)}, path), "expected a packed model, .* without a format"),
+    (lambda path: edited(path, {"format": "pt"}), "expected a packed model, format engram_kernels.packed, got pt"),
+    (lambda path: edited(path, {"version": "2"}), "expected version 1 .* got 2; a newer engram_kernels wrote it"),
+    (lambda path: edited(path, {"version": "one"}), "expected a version of the format from 1 on, got 'one'"),
+    (lambda path: edited(path, {"network": "{"}), "expected a description of the network as JSON"),
+    (lambda path: edited(path, {"network": "[]"}), "expected a description of the network as an object"),
+    (lambda path: edited(path, {"network": '{"layers": []}'}), "layers: expected a list of layers"),
+    (lambda path: edited(path, tensors={"9.weight": torch.zeros(1)}), "expected names of the .* got 9.weight"),
+    (lambda path: edited(path, tensors={"0.bias": torch.zeros(1)}), "layer 0 .*, tensors: expected weight, got bias"),
+    (
+        lambda path: edited(path, tensors={"0.weight": torch.zeros(32, 1, dtype=torch.int64)}),
+        r"layer 0 \(product\), weight: expected torch.int64 \(32, 2\), got torch.int64 \(32, 1\)",
+    ),
+])  # fmt: skip
+def test_a_damaged_foreign_or_newer_file_is_refused_by_name(packed, tmp_path, damage, message):
+    path = tmp_path / "model"
+    packed.save(path)
+    damage(path)
+    with pytest.raises(ValueError, match=message) as error:
+        ek.load_packed(path)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda network: network.update(features=63), "units: expected 63, as the layer before gives, got 64"),
+    (lambda network: network.update(features="64"), "features: expected an integer of at least 1, got '64'"),
+    (lambda network: network.update(labels=["a"]), "labels: expected 10, one for each class, got 1"),
+    (lambda network: network.update(labels=3), "labels: expected a list or null, got 3"),
+    (lambda network: network.update(settings=3), "settings: expected an object, got 3"),
+    (lambda network: network["layers"].pop(), "tensors: expected names of the"),
+    (lambda network: network["layers"].append({"kind": "sigh"}), "expected a kind of encode, .* got {'kind': 'sigh'}"),
+    (lambda network: network["layers"][0].update(inputs=0), r"layer 0 \(product\), inputs: expected"),
+    (lambda network: network["layers"][0].update(more=1), "layer 0 .*, fields: expected inputs, outputs, real"),
+    (lambda network: network["layers"][0].update(real=False), "layer 0 .*, order: expected a layer before it that"),
+    (lambda network: network["layers"][4].update(recruited=33), r"layer 4 \(recruit\), recruited: expected at most 32"),
+])  # fmt: skip
+def test_layers_that_make_no_network_are_refused_by_name(packed, tmp_path, change, message):
+    path = tmp_path / "model"
+    packed.save(path)
+    network = network_of(path)
+    change(network)
+    edited(path, {"network": json.dumps(network)})
+    with pytest.raises(ValueError, match=message):
+        ek.load_packed(path)
+
+
+def test_a_missing_file_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ek.load_packed(tmp_path / "none")
+    with pytest.raises(OSError):
+        ek.pack(ek.EngramMLP((20, 64, 3))).save(tmp_path / "none" / "model")
+
+
+def test_every_kind_of_layer_is_in_the_page_of_the_format():
+    page = (Path(__file__).parent.parent / "docs/packed-format.md").read_text()
+    for kind, layer in KINDS.items():
+        rows = [line for line in page.splitlines() if line.startswith(f"| `{kind}` | ")]
+        assert any(all(f"`{field}`" in row for field in layer.fields) for row in rows), kind
+
+
+# ---- ONNX
+
+
+def run_onnx(path, x):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra onnx)")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+@pytest.fixture
+def onnx():
+    return pytest.importorskip("onnx", reason="onnx is not installed (extra onnx)")
+
+
+@pytest.mark.parametrize("norm", [batch_norm, exact_norm, None])
+@pytest.mark.parametrize("engram", ENGRAMS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_onnx_of_a_sequential_gives_the_same_scores(onnx, norm, engram, dtype, tmp_path):
+    model = sequential((70, 90, 50, 10), norm, engram, norm is not exact_norm, norm is batch_norm)
+    ek.export_onnx(model, tmp_path / "model.onnx", input_dtype=dtype)
+    x = images(40, 70).to(dtype)  # whole numbers, which sum without rounding in any order
+    torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", x), ek.pack(model)(x), rtol=1e-5, atol=1e-5)
+    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} == {""}
+
+
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+@pytest.mark.parametrize("sizes", [(784, 256, 10), (5, 130, 3)])
+def test_onnx_of_every_read_out_gives_the_same_scores(onnx, readout, sizes, tmp_path):
+    model = ek.EngramMLP(sizes, readout=readout)
+    x = images(100, sizes[0])
+    model.encoding(x.float())
+    if readout in ("prototype", "ridge"):
+        model.observe(x, torch.randint(sizes[-1] - 1, (100,)))
+    packed = ek.pack(model)
+    ek.export_onnx(packed, tmp_path / "model.onnx")
+    scores = run_onnx(tmp_path / "model.onnx", x)
+    torch.testing.assert_close(scores, packed(x), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_of_several_segments(onnx, tmp_path):
+    engram = ek.StochasticEngram(0.2)
+    readout = ek.DendriticReadout(64, 3, segments=7, top_segments=3, engram=engram)
+    packed = ek.pack(ek.EngramMLP((100, 64, 3), readout=readout, engram=engram))
+    ek.export_onnx(packed, tmp_path / "model.onnx")
+    x = images(50, 100)
+    torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", x), packed(x), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_of_another_input_is_refused(onnx, tmp_path):
+    with pytest.raises(ValueError, match="input_dtype: expected torch.uint8 or torch.float32, got torch.int8"):
+        ek.export_onnx(ek.EngramMLP((20, 64, 3)), tmp_path / "model.onnx", input_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_samples_standardised_as_in_a_training_run(onnx, dtype, tmp_path):
+    model = nn.Sequential(
+        SampleStandardisation(100), ek.EngramMLP((100, 90, 10), readout="linear", encode=False)
+    ).eval()
+    packed, x = ek.pack(model), images(50, 100).to(dtype)
+    x[0] = 0
+    assert_same(model, packed, x)
+    ek.export_onnx(packed, tmp_path / "model.onnx", input_dtype=dtype)
+    same = (run_onnx(tmp_path / "model.onnx", x).argmax(1) == packed(x).argmax(1)).float().mean()
+    assert same > 0.9  # the first product is one of floats, rounded in another order
+
+
+# ---- the command line
+
+
+def test_a_run_is_packed_and_predicts_the_same(tmp_path, capsys):
+    run, samples = tmp_path / "run", tmp_path / "samples.npy"
+    np.save(samples, load_digits().data[:200].astype(np.uint8))
+    train = ["train", "--quiet", "--save-model", "--hidden", "256", "--epochs", "1", "--output", str(run)]
+    assert main(train) == 0 and main(["pack", str(run)]) == 0
+    assert (run / "packed.safetensors").stat().st_size < (run / "model.pt").stat().st_size / 20
+    capsys.readouterr()
+    labels = []
+    for name in ("model.pt", "packed.safetensors"):
+        assert main(["predict", str(run / name), str(samples)]) == 0
+        labels.append(capsys.readouterr().out)
+    assert labels[0] == labels[1] and len(labels[0].splitlines()) == 200
+
+
+def test_what_can_not_be_packed_is_one_line(tmp_path, capsys):
+    train = ["train", "--quiet", "--save-model", "--method", "finetune", "--hidden", "32", "--epochs", "1"]
+    assert main([*train, "--output", str(tmp_path / "run")]) == 0
+    assert main(["pack", str(tmp_path / "run")]) == 2
+    assert "model: expected a binarized network in" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "none")]) == 2
+
+
+# ---- compiled and exported
+
+
+FRESH = """
+import sys, torch
+import engram_kernels
+x = torch.load(sys.argv[2])
+load = torch._inductor.aoti_load_package if sys.argv[3] == "aoti" else lambda path: torch.export.load(path).module()
+torch.save(load(sys.argv[1])(x), sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+@pytest.mark.parametrize("way", ["compile", "export", "aoti"])
+def test_compiled_and_exported_models_give_the_same_scores(readout, way, tmp_path):
+    model = ek.EngramMLP((784, 100, 10), readout=readout)
+    x = images(20, 784)
+    if readout in ("prototype", "ridge"):
+        model.observe(x, torch.randint(9, (20,)))
+    packed = ek.pack(model)
+    if way == "compile":
+        scores = torch.compile(packed, fullgraph=True)(x)
+    else:
+        samples = torch.export.Dim("samples", min=1, max=1024)
+        program = torch.export.export(packed, (x,), dynamic_shapes=({0: samples},))
+        if way == "export":
+            torch.export.save(program, tmp_path / "model.pt2")
+        else:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        torch.save(x, tmp_path / "x")
+        arguments = [tmp_path / "model.pt2", tmp_path / "x", way, tmp_path / "scores"]
+        subprocess.run([sys.executable, "-c", FRESH, *map(str, arguments)], check=True)
+        scores = torch.load(tmp_path / "scores")
+    torch.testing.assert_close(scores, packed(x), rtol=1e-5, atol=1e-5)  # compiled sums round in another order
+
+
+def test_a_program_holds_bits_and_packs_signs_of_values_alone():
+    packed = ek.pack(sequential((64, 100, 50, 10), batch_norm, "value", False, False))
+    program = torch.export.export(packed, (images(3, 64),))
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    called = [str(node.target) for graph in graphs for node in graph.nodes if "engram_kernels" in str(node.target)]
+    assert not any("pack_signs" in name or "kept_sign_bits" in name for name in called), called
+    assert sum("binary_matmul" in name for name in called) == 2
