@@ -12,6 +12,7 @@ CUDA needs nvcc 12 or 13, no GPU, no driver and no CUDA build of torch: kernels 
 linked in.
 """
 
+import json
 import os
 import platform
 import re
@@ -27,26 +28,10 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 TORCH_TARGET_VERSION = "0x020d000000000000"  # 2.13, the oldest torch that the library runs under
 CSRC = Path("csrc")
-KERNELS = [
-    "pack", "binary_matmul", "sign_product", "gated_grad", "sample_engram", "grouped_product", "values",
-    "metaplastic_adam", "tables",
-]  # fmt: skip
-ISA_FLAGS = {
-    "x86_64": {
-        "scalar": [],
-        "avx2": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
-        "avx512": [
-            "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vpopcntdq", "-mbmi", "-mbmi2",
-            "-mprefer-vector-width=512", "-Wno-maybe-uninitialized",  # GCC 12 warns of its own header
-        ],
-    },
-    "aarch64": {"scalar": [], "neon": []},
-}  # fmt: skip
-# No contraction: every instruction set and backend rounds the same way. No errno: square roots are vectorised.
-KERNEL_FLAGS = [
-    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
-    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-]  # fmt: skip
+# Kernel files and flags, for csrc/runtime too. No contraction (-ffp-contract=off): every instruction set and backend
+# rounds the same way. No errno: square roots are vectorised. GCC 12 warns of its own header.
+CPU_BUILD = json.loads((CSRC / "cpu" / "build.json").read_text())
+KERNELS = [*CPU_BUILD["prediction_kernels"], *CPU_BUILD["training_kernels"]]
 
 # Of sanitizers: every fault ends the process, and its report names functions. -O1 builds in half the time of -O2.
 SANITIZER_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
@@ -149,7 +134,7 @@ def cuda_libraries(nvcc: Path) -> Path:
 def isa_flags() -> dict[str, list[str]]:
     """Instruction sets built on this machine, with their compiler flags."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    return ISA_FLAGS.get(machine, {"scalar": []})
+    return CPU_BUILD["instruction_sets"].get(machine, {"scalar": []})
 
 
 def kernel_commands(folder: Path) -> dict[Path, list[str]]:
@@ -162,7 +147,7 @@ def kernel_commands(folder: Path) -> dict[Path, list[str]]:
             commands[target] = [
                 *compiler_words(),
                 *files,
-                *KERNEL_FLAGS,
+                *CPU_BUILD["flags"],
                 f"-DENGRAM_ISA={isa}",
                 *flags,
                 *sanitizer_flags(),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import functools
+import json
 import os
 import platform
 import subprocess
@@ -21,14 +21,6 @@ ROOT = Path(__file__).parents[1]
 MACS = 2_000_000_000  # of a measurement: some milliseconds
 
 
-def setup_constant(name: str):
-    """A literal that setup.py assigns. Importing it would start a build."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.literal_eval(node.value)
-    raise LookupError(f"setup.py: expected an assignment to {name}")
-
-
 @functools.cache
 def library(isa: str) -> ctypes.CDLL:
     """``bound.cpp`` with the flags of the kernels themselves, for an instruction set with vectors.
@@ -36,7 +28,8 @@ def library(isa: str) -> ctypes.CDLL:
     Raises: RuntimeError with the compiler's first error; OSError where there is no compiler.
     """
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    flags = setup_constant("KERNEL_FLAGS") + setup_constant("ISA_FLAGS").get(machine, {"scalar": []})[isa]
+    build = json.loads((ROOT / "csrc" / "cpu" / "build.json").read_text())
+    flags = build["flags"] + build["instruction_sets"].get(machine, {"scalar": []})[isa]
     flags += [f"-DENGRAM_ISA={isa}", f"-I{ROOT / 'csrc'}", "-shared"]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "bound.so"

@@ -4,6 +4,7 @@ from typing import Any
 
 from . import ops, reference
 from .convert import convert
+from .convolution import BinaryEngramConv2d
 from .distributed import merged_counts
 from .encoding import InputEncoding
 from .engrams import BernoulliEngram, ContextEngram, Engram, Recruitment, StochasticEngram
@@ -31,6 +32,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BernoulliEngram",
+    "BinaryEngramConv2d",
     "BinaryEngramLinear",
     "ContextEngram",
     "DendriticReadout",

@@ -7,16 +7,18 @@ them. None has a second derivative.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import ops
 from .fused_backward import gradient_consumer
-from .hidden_weight import HiddenWeight
-from .reference import words_for
+from .hidden_weight import HiddenWeight, from_rows, rows_of
+from .reference import Window, words_for
 
 _BLOCK_ELEMENTS = 1 << 18  # of a gradient that is consumed block by block
 _BLOCK_SAMPLES = 128  # of a sum over samples
@@ -240,6 +242,132 @@ class SignProduct(_Function):
             if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
                 dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
         return (*_first_derivatives(d, dx, dw, db), None, None, None, None)
+
+
+def image_sign_bits(x: Tensor) -> Tensor:
+    """Signs of images (B, C, height, width), packed pixel by pixel: bits (B, words of units)."""
+    if _channels_first(x):
+        channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+        return ops.interleave_bits(ops.pack_signs(x.reshape(-1, pixels)), channels, pixels)
+    return ops.pack_signs(x.permute(0, 2, 3, 1).flatten(1))
+
+
+def _image_window_bits(x: Tensor, window: float, gate_bits: Tensor | None) -> Tensor:
+    """:func:`ops.pack_window` of images, as :func:`image_sign_bits` packs them."""
+    if _channels_first(x):
+        channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+        bits = ops.interleave_bits(ops.pack_window(x.reshape(-1, pixels), window), channels, pixels)
+        return bits if gate_bits is None else bits & gate_bits
+    return ops.pack_window(x.permute(0, 2, 3, 1).flatten(1), window, gate_bits)
+
+
+def _channels_first(x: Tensor) -> bool:
+    """Whether to transpose bits, where transposing numbers would write them once more."""
+    return x.is_contiguous() and not x.is_cuda
+
+
+class GatedSignConvolution(_Function):
+    """Gated convolution of signs, padded by 0; keeps bits only.
+
+    ``apply(x, weight, x_bits, w_bits, gate_bits, window, scale, ste_window, consumed)``: images (B, C, height, width)
+    and filters (O, C / groups, kernel_h, kernel_w), of which only the gradients count, and their bits -> ``scale``
+    times the sums (B, O, out_height, out_width) in the dtype of x, channels last. ``window`` is a
+    :class:`~engram_kernels.reference.Window`; the gradient of x reaches recruited units with ``|x| <= ste_window``.
+    """
+
+    @staticmethod
+    def forward(x, weight, x_bits, w_bits, gate_bits, window, scale, ste_window, consumed):
+        """The convolution."""
+        return ops.binary_conv2d(x_bits, w_bits, window, gate_bits, scale).permute(0, 3, 1, 2).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the bits, and the window of the gradient as one more of them."""
+        x, weight, x_bits, w_bits, gate_bits, ctx.window, ctx.scale, ste_window, consumed = inputs
+        mask_bits = _image_window_bits(x.detach(), ste_window, gate_bits) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
+        _remember(ctx, weight, consumed)
+        ctx.weight_shape = weight.shape
+
+    @staticmethod
+    def backward(ctx, d):
+        """Gradients of x and of the filters, straight-through."""
+        _refuse_second_gradient(ctx.weight)
+        x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
+        own = d.detach().permute(0, 2, 3, 1).contiguous()  # once, for both gradients
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.masked_conv2d_input_grad(own, w_bits, ctx.window, mask_bits, ctx.scale).permute(0, 3, 1, 2)
+        # after dx: the update changes w_bits
+        if ctx.needs_input_grad[1]:
+            rows = ops.gated_conv2d_weight_grad(own.to(ctx.weight_dtype), x_bits, ctx.window, gate_bits, ctx.scale)
+            dw = _give_filters(ctx, rows)
+        return _first_derivative(dx, d), _first_derivative(dw, d), *[None] * 7
+
+
+def _give_filters(ctx: Any, rows: Tensor) -> Tensor | None:
+    """The gradient (O, K) of filters for ``weight.grad``; None where the weight's consumer took it."""
+    if _consume(ctx, functools.partial(_update_whole, rows)):
+        return None
+    return from_rows(rows, ctx.weight_shape)
+
+
+def _update_whole(grad, weight, *state, **settings):
+    ops.metaplastic_adam_(weight, grad, *state, **settings)
+
+
+class SignConvolution(_Function):
+    """Convolution of real-valued images with signs; keeps the images, which the gradient of the filters needs.
+
+    ``apply(x, weight, w_bits, window, scale, consumed)``: as in :class:`GatedSignConvolution`. By torch's convolutions,
+    for a first layer has few channels and costs little.
+    """
+
+    @staticmethod
+    def forward(x, weight, w_bits, window, scale, consumed):
+        """The convolution."""
+        return nn.functional.conv2d(_padded(x, window), _signs(w_bits, weight.shape, x.dtype) * scale, **_steps(window))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the images where the filters learn."""
+        x, weight, w_bits, ctx.window, ctx.scale, consumed = inputs
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
+        _remember(ctx, weight, consumed)
+        ctx.weight_shape = weight.shape
+
+    @staticmethod
+    def backward(ctx, d):
+        """Gradients of x and of the filters."""
+        _refuse_second_gradient(ctx.weight)
+        x, w_bits = ctx.saved_tensors
+        own, w = d.detach(), ctx.window
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            shape = (d.shape[0], w.channels, w.height + w.top + w.bottom, w.width + w.left + w.right)
+            signs = _signs(w_bits, ctx.weight_shape, d.dtype) * ctx.scale
+            padded = conv2d_input(shape, signs, own, **_steps(w))
+            dx = padded[:, :, w.top : w.top + w.height, w.left : w.left + w.width]
+        if ctx.needs_input_grad[1]:
+            grad = conv2d_weight(_padded(x.detach(), w), ctx.weight_shape, own, **_steps(w)) * ctx.scale
+            dw = _give_filters(ctx, rows_of(grad.to(ctx.weight_dtype)).contiguous())
+        return _first_derivative(dx, d), _first_derivative(dw, d), None, None, None, None
+
+
+def _padded(x: Tensor, window: Window) -> Tensor:
+    return nn.functional.pad(x, (window.left, window.right, window.top, window.bottom))
+
+
+def _signs(w_bits: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return from_rows(ops.unpack_signs(w_bits, math.prod(shape[1:]), dtype), shape)
+
+
+def _steps(window: Window) -> dict[str, Any]:
+    return {
+        "stride": (window.stride_h, window.stride_w),
+        "dilation": (window.dilation_h, window.dilation_w),
+        "groups": window.groups,
+    }
 
 
 class Standardisation(_Function):

@@ -21,7 +21,8 @@ def _loop(
 ) -> Batched:
     """One call for each member of the batch."""
     results = [
-        operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, dims, strict=True)))
+        # lists of numbers have a list of dimensions, all None
+        operator(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, dims, strict=True)))
         for i in range(size)
     ]
     return torch.stack(results), 0
@@ -90,4 +91,9 @@ _register_rows("value_signs", (0,))
 _register_rows("top_units", (0,))
 _register_loop("transpose_bits")
 _register_loop("gated_weight_grad")
+_register_loop("unfold_bits")
+_register_loop("interleave_bits")
+_register_loop("binary_conv2d")
+_register_loop("masked_conv2d_input_grad")
+_register_loop("gated_conv2d_weight_grad")
 _register_loop("sample_engram")  # its draws go by the number of the row

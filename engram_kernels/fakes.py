@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import library  # noqa: F401  it registers the operators
-from .reference import _GROUP, _GROUPED_ROWS, SCALE_BLOCK, words_for
+from .reference import _GROUP, _GROUPED_ROWS, SCALE_BLOCK, Window, words_for
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -88,9 +88,12 @@ def _(x):
 
 
 @torch.library.register_fake("engram_kernels::kept_sign_bits")
-def _(weight):
+def _(weight, filters=False):
     _check_floats("weight", weight)
     _check_units("weight", weight)
+    if filters:
+        units = weight.shape[-3] * weight.shape[-2] * weight.shape[-1]
+        return weight.new_empty((*weight.shape[:-3], words_for(units)), dtype=torch.int64)
     return weight.new_empty((*weight.shape[:-1], words_for(weight.shape[-1])), dtype=torch.int64)
 
 
@@ -208,6 +211,99 @@ def _(d, x_bits, k, gate_bits=None):
     _require(x_bits.shape[0] == d.shape[0], "x_bits", f"{d.shape[0]} samples like d", x_bits)
     _check_gate("gate_bits", gate_bits, d.shape[0], k)
     return d.new_empty((d.shape[1], k))
+
+
+_LEAST = {"top": 0, "bottom": 0, "left": 0, "right": 0}
+
+
+def _check_window(numbers: Any, least_dilation: int = 1) -> Window:
+    fields = len(Window._fields)
+    _require(len(numbers) == fields, "window", f"{fields} numbers", len(numbers))
+    w = Window(*numbers)
+    least_of = _LEAST | {"dilation_h": least_dilation, "dilation_w": least_dilation}
+    for name, number in zip(Window._fields, numbers, strict=True):
+        least = least_of.get(name, 1)
+        _require(least <= number <= 2**31 - 1, "window", f"{least} to 2^31 - 1 as {name}", number)
+    divides = w.channels % w.groups == 0
+    _require(divides, "window", f"a number of groups that divides {w.channels} channels", w.groups)
+    _require(w.units <= 2**31 - 1, "window", "at most 2^31 - 1 units of a sample", w.units)
+    _require(w.group_units <= 2**31 - 1, "window", "at most 2^31 - 1 units of a kernel", w.group_units)
+    for axis, size, reach in (
+        ("height", w.height + w.top + w.bottom, w.dilation_h * (w.kernel_h - 1) + 1),
+        ("width", w.width + w.left + w.right, w.dilation_w * (w.kernel_w - 1) + 1),
+    ):
+        _require(size >= reach, "window", f"a kernel that fits into the padded {axis} {size}", f"one of {reach}")
+    pixels = w.out_height * w.out_width
+    _require(pixels <= 2**31 - 1, "window", "at most 2^31 - 1 output pixels of a sample", pixels)
+    return w
+
+
+def _check_filters(w_bits: Tensor, w: Window) -> None:
+    _check_packed("w_bits", w_bits, w.group_units)
+    expected = f"a row or more, which {w.groups} groups share out evenly"
+    _require(w_bits.shape[0] >= 1, "w_bits", expected, w_bits)
+    _require(w_bits.shape[0] % w.groups == 0, "w_bits", expected, w_bits)
+
+
+def _check_output_grad(d: Tensor, w: Window, outputs: Any) -> None:
+    _check_floats("d", d)
+    expected = f"shape (B, {w.out_height}, {w.out_width}, {outputs})"
+    _require(d.dim() == 4, "d", expected, d)
+    _require(tuple(d.shape[1:]) == (w.out_height, w.out_width, outputs), "d", expected, d)
+
+
+@torch.library.register_fake("engram_kernels::unfold_bits")
+def _(bits, window, group=0):
+    w = _check_window(window, 0)
+    _check_packed("bits", bits, w.units)
+    _require(0 <= group < w.groups, "group", f"0 to {w.groups - 1}", group)
+    return bits.new_empty((bits.shape[0] * w.out_height * w.out_width, words_for(w.group_units)))
+
+
+@torch.library.register_fake("engram_kernels::interleave_bits")
+def _(bits, rows, k):
+    _check_packed("bits", bits, k)
+    most = (2**31 - 1) // k
+    _require(1 <= rows <= most, "rows", f"1 to {most} for k = {k}", rows)
+    _require(bits.shape[0] % rows == 0, "bits", f"a multiple of {rows} rows", bits)
+    return bits.new_empty((bits.shape[0] // rows, words_for(rows * k)))
+
+
+@torch.library.register_fake("engram_kernels::binary_conv2d")
+def _(x_bits, w_bits, window, gate_bits=None, scale=1.0):
+    _check_same_device(x_bits=x_bits, w_bits=w_bits, gate_bits=gate_bits)
+    w = _check_window(window)
+    _check_packed("x_bits", x_bits, w.units)
+    _check_filters(w_bits, w)
+    _check_gate("gate_bits", gate_bits, x_bits.shape[0], w.units)
+    return x_bits.new_empty((x_bits.shape[0], w.out_height, w.out_width, w_bits.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("engram_kernels::masked_conv2d_input_grad")
+def _(d, w_bits, window, mask_bits, scale=1.0):
+    _check_same_device(d=d, w_bits=w_bits, mask_bits=mask_bits)
+    w = _check_window(window)
+    _check_filters(w_bits, w)
+    _check_output_grad(d, w, w_bits.shape[0])
+    _check_tensor("mask_bits", mask_bits)
+    _check_gate("mask_bits", mask_bits, d.shape[0], w.units)
+    return d.new_empty((d.shape[0], w.height, w.width, w.channels))
+
+
+@torch.library.register_fake("engram_kernels::gated_conv2d_weight_grad")
+def _(d, x_bits, window, gate_bits=None, scale=1.0):
+    _check_same_device(d=d, x_bits=x_bits, gate_bits=gate_bits)
+    w = _check_window(window)
+    _check_floats("d", d)
+    _require(d.dim() == 4, "d", "4 dimensions", d)
+    _check_output_grad(d, w, d.shape[3])
+    expected = f"an output or more, which {w.groups} groups share out evenly"
+    _require(d.shape[3] >= 1, "d", expected, d)
+    _require(d.shape[3] % w.groups == 0, "d", expected, d)
+    _check_packed("x_bits", x_bits, w.units)
+    _require(x_bits.shape[0] == d.shape[0], "x_bits", f"{d.shape[0]} samples like d", x_bits)
+    _check_gate("gate_bits", gate_bits, d.shape[0], w.units)
+    return d.new_empty((d.shape[3], w.group_units))
 
 
 @torch.library.register_fake("engram_kernels::draw_seed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -55,8 +56,34 @@ def _note_exposure(value: Any) -> None:
         _note_exposure(tuple(value.values()))
 
 
+def rows_of(weight: Tensor) -> Tensor:
+    """Hidden weights as the rows (N, K) that kernels know: filters (O, C, kernel_h, kernel_w) tap by tap.
+
+    A view where filters lie channels last, as a layer makes them. Takes batches of filters, too.
+    """
+    return weight if weight.dim() == 2 else weight.movedim(-3, -1).flatten(-3)
+
+
+def from_rows(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Rows (N, K) as a weight of a shape, a view."""
+    return rows if len(shape) == 2 else rows.unflatten(1, (*shape[2:], shape[1])).permute(0, 3, 1, 2)
+
+
+def lies_in_rows(weight: Tensor) -> bool:
+    """Whether :func:`rows_of` is a view of contiguous memory."""
+    layout = torch.contiguous_format if weight.dim() == 2 else torch.channels_last
+    return weight.is_contiguous(memory_format=layout)
+
+
+def row_shape(weight: Tensor) -> tuple[int, int]:
+    """N and K."""
+    return weight.shape[0], math.prod(weight.shape[1:])
+
+
 class HiddenWeight(nn.Parameter):
-    """Hidden weights (N, K) of a binary layer; the network uses their signs (Courbariaux et al. 2016).
+    """Hidden weights (N, K), or filters (O, C, kernel_h, kernel_w), of a binary layer that uses their signs.
+
+    (Courbariaux et al. 2016.)
 
     :meth:`sign_bits` gives the signs packed, (N, words), and keeps them as long as nothing can have changed the
     weights. Changes are noticed by torch's version counter and, since ``weight.data`` and NumPy views go past that
@@ -77,7 +104,7 @@ class HiddenWeight(nn.Parameter):
     _memory_has_other_owners = True  # where the storage says that torch has not allocated it
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> HiddenWeight:
-        """Makes a hidden weight of ``data`` (N, K), a plain tensor or a parameter, without a copy."""
+        """Makes a hidden weight of ``data``, a plain tensor or a parameter, without a copy."""
         if data is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 data = data.detach()
@@ -116,11 +143,11 @@ class HiddenWeight(nn.Parameter):
         """Packed signs of the current values, int64 (N, words). Not to be written to."""
         with torch._C.DisableTorchFunctionSubclass():
             if self.device.type == "meta":
-                return _pack(self.detach())
+                return _pack(rows_of(self.detach()))
             if not self._is_fresh():
                 self._exposed, version = False, self._writes()  # before packing: another thread may write meanwhile
                 with torch.inference_mode(False), torch.no_grad():
-                    self._bits = _pack(self)
+                    self._bits = _pack(rows_of(self.detach()))
                 self._mark_fresh(version)
             assert self._bits is not None
             return self._bits
@@ -128,7 +155,7 @@ class HiddenWeight(nn.Parameter):
     def updated_in_place(self, update: Callable[[Tensor], None]) -> None:
         """Calls ``update(bits)``, which changes the weights in place and writes their fresh signs to ``bits``."""
         with torch._C.DisableTorchFunctionSubclass():
-            shape = (self.shape[0], words_for(self.shape[1]))
+            shape = (self.shape[0], words_for(row_shape(self)[1]))
             if self._bits is None or self._bits.shape != shape or self._bits.device != self.device:
                 with torch.inference_mode(False):
                     self._bits = self.new_empty(shape, dtype=torch.int64)
@@ -163,18 +190,20 @@ def _rebuild(values: Tensor, requires_grad: bool) -> HiddenWeight:
 torch.serialization.add_safe_globals([_rebuild])
 
 
-def as_hidden_weight(parameter: nn.Parameter) -> HiddenWeight:
-    """Turns a plain parameter (N, K) into a hidden weight, in place, so that optimizers that hold it still do.
+def as_hidden_weight(parameter: nn.Parameter, dims: int = 2) -> HiddenWeight:
+    """Turns a plain parameter into a hidden weight, in place, so that optimizers that hold it still do.
 
     A DTensor stays one: :func:`is_hidden_weight` knows it by its layer.
-    Raises: TypeError if it is not a parameter; ValueError if it is not two-dimensional.
+    Raises: TypeError if it is not a parameter; ValueError if it has not so many dimensions, 2 or, of filters, 4.
     """
     if isinstance(parameter, HiddenWeight) or is_sharded(parameter):
         return parameter  # type: ignore[return-value]
     if not isinstance(parameter, nn.Parameter):
         raise TypeError(f"weight: expected an nn.Parameter, got {type(parameter).__name__}")
-    if parameter.dim() != 2:
-        raise ValueError(f"weight: expected 2 dimensions, got shape {tuple(parameter.shape)}")
+    if parameter.dim() != dims:
+        raise ValueError(f"weight: expected {dims} dimensions, got shape {tuple(parameter.shape)}")
+    if not lies_in_rows(parameter) and dims == 4:
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     if type(parameter) is nn.Parameter:
         parameter.__class__ = HiddenWeight
         return parameter  # type: ignore[return-value]
@@ -207,18 +236,18 @@ def is_hidden_weight(parameter: Tensor) -> bool:
 
 
 def sign_bits_of(weight: Tensor) -> Tensor:
-    """Packed signs (N, words) of a layer's weight (N, K), in whose place torch.func puts plain tensors."""
+    """Packed signs (N, words) of a layer's weight, in whose place torch.func puts plain tensors."""
     if torch.compiler.is_compiling():
-        return operators.kept_sign_bits(weight)
-    return weight.sign_bits() if isinstance(weight, HiddenWeight) else _pack(weight.detach())
+        return operators.kept_sign_bits(weight, weight.dim() == 4)
+    return weight.sign_bits() if isinstance(weight, HiddenWeight) else _pack(rows_of(weight.detach()))
 
 
-def _kept_sign_bits(weight: Tensor) -> Tensor:
+def _kept_sign_bits(weight: Tensor, filters: bool = False) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         if not isinstance(weight, nn.Parameter):
-            return _pack(weight)
+            return _pack(rows_of(weight) if filters else weight)
         loaded = type(weight) is nn.Parameter
-        weight = as_hidden_weight(weight)
+        weight = as_hidden_weight(weight, weight.dim())
         if loaded:  # by torch.export, into the buffer of the file, to which nobody else refers
             weight._memory_has_other_owners = False
         return weight.sign_bits().clone()  # compiled graphs may write to what their operators return

@@ -22,6 +22,7 @@ class HiddenWeightModule(nn.Module):
     """A module with a hidden ``weight``, which whatever is assigned to it becomes."""
 
     weight: HiddenWeight
+    weight_dims = 2
 
     def __new__(cls, *arguments: Any, **settings: Any) -> HiddenWeightModule:
         """Notes the layer among those alive, whether it is made, copied or unpickled."""
@@ -31,14 +32,16 @@ class HiddenWeightModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Makes whatever is assigned to ``weight`` a hidden weight."""
-        super().register_parameter(name, as_hidden_weight(param) if name == "weight" and param is not None else param)
+        if name == "weight" and param is not None:
+            param = as_hidden_weight(param, self.weight_dims)
+        super().register_parameter(name, param)
 
     def _apply(self, fn, recurse=True):
         """Moves and converts like any module; torch may make a plain parameter of the weight on the way."""
         super()._apply(fn, recurse)
         weight = self._parameters.get("weight")  # pruning and parametrization keep it elsewhere
         if weight is not None:
-            self._parameters["weight"] = as_hidden_weight(weight)
+            self._parameters["weight"] = as_hidden_weight(weight, self.weight_dims)
         return self
 
     def signed_weight(self) -> tuple[Tensor, Tensor]:
@@ -48,14 +51,14 @@ class HiddenWeightModule(nn.Module):
         """
         weight: Tensor = self.weight
         if type(weight) is nn.Parameter:  # swapped in past every hook
-            weight = as_hidden_weight(weight)
+            weight = as_hidden_weight(weight, self.weight_dims)
         if "weight" not in self._parameters:
             _refuse_zeros(weight)
         return weight, sign_bits_of(weight)
 
 
 def _refuse_zeros(weight: Tensor) -> None:
-    """Raises: RuntimeError for a computed weight (N, K) with zeros, as pruning and other masks make them."""
+    """Raises: RuntimeError for a computed weight with zeros, as pruning and other masks make them."""
     whole = (weight != 0).all()
     message = (
         "weight: expected no exact zeros from what computes it (torch.nn.utils.prune, a parametrization, a hook), got "

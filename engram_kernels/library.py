@@ -17,7 +17,7 @@ operators = torch.ops.engram_kernels
 # Operators that are defined in Python.
 fragment = torch.library.Library("engram_kernels", "FRAGMENT")
 fragment.define("draw_seed() -> Tensor", tags=torch.Tag.nondeterministic_seeded)
-fragment.define("kept_sign_bits(Tensor weight) -> Tensor")
+fragment.define("kept_sign_bits(Tensor weight, bool filters=False) -> Tensor")  # filters (..., O, C, h, w)
 
 
 def _draw_seed() -> torch.Tensor:

@@ -18,22 +18,27 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from . import batching, fakes, library, reference, triton_kernels  # noqa: F401  the first two register what torch asks for
+from . import batching, fakes, library, reference, triton_kernels, unfolding  # noqa: F401  most register what torch asks
 from .library import operators
+from .reference import Window
 
 P = ParamSpec("P")
 
 __all__ = [
     "available_isas",
+    "binary_conv2d",
     "binary_matmul",
     "binary_threshold",
     "build_info",
     "check_numbers",
     "draw_seed",
+    "gated_conv2d_weight_grad",
     "gated_input_grad",
     "gated_metaplastic_adam_",
     "gated_weight_grad",
+    "interleave_bits",
     "isa",
+    "masked_conv2d_input_grad",
     "masked_input_grad",
     "metaplastic_adam_",
     "pack_signs",
@@ -44,6 +49,7 @@ __all__ = [
     "sign_matmul_t",
     "top_units",
     "transpose_bits",
+    "unfold_bits",
     "unpack_signs",
     "value_signs",
 ]
@@ -252,6 +258,80 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
     [[3.0, -3.0, 0.0]]
     """
     return operators.gated_weight_grad(d, x_bits, k, gate_bits)
+
+
+def unfold_bits(bits: Tensor, window: Window, group: int = 0) -> Tensor:
+    """The taps of every output pixel of a convolution, 0 in the padding: its products become those of matrices.
+
+    Bits (B, words of units) -> (B * out_height * out_width, words of K), for the channels of one group. ``window`` as
+    in :class:`engram_kernels.reference.Window`.
+
+    >>> bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))  # three pixels of one channel in a row
+    >>> window = ek.reference.Window(height=1, width=3, channels=1, kernel_h=1, kernel_w=2)
+    >>> ek.ops.unfold_bits(bits, window)[:, 0].tolist()  # + -, then - +
+    [1, 2]
+    """
+    return operators.unfold_bits(bits, window, group)
+
+
+def interleave_bits(bits: Tensor, rows: int, k: int) -> Tensor:
+    """Rows of a sample, taken in turn: images whose channels come first as those whose channels come last.
+
+    Bits (B * rows, words of k) -> (B, words of rows * k): unit ``i * rows + r`` is unit i of row r. On the CPU alone.
+
+    >>> bits = ek.ops.pack_signs(torch.tensor([[1.0, 1.0], [-1.0, 1.0]]))
+    >>> ek.ops.interleave_bits(bits, 2, 2).tolist()  # + - + +
+    [[13, 0]]
+    """
+    return operators.interleave_bits(bits, rows, k)
+
+
+def binary_conv2d(
+    x_bits: Tensor, w_bits: Tensor, window: Window, gate_bits: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Gated convolution of signs, ``y = scale conv2d(g s(x), s(W))``; padding counts nothing.
+
+    Shapes: ``x_bits`` (B, words of units), ``w_bits`` (O, words of K), ``gate_bits`` (words of units,) shared or like
+    ``x_bits`` -> float32 (B, out_height, out_width, O). Sums are exact integers before ``scale``, below 2^24 after it
+    too.
+
+    >>> x, w = torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+    >>> window = ek.reference.Window(height=1, width=3, channels=1, kernel_h=1, kernel_w=2, right=1)
+    >>> ek.ops.binary_conv2d(ek.ops.pack_signs(x), ek.ops.pack_signs(w), window).flatten().tolist()
+    [0.0, 0.0, 1.0]
+    """
+    return operators.binary_conv2d(x_bits, w_bits, window, gate_bits, scale)
+
+
+def masked_conv2d_input_grad(
+    d: Tensor, w_bits: Tensor, window: Window, mask_bits: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Gradient of the input of :func:`binary_conv2d`, times a mask as :func:`pack_window` makes it.
+
+    Shapes: ``d`` (B, out_height, out_width, O), ``w_bits`` (O, words of K), ``mask_bits`` (words of units,) or
+    (B, words of units) -> (B, height, width, channels).
+
+    >>> window = ek.reference.Window(height=1, width=3, channels=1, kernel_h=1, kernel_w=2)
+    >>> w_bits, mask_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0]])), torch.tensor([[3, 0]])
+    >>> ek.ops.masked_conv2d_input_grad(torch.tensor([2.0, 3.0]).view(1, 1, 2, 1), w_bits, window, mask_bits).flatten()
+    tensor([2., 1., 0.])
+    """
+    return operators.masked_conv2d_input_grad(d, w_bits, window, mask_bits, scale)
+
+
+def gated_conv2d_weight_grad(
+    d: Tensor, x_bits: Tensor, window: Window, gate_bits: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Gradient of the filters of :func:`binary_conv2d`.
+
+    Shapes: ``d`` (B, out_height, out_width, O), ``x_bits`` and ``gate_bits`` as there -> (O, K).
+
+    >>> x_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
+    >>> window = ek.reference.Window(height=1, width=3, channels=1, kernel_h=1, kernel_w=2)
+    >>> ek.ops.gated_conv2d_weight_grad(torch.tensor([2.0, 3.0]).view(1, 1, 2, 1), x_bits, window).tolist()
+    [[-1.0, 1.0]]
+    """
+    return operators.gated_conv2d_weight_grad(d, x_bits, window, gate_bits, scale)
 
 
 def sample_engram(

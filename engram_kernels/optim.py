@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 
 from . import ops, shards
 from .fused_backward import FusedBackward, gradient_consumer
-from .hidden_weight import HiddenWeight, is_hidden_weight, is_sharded
+from .hidden_weight import HiddenWeight, from_rows, is_hidden_weight, is_sharded, lies_in_rows, row_shape, rows_of
 from .reference import SCALE_BLOCK
 
 _SECOND_MOMENT = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.uint8}
@@ -35,9 +35,10 @@ def _seed_of(weight: Tensor, position: int) -> Tensor:
 
     Data-parallel processes hold the same weights and must round them alike, whatever their generators have drawn.
     """
-    rows = weight.detach()[: max(1, _HASHED_WEIGHTS // max(1, weight.shape[1]))]
+    rows = weight.detach()[: max(1, _HASHED_WEIGHTS // max(1, row_shape(weight)[1]))]
     if is_sharded(rows):  # the first rows may lie in other processes
         rows = rows.full_tensor()  # type: ignore[attr-defined]
+    rows = rows_of(rows)
     values = rows.contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.blake2b(values.tobytes(), digest_size=8, salt=position.to_bytes(8, "little")).digest()
     return torch.tensor([int.from_bytes(digest, "little") >> 1, 0], dtype=torch.int64, device="cpu")
@@ -49,13 +50,13 @@ def _shard_kind(parameter: Tensor) -> str | None:
         return f"a DTensor of parts of rows, {parameter.placements}"  # type: ignore[attr-defined]
     if getattr(parameter, "_is_flat_param", False):
         return "a flat parameter, as FullyShardedDataParallel (FSDP1) makes it"
-    if isinstance(parameter, HiddenWeight) and parameter.dim() != 2:
-        return "a hidden weight that is no matrix, as FullyShardedDataParallel (FSDP1) makes it"
+    if isinstance(parameter, HiddenWeight) and parameter.dim() not in (2, 4):
+        return "a hidden weight that is neither a matrix nor filters, as FullyShardedDataParallel (FSDP1) makes it"
     return None
 
 
 def _apply_gradient(grad: Tensor, weight: Tensor, *state: Tensor, **settings: Any) -> None:
-    ops.metaplastic_adam_(weight, shards.local(grad), *state, **settings)  # type: ignore[arg-type]
+    ops.metaplastic_adam_(weight, rows_of(shards.local(grad)), *state, **settings)  # type: ignore[arg-type]
 
 
 class MetaplasticAdam(Optimizer):
@@ -100,8 +101,8 @@ class MetaplasticAdam(Optimizer):
 
     Hidden weights are float32 or, rounded stochastically, bfloat16. Random bits are counter-based; their key comes from
     a weight's values at its first step and its position in ``params``, and none from torch's generators, so that
-    processes that hold the same weights round them alike. A weight that is not contiguous is copied, updated and copied
-    back in every step.
+    processes that hold the same weights round them alike. A weight that is not contiguous (filters: not channels last)
+    is copied, updated and copied back in every step.
 
     A step whose gradient would make a weight NaN raises and writes no NaN: such weights keep their values and their
     moments (those in 8 bits are coded anew), all others of that hidden weight take the step, which is not counted.
@@ -349,12 +350,13 @@ class MetaplasticAdam(Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             return state
 
+        n, k = row_shape(parameter)
+
         def zeros(columns: int, dtype: torch.dtype) -> Tensor:
             if is_sharded(parameter):
                 return shards.like(parameter, columns, dtype)  # type: ignore[arg-type]
-            return torch.zeros(parameter.shape[0], columns, dtype=dtype, device=parameter.device)
+            return torch.zeros(n, columns, dtype=dtype, device=parameter.device)
 
-        k = parameter.shape[1]
         state["exp_avg"] = zeros(k, self.state_dtype)
         state["exp_avg_sq"] = zeros(k, _SECOND_MOMENT[self.state_dtype])
         if self.state_dtype == torch.int8:
@@ -375,7 +377,8 @@ class MetaplasticAdam(Optimizer):
         own = {name: shards.local(value) for name, value in state.items()}
 
         def apply(sign_bits: Tensor | None, weight: Tensor = weight, **place: int) -> None:
-            values = weight if weight.is_contiguous() else weight.detach().contiguous()
+            in_place = lies_in_rows(weight)
+            values = rows_of(weight.detach()) if in_place else rows_of(weight.detach()).contiguous()
             try:
                 update(
                     values,
@@ -397,8 +400,8 @@ class MetaplasticAdam(Optimizer):
                     **place,
                 )
             finally:
-                if values is not weight:
-                    weight.copy_(values)
+                if not in_place:
+                    weight.copy_(from_rows(values, weight.shape))
 
         try:
             if isinstance(weight, HiddenWeight):

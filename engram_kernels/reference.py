@@ -7,10 +7,11 @@ K inputs throughout.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 _WORD_BITS = 64
 _ROW_BITS = 128
@@ -141,6 +142,147 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
     """``dW[n,k] = sum_m d[m,n] g[m,k] s(x[m,k])``. (M, N), bits (M, words) -> (N, K) in the dtype of ``d``."""
     x = unpack_signs(x_bits, k, torch.float64) * _gate(gate_bits, k)
     return (d.double().T @ x).to(d.dtype)
+
+
+class Window(NamedTuple):
+    """Where the taps of a convolution lie; ``csrc/core/window.h`` is the same.
+
+    A sample of height x width x channels is one packed row of units, pixel by pixel, the channels of a pixel together.
+    Tap (i, j) of output pixel (y, x) is pixel (y stride_h - top + i dilation_h, x stride_w - left + j dilation_w);
+    outside the image it is padding and counts nothing. Filters and unfolded rows hold, tap by tap, the channels of one
+    of ``groups`` groups. A dilation of 0, which :func:`unfold_bits` alone takes, takes one pixel
+    for all taps.
+
+    >>> window = ek.reference.Window(height=5, width=7, channels=3, kernel_h=3, kernel_w=3, top=1, bottom=1)
+    >>> window.out_height, window.out_width, window.units, window.group_units
+    (5, 5, 105, 27)
+    """
+
+    height: int
+    width: int
+    channels: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int = 1
+    stride_w: int = 1
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+    dilation_h: int = 1
+    dilation_w: int = 1
+    groups: int = 1
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output."""
+        return (self.height + self.top + self.bottom - self.dilation_h * (self.kernel_h - 1) - 1) // self.stride_h + 1
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output."""
+        return (self.width + self.left + self.right - self.dilation_w * (self.kernel_w - 1) - 1) // self.stride_w + 1
+
+    @property
+    def units(self) -> int:
+        """Units of a sample."""
+        return self.height * self.width * self.channels
+
+    @property
+    def group_units(self) -> int:
+        """Units that an output sees, K: all taps of the channels of a group."""
+        return self.kernel_h * self.kernel_w * (self.channels // self.groups)
+
+
+def _image(units: Tensor, window: Window) -> Tensor:
+    """Units (B, units) as a padded image (B, C, height, width) of float64."""
+    image = units.to(torch.float64).unflatten(1, (window.height, window.width, window.channels)).permute(0, 3, 1, 2)
+    return torch.nn.functional.pad(image, (window.left, window.right, window.top, window.bottom))
+
+
+def _gated_image(x_bits: Tensor, window: Window, gate_bits: Tensor | None) -> Tensor:
+    """Signs within their gate as a padded image: padding is 0 and counts nothing."""
+    return _image(unpack_signs(x_bits, window.units) * _gate(gate_bits, window.units), window)
+
+
+def _filters(w_bits: Tensor, window: Window) -> Tensor:
+    """Filters as ``conv2d`` takes them, (O, C / groups, kernel_h, kernel_w)."""
+    channels = window.channels // window.groups
+    signs = unpack_signs(w_bits, window.group_units, torch.float64)
+    return signs.unflatten(1, (window.kernel_h, window.kernel_w, channels)).permute(0, 3, 1, 2)
+
+
+def unfold_bits(bits: Tensor, window: Window, group: int = 0) -> Tensor:
+    """The taps of every output pixel, 0 in the padding. Bits (B, words of units) -> (B out pixels, words of K)."""
+    w = Window(*window)
+    channels = w.channels // w.groups
+    image = _image(_unpack(bits, w.units), w)[:, group * channels : (group + 1) * channels]
+    y = torch.arange(w.out_height)[:, None] * w.stride_h + torch.arange(w.kernel_h) * w.dilation_h
+    x = torch.arange(w.out_width)[:, None] * w.stride_w + torch.arange(w.kernel_w) * w.dilation_w
+    # (B, channels, out_height, out_width, kernel_h, kernel_w)
+    windows = image[:, :, y[:, None, :, None], x[None, :, None, :]]
+    return _pack(windows.permute(0, 2, 3, 4, 5, 1).reshape(-1, w.group_units).bool())
+
+
+def interleave_bits(bits: Tensor, rows: int, k: int) -> Tensor:
+    """Rows of a sample, taken in turn. Bits (B rows, words of k) -> (B, words of rows k), unit ``i rows + r``."""
+    return _pack(_unpack(bits, k).unflatten(0, (-1, rows)).transpose(1, 2).flatten(1))
+
+
+def binary_conv2d(
+    x_bits: Tensor, w_bits: Tensor, window: Window, gate_bits: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """``y = scale conv2d(g s(x), s(W))``, padded by 0.
+
+    (B, words of units), (O, words of K), gate (words of units,) or like x -> float32 (B, out_height, out_width, O).
+    """
+    w = Window(*window)
+    y = torch.nn.functional.conv2d(
+        _gated_image(x_bits, w, gate_bits),
+        _filters(w_bits, w),
+        stride=(w.stride_h, w.stride_w),
+        dilation=(w.dilation_h, w.dilation_w),
+        groups=w.groups,
+    )
+    return y.permute(0, 2, 3, 1).float() * torch.tensor(scale, dtype=torch.float32)
+
+
+def masked_conv2d_input_grad(
+    d: Tensor, w_bits: Tensor, window: Window, mask_bits: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Gradient of the input of :func:`binary_conv2d`, masked like :func:`masked_input_grad`.
+
+    (B, out_height, out_width, O), mask (words of units,) or (B, words of units) -> (B, height, width, C).
+    """
+    w = Window(*window)
+    shape = (d.shape[0], w.channels, w.height + w.top + w.bottom, w.width + w.left + w.right)
+    dx = conv2d_input(
+        shape,
+        _filters(w_bits, w),
+        d.double().permute(0, 3, 1, 2),
+        stride=(w.stride_h, w.stride_w),
+        dilation=(w.dilation_h, w.dilation_w),
+        groups=w.groups,
+    )
+    inside = dx[:, :, w.top : w.top + w.height, w.left : w.left + w.width].permute(0, 2, 3, 1)
+    mask = _unpack(mask_bits, w.units).unflatten(-1, (w.height, w.width, w.channels))
+    return torch.where(mask, inside * scale, 0.0).to(d.dtype)
+
+
+def gated_conv2d_weight_grad(
+    d: Tensor, x_bits: Tensor, window: Window, gate_bits: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Gradient of the filters of :func:`binary_conv2d`. (B, out_height, out_width, O) -> (O, K)."""
+    w = Window(*window)
+    dw = conv2d_weight(
+        _gated_image(x_bits, w, gate_bits),
+        (d.shape[3], w.channels // w.groups, w.kernel_h, w.kernel_w),
+        d.double().permute(0, 3, 1, 2),
+        stride=(w.stride_h, w.stride_w),
+        dilation=(w.dilation_h, w.dilation_w),
+        groups=w.groups,
+    )
+    return (dw.permute(0, 2, 3, 1).flatten(1) * scale).to(d.dtype)
 
 
 def philox(seed: Tensor, rows: int, k: int, first_row: int = 0, row_step: int = 1) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from .convolution import BinaryEngramConv2d
 from .hidden_weight import HiddenWeight
 from .layers import BinaryEngramLinear
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
+from .reference import words_for
 
 _STATE_BITS = {torch.float32: 64.0, torch.bfloat16: 32.0, torch.int8: 16.0 + 2 * 32 / 64}  # both moments, and scales
 
@@ -187,6 +190,15 @@ def _layer_summary(name: str, module: nn.Module, x: Tensor, output: Tensor) -> L
             binary, saved = products, samples * words * (2 + gates)
         else:
             real, saved = products, x.nbytes * module.weight.requires_grad
+    elif isinstance(module, BinaryEngramConv2d):
+        products = _products_of_filters(module.weight, x, output)
+        if module.binary_input:
+            units, kept = math.prod(x.shape[-3:]), 2 + (module.engram is not None)
+            binary, saved = products, kept * (x.numel() // units) * 8 * words_for(units)
+        else:
+            real, saved = products, x.nbytes * module.weight.requires_grad
+    elif isinstance(module, nn.Conv2d):
+        real, saved = _products_of_filters(module.weight, x, output), x.nbytes
     elif isinstance(module, DendriticReadout):
         binary, saved = samples * hidden, 2 * samples * words
     elif isinstance(module, PrototypeReadout):
@@ -206,6 +218,11 @@ def _layer_summary(name: str, module: nn.Module, x: Tensor, output: Tensor) -> L
         real_operations=real,
         saved=saved,
     )
+
+
+def _products_of_filters(weight: Tensor, x: Tensor, output: Tensor) -> int:
+    """Of every filter at every output pixel, those in the padding among them."""
+    return x.numel() // math.prod(x.shape[-3:]) * math.prod(output.shape[-2:]) * weight.numel()
 
 
 def _short(count: int) -> str:

@@ -27,10 +27,20 @@ X, W, D, GATE, SHARED = (
     lambda *b: bits(*b, M),
     lambda *b: bits(*b),
 )
+WINDOW = ek.reference.Window(4, 5, 7, 3, 3, 1, 1, 1, 1, 1, 1)
+IMAGE_GRAD, FILTERS = (
+    lambda *b: floats(*b, M, 4, 5, N),
+    lambda *b: ek.ops.pack_signs(floats(*b, N, WINDOW.group_units)),
+)
+assert WINDOW.units == K  # the rows of images are those of the other operators
 CALLS = {
     "pack_signs": (lambda x: ek.ops.pack_signs(x), [lambda *b: floats(*b, M, K)]),
     "pack_signs of a vector": (lambda x: ek.ops.pack_signs(x), [lambda *b: floats(*b, K)]),
     "kept_sign_bits": (lambda w: torch.ops.engram_kernels.kept_sign_bits(w), [lambda *b: floats(*b, N, K)]),
+    "kept_sign_bits of filters": (
+        lambda w: torch.ops.engram_kernels.kept_sign_bits(w, True),
+        [lambda *b: floats(*b, N, 7, 3, 2)],
+    ),
     "unpack_signs": (lambda x: ek.ops.unpack_signs(x, K), [X]),
     "transpose_bits": (lambda x: ek.ops.transpose_bits(x, K), [X]),
     "pack_window": (lambda x, g: ek.ops.pack_window(x, 0.7, g), [lambda *b: floats(*b, M, K), GATE]),
@@ -50,6 +60,17 @@ CALLS = {
     ),
     "masked_input_grad": (lambda d, w, g: ek.ops.masked_input_grad(d, w, K, g), [D, W, GATE]),
     "gated_weight_grad": (lambda d, x, g: ek.ops.gated_weight_grad(d, x, K, g), [D, X, GATE]),
+    "unfold_bits": (lambda x: ek.ops.unfold_bits(x, WINDOW), [X]),
+    "interleave_bits": (lambda x: ek.ops.interleave_bits(x, 2, K), [X]),
+    "binary_conv2d": (lambda x, w, g: ek.ops.binary_conv2d(x, w, WINDOW, g), [X, FILTERS, GATE]),
+    "masked_conv2d_input_grad": (
+        lambda d, w, g: ek.ops.masked_conv2d_input_grad(d, w, WINDOW, g),
+        [IMAGE_GRAD, FILTERS, GATE],
+    ),
+    "gated_conv2d_weight_grad": (
+        lambda d, x, g: ek.ops.gated_conv2d_weight_grad(d, x, WINDOW, g),
+        [IMAGE_GRAD, X, GATE],
+    ),
     "sample_engram": (
         lambda x, s: ek.ops.sample_engram(x, s, 0.2),
         [lambda *b: floats(*b, M, K), lambda *b: torch.randint(9, (*b, 2), generator=F)],

@@ -56,7 +56,7 @@ def test_a_shared_layer_stays_one():
 
 
 def test_nothing_to_replace_is_an_error():
-    with pytest.raises(ValueError, match="model: expected an nn.Linear to replace, got none"):
+    with pytest.raises(ValueError, match="model: expected an nn.Linear or nn.Conv2d to replace, got none"):
         ek.convert(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match="got none for which"):
         ek.convert(model(), lambda name, layer: False)

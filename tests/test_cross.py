@@ -4,9 +4,9 @@
 aarch64 it runs under qemu, built for x86-64 with AVX-512 under Bochs, on the bare machine of ``cross/bochs``.
 """
 
-import ast
 import functools
 import itertools
+import json
 import math
 import os
 import shutil
@@ -25,6 +25,7 @@ from test_ops import ADAM, FLOATS, GATES, assert_close, bits_of
 from engram_kernels import ops, reference
 
 ROOT = Path(__file__).parents[1]
+BUILD = json.loads((ROOT / "csrc" / "cpu" / "build.json").read_text())
 COMPILERS = {"aarch64": "aarch64-linux-gnu-g++", "x86_64": "x86_64-linux-gnu-g++"}
 QEMU = "qemu-aarch64"
 EMULATED = [("aarch64", "neon"), ("aarch64", "scalar"), ("x86_64", "avx512")]  # processor, instruction set
@@ -275,6 +276,60 @@ def gated_metaplastic_adam_cases() -> Iterator[Case]:
         yield update_case(f"{m=} {n=} {k=} {kind} {rate=} {with_bits=}", state, grad, fields, *next(settings))
 
 
+WINDOWS = [
+    reference.Window(4, 5, 3, 3, 3, 1, 1, 1, 1, 1, 1),
+    reference.Window(5, 4, 64, 3, 3, 1, 1, 1, 1, 1, 1),
+    reference.Window(5, 3, 65, 2, 3, 2, 1, 0, 1, 2, 0, 2, 1),
+    reference.Window(3, 4, 6, 3, 1, 1, 1, 1, 1, 0, 0, 1, 1, 3),
+    reference.Window(2, 2, 130, 1, 1),
+]
+
+
+def unfold_bits_cases() -> Iterator[Case]:
+    repeated = reference.Window(2, 3, 9, 2, 2, dilation_h=0, dilation_w=0)
+    for w, samples in itertools.product([*WINDOWS, repeated], (0, 1, 3)):
+        bits, group = bits_of(samples, w.units), w.groups - 1
+        expected = reference.unfold_bits(bits, w, group)
+        yield Case(f"{w} {samples=}", [*w, samples, group, bits], [expected])
+
+
+def interleave_bits_cases() -> Iterator[Case]:
+    for samples, rows, k in itertools.product((0, 2), (1, 3, 64, 65), (1, 49, 64, 130)):
+        bits = bits_of(samples * rows, k)
+        expected = reference.interleave_bits(bits, rows, k)
+        yield Case(f"{samples=} {rows=} {k=}", [samples, rows, k, bits], [expected])
+
+
+def convolution_cases() -> Iterator[tuple[str, reference.Window, int, int, torch.Tensor | None]]:
+    for w, samples, gate in itertools.product(WINDOWS, (0, 1, 3), GATES):
+        gate_bits = gate_of(gate, samples, w.units)
+        yield f"{w} {samples=} {gate=}", w, samples, 6, gate_bits
+
+
+def binary_conv2d_cases() -> Iterator[Case]:
+    for label, w, samples, outputs, gate in convolution_cases():
+        x, filters = bits_of(samples, w.units), bits_of(outputs, w.group_units)
+        expected = reference.binary_conv2d(x, filters, w, gate, 0.25)
+        yield Case(label, [*w, samples, outputs, stride_of(gate), 0.25, x, filters, gate], [expected])
+
+
+def masked_conv2d_input_grad_cases() -> Iterator[Case]:
+    for label, w, samples, outputs, mask in convolution_cases():
+        if mask is not None:
+            d = torch.randint(-8, 9, (samples, w.out_height, w.out_width, outputs)).float()
+            filters = bits_of(outputs, w.group_units)
+            expected = reference.masked_conv2d_input_grad(d, filters, w, mask, 0.25)
+            yield Case(label, [*w, samples, outputs, stride_of(mask), 0.25, d, filters, mask], [expected])
+
+
+def gated_conv2d_weight_grad_cases() -> Iterator[Case]:
+    for label, w, samples, outputs, gate in convolution_cases():
+        d = torch.randint(-8, 9, (samples, w.out_height, w.out_width, outputs)).float()
+        x = bits_of(samples, w.units)
+        expected = reference.gated_conv2d_weight_grad(d, x, w, gate, 0.25)
+        yield Case(label, [*w, samples, outputs, stride_of(gate), 0.25, d, x, gate], [expected])
+
+
 # in the order of enum Operator in kernel_runner.cpp
 OPERATORS = {
     "pack_signs": pack_signs_cases,
@@ -288,6 +343,11 @@ OPERATORS = {
     "sample_engram": sample_engram_cases,
     "metaplastic_adam": metaplastic_adam_cases,
     "gated_metaplastic_adam": gated_metaplastic_adam_cases,
+    "unfold_bits": unfold_bits_cases,
+    "interleave_bits": interleave_bits_cases,
+    "binary_conv2d": binary_conv2d_cases,
+    "masked_conv2d_input_grad": masked_conv2d_input_grad_cases,
+    "gated_conv2d_weight_grad": gated_conv2d_weight_grad_cases,
 }
 
 
@@ -303,14 +363,6 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def setup_constant(name: str):
-    """A literal that setup.py assigns. Importing it would start a build."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.literal_eval(node.value)
-    raise LookupError(f"setup.py: expected an assignment to {name}")
-
-
 def missing(processor: str) -> list[str]:
     """What is not installed here of what it takes to build for a processor and to emulate it."""
     tools = [COMPILERS[processor], *([QEMU] if processor == "aarch64" else [])]
@@ -322,13 +374,13 @@ def build(processor: str, folder: Path) -> Path:
     csrc, plain = ROOT / "csrc", ["-O2", "-std=c++17"]
     sources = {"launch": (csrc / "cpu" / "launch.cpp", plain)}
     sources["kernel_runner"] = (ROOT / "tests" / "cross" / "kernel_runner.cpp", plain)
-    for isa, flags in setup_constant("ISA_FLAGS")[processor].items():
+    for isa, flags in BUILD["instruction_sets"][processor].items():
         unused = [] if (processor, isa) in EMULATED else ["-O0"]  # linked, never run
-        for name in setup_constant("KERNELS"):
+        for name in [*BUILD["prediction_kernels"], *BUILD["training_kernels"]]:
             source = csrc / "cpu" / f"{name}.cpp"
             sources[f"{isa}_{name}"] = (
                 source,
-                [*setup_constant("KERNEL_FLAGS"), f"-DENGRAM_ISA={isa}", *flags, *unused],
+                [*BUILD["flags"], f"-DENGRAM_ISA={isa}", *flags, *unused],
             )
 
     def compiler(*arguments):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 TESTED = {
     "avalanche_naive.py",
+    "convolution.py",
     "class_incremental_digits.py",
     "layer_sizes.py",
     "lightning_digits.py",
@@ -83,6 +84,12 @@ def test_trainer_trains_and_keeps_a_folder(tmp_path):
     assert accuracy > 85
     model = ek.from_pretrained(tmp_path)
     assert model(torch.zeros(3, 64)).shape == (3, 10)
+
+
+@pytest.mark.slow
+def test_convolutions_of_signs_come_near_to_those_of_floats():
+    floats, signs = (percentages(row)[0] for row in run("convolution.py"))
+    assert signs > floats - 3 and signs > 93
 
 
 @pytest.mark.slow

@@ -30,6 +30,14 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       "binary_threshold(Tensor x_bits, Tensor w_bits, int k, Tensor threshold, Tensor flip, Tensor? gate_bits=None) "
       "-> Tensor");
+  // window: the 14 numbers of core/window.h
+  m.def("unfold_bits(Tensor bits, int[] window, int group=0) -> Tensor");
+  m.def("interleave_bits(Tensor bits, int rows, int k) -> Tensor");
+  m.def("binary_conv2d(Tensor x_bits, Tensor w_bits, int[] window, Tensor? gate_bits=None, float scale=1.0) -> Tensor");
+  m.def("masked_conv2d_input_grad(Tensor d, Tensor w_bits, int[] window, Tensor mask_bits, float scale=1.0) -> Tensor");
+  m.def(
+      "gated_conv2d_weight_grad(Tensor d, Tensor x_bits, int[] window, Tensor? gate_bits=None, float scale=1.0) "
+      "-> Tensor");
   m.def("_has_cuda() -> bool");
   m.def("_cuda_error(int device) -> str");
   m.def("_check_nan_flags() -> ()");

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "core/window.h"
+
 namespace engram {
 
 // Numbers that kernels read.
@@ -96,6 +98,56 @@ struct TopUnits {
   const int32_t* y;  // [M, K]
   int64_t M, K, count;
   uint64_t* gate;  // [M, words_for(K)]
+};
+
+// Of a convolution, whose taps window.h places: M = samples * out_pixels rows, K = group_units.
+struct UnfoldBits {
+  const uint64_t* bits;  // [samples, words_for(units)]
+  int64_t samples;
+  int64_t stride;  // of a sample, in words; 0: one serves all
+  Window window;
+  int64_t group;
+  uint64_t* rows;  // [M, words] of the channels of the group
+  int64_t words;
+};
+
+struct InterleaveBits {
+  const uint64_t* bits;  // [samples * rows, words_for(K)]
+  int64_t samples, rows, K;
+  uint64_t* out;  // [samples, words_for(rows * K)]
+};
+
+struct BinaryConv2d {
+  const uint64_t* x;     // [samples, words_for(units)]
+  const uint64_t* w;     // [outputs, words_for(K)]
+  const uint64_t* gate;  // like x, or one row; null: every unit recruited
+  int64_t gate_stride;
+  Window window;
+  int64_t samples, outputs;
+  float scale;
+  float* y;  // [M, outputs]
+};
+
+struct MaskedConv2dInputGrad {
+  const float* d;        // [M, outputs]
+  const uint64_t* w;     // [outputs, words_for(K)]
+  const uint64_t* mask;  // [samples or 1, words_for(units)]
+  int64_t mask_stride;
+  Window window;
+  int64_t samples, outputs;
+  float scale;
+  float* dx;  // [samples, units]
+};
+
+struct GatedConv2dWeightGrad {
+  const float* d;     // [M, outputs]
+  const uint64_t* x;  // as in BinaryConv2d
+  const uint64_t* gate;
+  int64_t gate_stride;
+  Window window;
+  int64_t samples, outputs;
+  float scale;
+  float* dw;  // [outputs, K]
 };
 
 struct SampleEngram {

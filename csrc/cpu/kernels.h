@@ -90,6 +90,42 @@ struct GatedWeightGrad {
   int64_t dw_stride;
 };
 
+// sums[t,n] = sum_c s(W[n,t,c]), of rows of w without padding to 128 bits
+struct TapSums {
+  const uint64_t* w;  // [N, words]
+  int64_t N, words;
+  int64_t channels;
+  int32_t* sums;  // [taps, N]
+};
+
+// y[m,n] = scale (sums[m,n] + sum over the taps t of m in the padding of tap_sums[t,n])
+struct FinishPixels {
+  Window window;
+  int32_t* sums;  // [pixels of the range, N]; changed
+  int64_t N;
+  const int32_t* tap_sums;  // [taps, N] or null
+  float scale;
+  float* y;  // pixel m of all samples lies at y[m * y_stride]
+  int64_t y_stride;
+};
+
+// dx[tap t of m, c] += scale z[m,t,c], within one sample
+struct FoldTaps {
+  Window window;
+  const float* z;  // [pixels of the range, taps, channels]
+  int64_t channels;
+  float scale;
+  float* dx;  // the first of these channels
+};
+
+// padded[t,n] = sum of d[m,n] over the pixels m whose tap t is padding
+struct AddPadding {
+  Window window;
+  const float* d;  // pixel m of all samples lies at d[m * d_stride]
+  int64_t d_stride, N, samples;
+  float* padded;  // [taps, N]
+};
+
 // How the moments are kept: core/compact.h.
 enum class Moments { kFloat32, kBFloat16, kScaled };
 struct MetaplasticAdam {
@@ -113,26 +149,38 @@ struct MetaplasticAdam {
 };
 
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
-// where a weight could not be updated. transpose_bits works on
-// words of units, list_samples on words of units, split_gates on words, metaplastic_adam on words of weights,
-// row-major.
-#define ENGRAM_CPU_KERNELS(KERNEL)                        \
-  KERNEL(bool, pack_signs, PackSigns, Range)              \
-  KERNEL(void, pack_window, PackWindow, Range)            \
-  KERNEL(void, unpack_signs, UnpackSigns, Range)          \
-  KERNEL(void, popcount_rows, PopcountRows, Range)        \
-  KERNEL(void, transpose_bits, TransposeBits, Range)      \
+// where a weight could not be updated. transpose_bits and list_samples work on words of units, split_gates on words,
+// metaplastic_adam on words of weights, row-major; tap_sums and add_padding on taps, interleave_bits on samples;
+// unfold_bits, finish_pixels and fold_taps on output pixels, of which the first of the range lies first in rows, sums
+// and terms.
+#define ENGRAM_PREDICTION_KERNELS(KERNEL)               \
+  KERNEL(bool, pack_signs, PackSigns, Range)            \
+  KERNEL(void, pack_window, PackWindow, Range)          \
+  KERNEL(void, unpack_signs, UnpackSigns, Range)        \
+  KERNEL(void, popcount_rows, PopcountRows, Range)      \
+  KERNEL(void, transpose_bits, TransposeBits, Range)    \
+  KERNEL(void, split_gates, SplitGates, Range)          \
+  KERNEL(void, binary_matmul, PreparedMatmul, Block)    \
+  KERNEL(void, sign_product, StridedSignProduct, Block) \
+  KERNEL(bool, sample_engram, SampleEngram, Range)      \
+  KERNEL(void, value_signs, PreparedSigns, Range)       \
+  KERNEL(void, top_units, TopUnits, Range)
+// Those that the runtime (csrc/runtime) does without: gradients, the update and convolutions.
+#define ENGRAM_TRAINING_KERNELS(KERNEL)                   \
   KERNEL(void, zero_unrecruited, ZeroUnrecruited, Range)  \
-  KERNEL(void, split_gates, SplitGates, Range)            \
-  KERNEL(void, binary_matmul, PreparedMatmul, Block)      \
-  KERNEL(void, sign_product, StridedSignProduct, Block)   \
   KERNEL(void, gated_input_grad, GatedInputGrad, Range)   \
   KERNEL(void, list_samples, GatedWeightGrad, Range)      \
   KERNEL(void, gated_weight_grad, GatedWeightGrad, Block) \
-  KERNEL(bool, sample_engram, SampleEngram, Range)        \
-  KERNEL(void, value_signs, PreparedSigns, Range)         \
-  KERNEL(void, top_units, TopUnits, Range)                \
-  KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)
+  KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)  \
+  KERNEL(void, unfold_bits, UnfoldBits, Range)            \
+  KERNEL(void, tap_sums, TapSums, Range)                  \
+  KERNEL(void, finish_pixels, FinishPixels, Range)        \
+  KERNEL(void, fold_taps, FoldTaps, Range)                \
+  KERNEL(void, add_padding, AddPadding, Range)            \
+  KERNEL(void, interleave_bits, InterleaveBits, Range)
+#define ENGRAM_CPU_KERNELS(KERNEL)  \
+  ENGRAM_PREDICTION_KERNELS(KERNEL) \
+  ENGRAM_TRAINING_KERNELS(KERNEL)
 
 struct Kernels {
   const char* isa;

@@ -40,6 +40,11 @@ void grouped_product(const Runtime&, const GroupedProduct&, const uint64_t* sign
 void value_signs(const Runtime&, const ValueSigns&);
 void top_units(const Runtime&, const TopUnits&);
 bool sample_engram(const Runtime&, SampleEngram);  // keys are made here
+void unfold_bits(const Runtime&, const UnfoldBits&);
+void interleave_bits(const Runtime&, const InterleaveBits&);
+void binary_conv2d(const Runtime&, const BinaryConv2d&);
+void masked_conv2d_input_grad(const Runtime&, const MaskedConv2dInputGrad&);
+void gated_conv2d_weight_grad(const Runtime&, const GatedConv2dWeightGrad&);
 // True if a weight could not be updated.
 bool metaplastic_adam(const Runtime&, const MetaplasticAdam&);
 // The same with the gradient that the product of gated_weight_grad would give, made and consumed block by block; its y

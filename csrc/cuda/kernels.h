@@ -22,6 +22,7 @@ struct ValidGate {
   KERNEL(pack_window, PackWindow)     \
   KERNEL(unpack_signs, UnpackSigns)   \
   KERNEL(valid_gate, ValidGate)       \
+  KERNEL(unfold_bits, UnfoldBits)     \
   KERNEL(binary_matmul, BinaryMatmul) \
   KERNEL(sign_product, SignProduct)   \
   KERNEL(sample_engram, SampleEngram)

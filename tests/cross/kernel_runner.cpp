@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/bits.h"
+#include "core/window.h"
 #include "cpu/launch.h"
 
 namespace {
@@ -33,6 +34,11 @@ enum class Operator : int64_t {
   kSampleEngram,
   kMetaplasticAdam,
   kGatedMetaplasticAdam,
+  kUnfoldBits,
+  kInterleaveBits,
+  kBinaryConv2d,
+  kMaskedConv2dInputGrad,
+  kGatedConv2dWeightGrad,
 };
 
 int64_t cases_begun = 0;
@@ -158,6 +164,14 @@ SignProduct weight_grad_operands(Case& c) {
   return p;
 }
 
+Window window_of(Case& c) {
+  Window w{};
+  for (int64_t* number : {&w.height, &w.width, &w.channels, &w.kernel_h, &w.kernel_w, &w.stride_h, &w.stride_w, &w.top,
+                          &w.bottom, &w.left, &w.right, &w.dilation_h, &w.dilation_w, &w.groups})
+    *number = c.integer();
+  return w;
+}
+
 // All but the gradient.
 MetaplasticAdam update_operands(Case& c) {
   MetaplasticAdam p{};
@@ -265,6 +279,46 @@ void run(Case& c, Operator op) {
     case Operator::kGatedMetaplasticAdam: {
       const MetaplasticAdam p = update_operands(c);
       return c.send_flag(gated_metaplastic_adam(rt, weight_grad_operands(c), p));
+    }
+    case Operator::kUnfoldBits: {
+      const Window w = window_of(c);
+      const int64_t samples = c.integer(), group = c.integer(), words = words_for(group_units(w));
+      const auto* bits = c.array<uint64_t>();
+      auto* rows = c.output<uint64_t>(samples * out_pixels(w) * words * kWord);
+      return unfold_bits(rt, {bits, samples, words_for(units(w)), w, group, rows, words});
+    }
+    case Operator::kInterleaveBits: {
+      const int64_t samples = c.integer(), rows = c.integer(), k = c.integer();
+      const auto* bits = c.array<uint64_t>();
+      auto* out = c.output<uint64_t>(samples * words_for(rows * k) * kWord);
+      return interleave_bits(rt, {bits, samples, rows, k, out});
+    }
+    case Operator::kBinaryConv2d: {
+      BinaryConv2d p{};
+      p.window = window_of(c);
+      p.samples = c.integer(), p.outputs = c.integer(), p.gate_stride = c.integer();
+      p.scale = c.number<float>();
+      p.x = c.array<uint64_t>(), p.w = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+      p.y = c.output<float>(p.samples * out_pixels(p.window) * p.outputs * kFloat);
+      return binary_conv2d(rt, p);
+    }
+    case Operator::kMaskedConv2dInputGrad: {
+      MaskedConv2dInputGrad p{};
+      p.window = window_of(c);
+      p.samples = c.integer(), p.outputs = c.integer(), p.mask_stride = c.integer();
+      p.scale = c.number<float>();
+      p.d = c.array<float>(), p.w = c.array<uint64_t>(), p.mask = c.array<uint64_t>();
+      p.dx = c.output<float>(p.samples * units(p.window) * kFloat);
+      return masked_conv2d_input_grad(rt, p);
+    }
+    case Operator::kGatedConv2dWeightGrad: {
+      GatedConv2dWeightGrad p{};
+      p.window = window_of(c);
+      p.samples = c.integer(), p.outputs = c.integer(), p.gate_stride = c.integer();
+      p.scale = c.number<float>();
+      p.d = c.array<float>(), p.x = c.array<uint64_t>(), p.gate = c.array<uint64_t>();
+      p.dw = c.output<float>(p.outputs * group_units(p.window) * kFloat);
+      return gated_conv2d_weight_grad(rt, p);
     }
   }
   fail(3, "unknown operator");

@@ -107,6 +107,28 @@ def unpack_signs_to_an_unaligned_tensor(ops: EmulatedOps, dtype: torch.dtype) ->
     assert_same(out, reference.unpack_signs(bits, 144, dtype), dtype)
 
 
+# ---- taps of convolutions
+
+WINDOWS = {
+    "one pixel": reference.Window(1, 1, 1, 1, 1),
+    "3 channels, same padding": reference.Window(5, 6, 3, 3, 3, 1, 1, 1, 1, 1, 1),
+    "64 channels": reference.Window(4, 3, 64, 3, 3, 1, 1, 1, 1, 1, 1),
+    "65 channels, strides and dilation": reference.Window(7, 6, 65, 2, 3, 2, 1, 0, 1, 2, 0, 2, 1),
+    "3 groups": reference.Window(3, 4, 6, 3, 1, 1, 1, 1, 1, 0, 0, 1, 1, 3),
+    "150 channels": reference.Window(2, 3, 150, 1, 2),
+    "one pixel again and again": reference.Window(2, 3, 9, 2, 5, dilation_h=0, dilation_w=0),
+}
+
+
+def unfold_bits(ops: EmulatedOps, window: str, samples: int) -> None:
+    w = WINDOWS[window]
+    bits = packed(samples, w.units)
+    for group in range(w.groups):
+        expected = reference.unfold_bits(bits, w, group)
+        for own in (bits, with_padding(bits, w.units)):
+            assert_same(ops.unfold_bits(own, w, group), expected, window, samples, group)
+
+
 # ---- products of bits
 
 
@@ -316,6 +338,7 @@ COMPACT = {
     ],
     "unpack.cuh": [partial(unpack_signs, rows=3, k=k, dtype=dtype) for dtype in PATTERNS for k in (144, 131, 1)]
     + [partial(unpack_signs_to_an_unaligned_tensor, dtype=dtype) for dtype in PATTERNS],
+    "unfold.cuh": [partial(unfold_bits, window=window, samples=2) for window in WINDOWS],
     "valid_gate.cuh": [partial(valid_gate, rows=rows, k=k) for rows in (1, 5) for k in (1, 64, 131, 300)],
     "sample_engram.cuh": [
         partial(sample_engram, rows=3, k=260, rate=0.3, rule="bernoulli"),

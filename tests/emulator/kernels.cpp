@@ -4,6 +4,7 @@
 #include "cuda/pack.cuh"
 #include "cuda/sample_engram.cuh"
 #include "cuda/sign_product.cuh"
+#include "cuda/unfold.cuh"
 #include "cuda/unpack.cuh"
 #include "cuda/valid_gate.cuh"
 
@@ -26,6 +27,16 @@ ENGRAM_EXPORT run_unpack_signs(const uint64_t* bits, int64_t rows, int64_t k, in
   return unpack_signs({bits, rows, k, words_for(k), static_cast<int>(size), static_cast<uint64_t>(plus),
                        static_cast<uint64_t>(minus), out},
                       nullptr);
+}
+
+ENGRAM_EXPORT run_unfold_bits(const uint64_t* bits, int64_t samples, const int64_t* window, int64_t group,
+                              uint64_t* rows) {
+  static_assert(sizeof(engram::Window) == 14 * sizeof(int64_t));
+  UnfoldBits p{bits, samples, 0, {}, group, rows, 0};
+  memcpy(&p.window, window, sizeof p.window);
+  p.stride = words_for(engram::units(p.window));
+  p.words = words_for(group_units(p.window));
+  return unfold_bits(p, nullptr);
 }
 
 ENGRAM_EXPORT run_valid_gate(const uint64_t* gate, int64_t rows, int64_t k, uint64_t* out) {

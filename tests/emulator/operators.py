@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engram_kernels.reference import words_for
+from engram_kernels.reference import Window, words_for
 
 from .build import EmulatorError, Flag, Library, Read, Write, load
 
@@ -91,6 +91,19 @@ class EmulatedOps:
             out=Write(out),
         )
         return out
+
+    def unfold_bits(self, bits: Tensor, window: Window, group: int = 0) -> Tensor:
+        rows = torch.full((bits.shape[0] * window.out_height * window.out_width, words_for(window.group_units)), -1)
+        numbers = torch.tensor(window)  # in the order of csrc/core/window.h
+        self._call(
+            "run_unfold_bits",
+            bits=Read(bits),
+            samples=bits.shape[0],
+            window=Read(numbers),
+            group=group,
+            rows=Write(rows),
+        )
+        return rows
 
     def valid_gate(self, gate_bits: Tensor | None, k: int) -> Tensor:
         """The gate without its padding, (words,) or (rows, words); without a gate, that of every unit."""

@@ -81,6 +81,12 @@ def test_unpack_signs_to_an_unaligned_tensor(ops, dtype):
     compare.unpack_signs_to_an_unaligned_tensor(ops, dtype)
 
 
+@pytest.mark.parametrize("window", compare.WINDOWS)
+def test_unfold_bits(ops, window):
+    for samples in (0, 1, 3):
+        compare.unfold_bits(ops, window, samples)
+
+
 # ---- products of bits
 
 FORMS = [(TILES, SMALL_TILES), (TILES, LARGE_TILES), (DOTS, 4)]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import engram_kernels  # noqa: F401  registers all operators
 from engram_kernels import ops, reference
-from engram_kernels.reference import SCALE_BLOCK, words_for
+from engram_kernels.reference import SCALE_BLOCK, Window, words_for
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OTHERS = (torch.float64, torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -216,6 +216,59 @@ def gated_weight_grad(draw: Draw) -> dict[str, Any]:
     return {"d": draw.floats(m, n), "x_bits": draw.words(m, k), "k": k, "gate_bits": draw.optional_gate(m, k)}
 
 
+def window_of(draw: Draw, least_dilation: int = 1) -> Window:
+    """Of an image that is small in most cases, with a kernel that fits into it."""
+    channels, groups = draw.choice([1, 2, 3, 7, 31, 64, 65, 128, 130]), 1
+    if draw.chance(0.3):
+        groups = draw.choice([g for g in range(1, channels + 1) if channels % g == 0])
+    size, kernel = (draw.randint(1, 9), draw.randint(1, 9)), (draw.randint(1, 4), draw.randint(1, 4))
+    sides, dilation = [draw.choice([0, 0, 1, 1, 2, 5]) for _ in range(4)], [draw.choice([1, 1, 2, 3]) for _ in range(2)]
+    if least_dilation == 0 and draw.chance(0.2):
+        dilation = [0, 0]
+    for axis in (0, 1):
+        missing = dilation[axis] * (kernel[axis] - 1) + 1 - size[axis] - sides[2 * axis] - sides[2 * axis + 1]
+        sides[2 * axis] += max(0, missing)
+    stride = draw.choice([1, 1, 2, 3, 11]), draw.choice([1, 1, 2, 3, 11])
+    return Window(*size, channels, *kernel, *stride, *sides, *dilation, groups)
+
+
+def unfold_bits(draw: Draw) -> dict[str, Any]:
+    w = window_of(draw, least_dilation=0)
+    return {"bits": draw.words(draw.choice([0, 1, 2, 5]), w.units), "window": w, "group": draw.randrange(w.groups)}
+
+
+def interleave_bits(draw: Draw) -> dict[str, Any]:
+    rows, k = draw.choice([1, 2, 3, 63, 64, 65, 130]), draw.choice(UNITS[:14])
+    return {"bits": draw.words(rows * draw.choice([0, 1, 2, 3]), k), "rows": rows, "k": k}
+
+
+def binary_conv2d(draw: Draw) -> dict[str, Any]:
+    w, samples = window_of(draw), draw.choice([0, 1, 2, 5])
+    filters = draw.words(w.groups * draw.choice([1, 2, 17]), w.group_units)
+    gate = draw.optional_gate(samples, w.units)
+    return {"x_bits": draw.words(samples, w.units), "w_bits": filters, "window": w, "gate_bits": gate}
+
+
+def output_grad(draw: Draw, w: Window, samples: int, outputs: int) -> Tensor:
+    """Finite, and of a dtype whose sums are: tests/test_convolution.py has what is not."""
+    dtype = draw.choice([torch.float32, torch.bfloat16])
+    return draw.floats(samples, w.out_height, w.out_width, outputs, dtype=dtype, wild=0.0)
+
+
+def masked_conv2d_input_grad(draw: Draw) -> dict[str, Any]:
+    w, samples = window_of(draw), draw.choice([0, 1, 2, 5])
+    outputs = w.groups * draw.choice([1, 2, 17])
+    filters, mask = draw.words(outputs, w.group_units), draw.gate(samples, w.units)
+    return {"d": output_grad(draw, w, samples, outputs), "w_bits": filters, "window": w, "mask_bits": mask}
+
+
+def gated_conv2d_weight_grad(draw: Draw) -> dict[str, Any]:
+    w, samples = window_of(draw), draw.choice([0, 1, 2, 5])
+    d = output_grad(draw, w, samples, w.groups * draw.choice([1, 2, 17]))
+    gate = draw.optional_gate(samples, w.units)
+    return {"d": d, "x_bits": draw.words(samples, w.units), "window": w, "gate_bits": gate}
+
+
 def sample_engram(draw: Draw) -> dict[str, Any]:
     m, k = draw.sizes()
     return {
@@ -352,8 +405,24 @@ class Operator:
     no_nan: tuple[str, ...] = ()
 
 
+def proper_window(numbers: Any) -> bool:
+    """But for a dilation of 0, which recipes give to the one operator that takes it."""
+    if len(numbers) != len(Window._fields) or not all(type(number) is int and number < 2**31 for number in numbers):
+        return False
+    w = Window(*numbers)
+    least = min(w._replace(top=1, bottom=1, left=1, right=1, dilation_h=1, dilation_w=1))
+    if least < 1 or min(w.top, w.bottom, w.left, w.right, w.dilation_h, w.dilation_w) < 0:
+        return False
+    fits = w.height + w.top + w.bottom > w.dilation_h * (w.kernel_h - 1)
+    fits &= w.width + w.left + w.right > w.dilation_w * (w.kernel_w - 1)
+    return fits and w.channels % w.groups == 0 and max(w.units, w.group_units, w.out_height * w.out_width) < 2**31
+
+
 NUMBERS: dict[str, Callable[[Any], bool]] = {
     "k": lambda v: 1 <= v < 2**31,
+    "window": proper_window,
+    "group": lambda v: 0 <= v < 2**31,
+    "rows": lambda v: 1 <= v < 2**31,
     "width": lambda v: v > 0,
     "rate": lambda v: 0 < v <= 1,
     "rule": lambda v: v in ("gumbel_top_k", "bernoulli"),
@@ -373,6 +442,20 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
 }
 BAD_NUMBERS: dict[str, list[Any]] = {
     "k": [0, -1, -(2**63), 2**31, 2**40, 2**63 - 1],
+    "window": [
+        (),
+        (1,) * 13,
+        (1,) * 7 + (-1,) + (1,) * 6,
+        (1,) * 5 + (0,) + (1,) * 8,
+        (1, 1, 3, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 2),
+        (1, 1, 1, 2, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1),
+        (1, 1, 1, 1, 9, 1, 1, 0, 0, 2, 2, 1, 2, 1),
+        (2**31, *[1] * 13),
+        (2**20, 2**20, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1),
+        (1,) * 11 + (-1, 1, 1),
+    ],
+    "group": [-1, -(2**63), 2**31, 2**40],
+    "rows": [0, -1, 2**31, 2**62],
     "width": [0.0, -1.0, NAN, -INF],
     "rate": [0.0, -0.5, 1 + 1e-12, INF, NAN],
     "rule": ["uniform", "", None, 3],
@@ -391,7 +474,8 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "weight_bound": [0.0, -1.0, NAN, 1e-50],
 }
 KINDS: dict[str, Any] = {
-    "k": int, "first_row": int, "row_step": int, "count": int, "step": int, "rule": str, "dtype": torch.dtype,
+    "k": int, "window": (tuple, list), "group": int, "rows": int, "first_row": int, "row_step": int, "count": int,
+    "step": int, "rule": str, "dtype": torch.dtype,
 }  # fmt: skip
 
 
@@ -530,7 +614,11 @@ class Call:
 def shapes_agree(call: Call) -> bool:
     """Whether one value for each symbol fits all shapes."""
     sizes: dict[str, int] = {}
-    if "k" in call.arguments:
+    if "window" in call.arguments:
+        w = Window(*call.arguments["window"])
+        sizes |= {"units": words_for(w.units), "words": words_for(w.group_units)}
+        sizes |= {"Y": w.out_height, "X": w.out_width}
+    elif "k" in call.arguments:
         sizes |= {"K": call.arguments["k"]}
     else:
         for name, t in call.tensors().items():  # the last size of whatever has one of K
@@ -562,6 +650,10 @@ def shapes_agree(call: Call) -> bool:
         alternatives = [s for s in call.operator.tensors[name].shapes.split("|") if len(s.split()) == t.dim()]
         if not fits(t, (alternatives or call.operator.tensors[name].shapes.split("|"))[0]):
             return False
+    if "window" in call.arguments and "N" in sizes and (sizes["N"] < 1 or sizes["N"] % w.groups):
+        return False
+    if call.name == "interleave_bits" and sizes.get("M", 0) % call.arguments["rows"]:
+        return False
     return sizes.get("K", 1) >= 1 and (call.name != "binary_threshold" or sizes.get("N", 1) >= 1)
 
 
@@ -583,7 +675,7 @@ def blamed(call: Call) -> set[str]:
         checked = not call.on_meta or not call.operator.written
         if not isinstance(arguments[name], kinds) or (checked and not NUMBERS[name](arguments[name])):
             names.add(name)
-    if (names and call.faults > 1) or (call.strided and "k" not in names and not shapes_agree(call)):
+    if (names and call.faults > 1) or (call.strided and not names & {"k", "window", "rows"} and not shapes_agree(call)):
         return set(arguments)
     strided = {name: t for name, t in call.tensors().items() if t.layout == torch.strided}
     if len({t.device for name, t in strided.items() if name != "seed"}) > 1:
@@ -864,6 +956,25 @@ def check_gated_weight_grad(a: Arguments, actual: Tensor, expected: Tensor) -> N
     check_weight_grad(actual, a["d"], a["x_bits"], a["k"], a["gate_bits"])
 
 
+def check_conv2d_input_grad(a: Arguments, actual: Tensor, expected: Tensor) -> None:
+    d, w = a["d"], Window(*a["window"])
+    every = valid_bits(w.units), valid_bits(w.group_units).expand_as(a["w_bits"])
+    magnitude = reference.masked_conv2d_input_grad(d.double().abs(), every[1], w, every[0])
+    check_rounded(actual, expected, magnitude, w.kernel_h * w.kernel_w * d.shape[3])
+
+
+def check_conv2d_weight_grad(a: Arguments, actual: Tensor, expected: Tensor) -> None:
+    magnitude = a["d"].double().abs().flatten(0, 2).sum(0).unsqueeze(1)  # those of padded taps come and go
+    check_rounded(actual, expected, magnitude.expand(actual.shape), 2 * math.prod(a["d"].shape[:3]))
+
+
+def check_rounded(actual: Tensor, expected: Tensor, magnitude: Tensor, terms: int) -> None:
+    """Float32 sums of so many terms in any order, rounded to the dtype of the result."""
+    info = torch.finfo(actual.dtype)
+    bound = magnitude * (terms + 2) * 2.0**-24 + expected.double().abs() * 2 * info.eps
+    check_near(actual, expected, bound + info.smallest_normal * info.eps)
+
+
 def check_update(before: Arguments, after: Arguments, expected: Arguments, grad: Tensor) -> None:
     """The state that an update leaves: moments bit for bit, weights but for the rounding of tanh and of the step."""
     for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"):
@@ -901,6 +1012,7 @@ def check_nothing(a: Arguments, actual: Any, expected: Any) -> None:
 UPDATED = ("weight", "exp_avg", "exp_avg_sq", "sign_bits", "exp_avg_scale", "exp_avg_sq_scale")
 WORDS = TensorRule("M words", BITS)
 W_BITS = TensorRule("N words", BITS)
+IMAGES, IMAGE_GATE = TensorRule("M units", BITS), TensorRule("units | M units", BITS, optional=always)
 OPERATORS = {
     "pack_signs": Operator(pack_signs, {"x": TensorRule("... K")}, check_exact, no_nan=("x",)),
     "kept_sign_bits": Operator(kept_sign_bits, {"weight": TensorRule("... K")}, check_exact, no_nan=("weight",)),
@@ -953,6 +1065,21 @@ OPERATORS = {
         gated_weight_grad,
         {"d": TensorRule("M N"), "x_bits": WORDS, "gate_bits": GATE},
         check_gated_weight_grad,
+    ),
+    "unfold_bits": Operator(unfold_bits, {"bits": TensorRule("M units", BITS)}, check_exact),
+    "interleave_bits": Operator(interleave_bits, {"bits": WORDS}, check_exact),
+    "binary_conv2d": Operator(
+        binary_conv2d, {"x_bits": IMAGES, "w_bits": W_BITS, "gate_bits": IMAGE_GATE}, check_exact
+    ),
+    "masked_conv2d_input_grad": Operator(
+        masked_conv2d_input_grad,
+        {"d": TensorRule("M Y X N"), "w_bits": W_BITS, "mask_bits": TensorRule("units | M units", BITS)},
+        check_conv2d_input_grad,
+    ),
+    "gated_conv2d_weight_grad": Operator(
+        gated_conv2d_weight_grad,
+        {"d": TensorRule("M Y X N"), "x_bits": IMAGES, "gate_bits": IMAGE_GATE},
+        check_conv2d_weight_grad,
     ),
     "sample_engram": Operator(
         sample_engram, {"score": TensorRule("M K"), "seed": SEED}, check_exact, no_nan=("score",)

@@ -1,0 +1,184 @@
+// What convolutions of bits add to the products of matrices: taps into rows and back (core/window.h).
+//
+//   unfold_bits      rows[m] = the taps of output pixel m, 0 where they are padding
+//   tap_sums         sums[t,n] = sum_c s(W[n,t,c])
+//   finish_pixels    y[m,n] = scale (sums[m,n] + sum over the taps t of m in the padding of tap_sums[t,n])
+//   fold_taps        dx[tap t of m, c] += scale z[m,t,c]
+//   add_padding      padded[n] += d[m,n] for the pixels m whose tap t is padding
+//   interleave_bits  bit i * rows + r of a sample = bit i of its row r
+//
+// A product takes a padded tap, whose bits are 0, for -1 and counts -s(W) for it: finish_pixels takes that back,
+// exactly. So a gate, which costs the product more, is needed only where there is an engram. Of dilation 1 the taps of
+// a row of the kernel are one run of bits. All are bound by memory or by the few additions that they name.
+#include <cstring>
+
+#include "cpu/simd.h"
+#include "cpu/tables.h"
+
+namespace engram::cpu::ENGRAM_ISA {
+
+namespace {
+
+// `count` bits, 1 to 64, from bit `at` on.
+ENGRAM_INLINE uint64_t bits_at(const uint64_t* bits, int64_t at, int64_t count) {
+  const int64_t word = at / kWordBits, shift = at % kWordBits;
+  uint64_t value = bits[word] >> shift;
+  if (shift + count > kWordBits) value |= bits[word + 1] << (kWordBits - shift);
+  return value & valid_bits(0, count);
+}
+
+// Puts them into bits that are 0.
+ENGRAM_INLINE void put_bits(uint64_t* bits, int64_t at, int64_t count, uint64_t value) {
+  const int64_t word = at / kWordBits, shift = at % kWordBits;
+  bits[word] |= value << shift;
+  if (shift + count > kWordBits) bits[word + 1] |= value >> (kWordBits - shift);
+}
+
+ENGRAM_INLINE void copy_bits(const uint64_t* from, int64_t from_bit, uint64_t* to, int64_t to_bit, int64_t count) {
+  if ((from_bit | to_bit | count) % kWordBits == 0) {
+    for (int64_t i = 0; i < count / kWordBits; ++i) to[to_bit / kWordBits + i] = from[from_bit / kWordBits + i];
+    return;
+  }
+  for (int64_t i = 0; i < count; i += kWordBits) {
+    const int64_t some = smaller(kWordBits, count - i);
+    put_bits(to, to_bit + i, some, bits_at(from, from_bit + i, some));
+  }
+}
+
+// Taps that lie side by side in a row of the kernel and in the image, if their channels do.
+ENGRAM_INLINE bool taps_join(const Window& w, int64_t channels) { return w.dilation_w == 1 && channels == w.channels; }
+
+// Calls f(tap, pixel of the image, taps that follow each other from there) for the taps of an output pixel.
+template <typename F>
+ENGRAM_INLINE void for_taps(const Window& w, const Pixel& p, bool join, const F& f) {
+  const Taps rows = taps_of_row(w, p.y), columns = taps_of_column(w, p.x);
+  if (columns.first >= columns.last) return;
+  for (int64_t i = rows.first; i < rows.last; ++i) {
+    const int64_t line = (rows.start + i * w.dilation_h) * w.width + columns.start;
+    if (join) {
+      f(i * w.kernel_w + columns.first, line + columns.first, columns.last - columns.first);
+      continue;
+    }
+    for (int64_t j = columns.first; j < columns.last; ++j) f(i * w.kernel_w + j, line + j * w.dilation_w, int64_t{1});
+  }
+}
+
+// Calls f(pixel, m - its first) for the output pixels of a range.
+template <typename F>
+ENGRAM_INLINE void for_pixels(const Window& w, Range range, const F& f) {
+  const int64_t out_h = out_height(w), out_w = out_width(w);
+  Pixel pixel = pixel_of(w, range.begin);
+  for (int64_t m = 0; m < range.end - range.begin; ++m, advance(pixel, out_h, out_w)) f(pixel, m);
+}
+
+}  // namespace
+
+void unfold_bits(const UnfoldBits& p, Range pixels) {
+  const Window& w = p.window;
+  const int64_t channels = group_channels(w), first = p.group * channels;
+  const bool join = taps_join(w, channels);
+  for_pixels(w, pixels, [&](const Pixel& pixel, int64_t m) {
+    uint64_t* row = p.rows + m * p.words;
+    const uint64_t* sample = p.bits + pixel.sample * p.stride;
+    for (int64_t i = 0; i < p.words; ++i) row[i] = 0;
+    for_taps(w, pixel, join, [&](int64_t tap, int64_t at, int64_t count) {
+      copy_bits(sample, at * w.channels + first, row, tap * channels, count * channels);
+    });
+  });
+}
+
+void tap_sums(const TapSums& p, Range taps) {
+  for (int64_t tap = taps.begin; tap < taps.end; ++tap)
+    for (int64_t n = 0; n < p.N; ++n) {
+      int64_t positive = 0;
+      for (int64_t i = 0; i < p.channels; i += kWordBits)
+        positive +=
+            scalar_popcount(bits_at(p.w + n * p.words, tap * p.channels + i, smaller(kWordBits, p.channels - i)));
+      p.sums[tap * p.N + n] = static_cast<int32_t>(2 * positive - p.channels);
+    }
+}
+
+void finish_pixels(const FinishPixels& p, Range pixels) {
+  const Window& w = p.window;
+  for_pixels(w, pixels, [&](const Pixel& pixel, int64_t m) {
+    int32_t* own = p.sums + m * p.N;
+    if (p.tap_sums != nullptr) {
+      const Taps rows = taps_of_row(w, pixel.y), columns = taps_of_column(w, pixel.x);
+      if (rows.last - rows.first < w.kernel_h || columns.last - columns.first < w.kernel_w) {
+        for (int64_t i = 0; i < w.kernel_h; ++i)
+          for (int64_t j = 0; j < w.kernel_w; ++j) {
+            if (i >= rows.first && i < rows.last && j >= columns.first && j < columns.last) continue;
+            const int32_t* missing = p.tap_sums + (i * w.kernel_w + j) * p.N;
+            for (int64_t n = 0; n < p.N; ++n) own[n] += missing[n];
+          }
+      }
+    }
+    float* out = p.y + (pixels.begin + m) * p.y_stride;
+    for (int64_t n = 0; n < p.N; ++n) out[n] = static_cast<float>(own[n]) * p.scale;
+  });
+}
+
+void fold_taps(const FoldTaps& p, Range pixels) {
+  const Window& w = p.window;
+  const bool join = taps_join(w, p.channels);
+  const int64_t row = taps(w) * p.channels;
+  for_pixels(w, pixels, [&](const Pixel& pixel, int64_t m) {
+    for_taps(w, pixel, join, [&](int64_t tap, int64_t at, int64_t count) {
+      const float* from = p.z + m * row + tap * p.channels;
+      float* to = p.dx + at * w.channels;
+      int64_t i = 0;
+      for (; i + kLanes <= count * p.channels; i += kLanes)
+        store(to + i, add(load(to + i), load(from + i) * all(p.scale)));
+      for (; i < count * p.channels; ++i) to[i] += from[i] * p.scale;
+    });
+  });
+}
+
+void add_padding(const AddPadding& p, Range taps) {
+  const Window& w = p.window;
+  const int64_t out_h = out_height(w), out_w = out_width(w);
+  for (int64_t tap = taps.begin; tap < taps.end; ++tap) {
+    const int64_t i = tap / w.kernel_w, j = tap % w.kernel_w;
+    float* padded = p.padded + tap * p.N;
+    for (int64_t n = 0; n < p.N; ++n) padded[n] = 0.0f;
+    for (int64_t line = 0; line < p.samples * out_h; ++line) {
+      const Taps rows = taps_of_row(w, line % out_h);
+      const bool whole = i < rows.first || i >= rows.last;
+      for (int64_t x = 0; x < out_w; ++x) {
+        const Taps columns = taps_of_column(w, x);
+        if (!whole && j >= columns.first && j < columns.last) continue;
+        const float* own = p.d + (line * out_w + x) * p.d_stride;
+        for (int64_t n = 0; n < p.N; ++n) padded[n] += own[n];
+      }
+    }
+  }
+}
+
+void interleave_bits(const InterleaveBits& p, Range samples) {
+  const int64_t words = words_for(p.K), used = ceil_div(p.K, kWordBits), out_words = words_for(p.rows * p.K);
+  Words block[kWordBits];
+  for (int64_t sample = samples.begin; sample < samples.end; ++sample) {
+    uint64_t* own = p.out + sample * out_words;
+    for (int64_t i = 0; i < out_words; ++i) own[i] = 0;
+    for (int64_t first = 0; first < p.rows; first += kWordBits) {
+      const int64_t some = smaller(kWordBits, p.rows - first);
+      for (int64_t word = 0; word < used; word += kWordLanes) {
+        const int64_t lanes = smaller<int64_t>(kWordLanes, used - word);
+        for (int64_t r = 0; r < kWordBits; ++r) {
+          block[r] = Words{};
+          if (r < some)
+            memcpy(&block[r], p.bits + (sample * p.rows + first + r) * words + word,
+                   static_cast<size_t>(lanes) * sizeof(uint64_t));
+        }
+        transpose_64x64(block);
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          const int64_t unit = (word + lane) * kWordBits;
+          for (int64_t i = 0; i < smaller(kWordBits, p.K - unit); ++i)
+            put_bits(own, (unit + i) * p.rows + first, some, block[i][lane]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace engram::cpu::ENGRAM_ISA
