@@ -69,9 +69,9 @@ def _first_derivatives(d: Tensor, *gradients: Tensor | None) -> tuple[Tensor | N
     return tuple(None if gradient is None else _FirstDerivative.apply(gradient, d) for gradient in gradients)
 
 
-def _remember(ctx: Any, x: Tensor, weight: Tensor, consumed: bool) -> None:
-    """Keeps what the gradients of ``x`` (M, K) or (B, C, ...) and of ``weight`` need to know of them."""
-    ctx.k, ctx.weight_dtype = x.shape[1], weight.dtype  # a hidden weight takes longer to tell its shape
+def _remember(ctx: Any, k: int, weight: Tensor, consumed: bool) -> None:
+    """Keeps what the gradients need to know of ``weight`` (N, K), which takes longer to tell its K than its caller."""
+    ctx.k, ctx.weight_dtype = k, weight.dtype
     ctx.weight = weight if consumed else None
 
 
@@ -132,6 +132,26 @@ def _sum_over_samples(d: Tensor) -> Tensor:
     return ops.gated_weight_grad(d, plus, 1)
 
 
+class BiasSum(_Function):
+    """``apply(y, bias)``: ``y + bias``, floats (M, N), (N,) -> (M, N)."""
+
+    @staticmethod
+    def forward(y, bias):
+        """The sum."""
+        return y + bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps nothing."""
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, d):
+        """Gradients of y and of the bias."""
+        db = _sum_over_samples(d.detach()).squeeze(1).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return (d, *_first_derivatives(d, db))
+
+
 def _scaled_and_shifted(sums: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """``scale sums + bias``: floats (M, N), (N,) -> (M, N)."""
     y = sums if scale == 1.0 else sums * scale
@@ -181,7 +201,7 @@ class GatedSignProduct(_Function):
         x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed = inputs
         mask_bits = ops.pack_window(x.detach(), window, gate_bits) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
-        _remember(ctx, x, weight, consumed)
+        _remember(ctx, x.shape[1], weight, consumed)
         _remember_scale(ctx, x, scale, bias)
 
     @staticmethod
@@ -219,7 +239,7 @@ class SignProduct(_Function):
         """Keeps the input where the weight learns."""
         x, weight, bias, w_bits, scale, consumed, ctx.backward_dtype = inputs
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
-        _remember(ctx, x, weight, consumed)
+        _remember(ctx, x.shape[1], weight, consumed)
         _remember_scale(ctx, x, scale, bias)
 
     @staticmethod
@@ -266,26 +286,6 @@ def _channels_first(x: Tensor) -> bool:
     return x.is_contiguous() and not x.is_cuda
 
 
-class BiasSum(_Function):
-    """``apply(y, bias)``: ``y + bias``, floats (M, N), (N,) -> (M, N)."""
-
-    @staticmethod
-    def forward(y, bias):
-        """The sum."""
-        return y + bias
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Keeps nothing."""
-        ctx.dtype = inputs[1].dtype
-
-    @staticmethod
-    def backward(ctx, d):
-        """Gradients of y and of the bias."""
-        db = _sum_over_samples(d.detach()).squeeze(1).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return (d, *_first_derivatives(d, db))
-
-
 class GatedSignConvolution(_Function):
     """Gated convolution of signs, padded by 0; keeps bits only.
 
@@ -306,7 +306,7 @@ class GatedSignConvolution(_Function):
         x, weight, x_bits, w_bits, gate_bits, ctx.window, ctx.scale, ste_window, consumed = inputs
         mask_bits = _image_window_bits(x.detach(), ste_window, gate_bits) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
-        _remember(ctx, x, weight, consumed)
+        _remember(ctx, weight.shape[1], weight, consumed)
         ctx.weight_shape = weight.shape
 
     @staticmethod
@@ -353,7 +353,7 @@ class SignConvolution(_Function):
         """Keeps the images where the filters learn."""
         x, weight, w_bits, ctx.window, ctx.scale, consumed = inputs
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w_bits)
-        _remember(ctx, x, weight, consumed)
+        _remember(ctx, weight.shape[1], weight, consumed)
         ctx.weight_shape = weight.shape
 
     @staticmethod
@@ -418,12 +418,10 @@ class Standardisation(_Function):
     def backward(ctx, d, *_):
         """The gradient of y."""
         y, mean, reciprocal = ctx.saved_tensors
-        values, own = y.to(mean.dtype), d.detach().contiguous().to(mean.dtype)
-        needed = (True, False, False)
-        dy = torch.ops.aten.native_layer_norm_backward(own, values, y.shape[1:], mean, reciprocal, None, None, needed)[
-            0
-        ]
-        return (*_first_derivatives(d, dy.to(y.dtype)), None)
+        wide = mean.dtype  # torch's kernel takes no mixture of dtypes without a factor
+        own = (d.detach().contiguous().to(wide), y.to(wide), y.shape[1:], mean, reciprocal, None, None)
+        dy = torch.ops.aten.native_layer_norm_backward(*own, (True, False, False))[0].to(y.dtype)
+        return (*_first_derivatives(d, dy), None)
 
 
 class CodeProduct(_Function):
@@ -450,7 +448,7 @@ class CodeProduct(_Function):
         x, weight, w_bits, gate_bits, mask_bits, ctx.rate, consumed = inputs
         ctx.save_for_backward(w_bits, gate_bits, mask_bits)
         ctx.dtype = x.dtype
-        _remember(ctx, x, weight, consumed)
+        _remember(ctx, x.shape[1], weight, consumed)
 
     @staticmethod
     def backward(ctx, d):

@@ -426,7 +426,7 @@ class MetaplasticAdam(Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"].float() for state in states],  # torch adds the step to floats only
+            [state["step"].double() for state in states],  # torch adds the step to floats only
             # neither the fused Adam nor the one of lists, which round otherwise: shards would differ from the whole
             foreach=False,
             amsgrad=False,
