@@ -54,7 +54,7 @@ def _bytes(field) -> bytes:
     if field is None:
         return b""
     if isinstance(field, torch.Tensor):
-        return field.contiguous().view(torch.uint8).numpy().tobytes()
+        return field.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
     return struct.pack("<f" if isinstance(field, float) else "<q", field)
 
 
