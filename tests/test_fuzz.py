@@ -12,7 +12,7 @@ from fuzz import operators as fuzz
 
 from engram_kernels import ops, reference
 
-CASES = 800
+CASES = 1200
 
 
 def test_every_operator_has_a_recipe():
