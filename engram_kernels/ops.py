@@ -22,7 +22,7 @@ from . import batching, fakes, library, reference, triton_kernels, unfolding  # 
 from .library import operators
 from .reference import Window
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 __all__ = [
     "available_isas",
@@ -394,10 +394,10 @@ def _note_update(
         torch.autograd.graph.increment_version([t for t in changed if t is not None])
 
 
-def _arguments_of(definition: Callable[P, None]) -> Callable[[Callable[..., None]], Callable[P, None]]:
+def _arguments_of(definition: Callable[_P, None]) -> Callable[[Callable[..., None]], Callable[_P, None]]:
     """Gives an operator the arguments of its definition, which alone states them."""
 
-    def decorate(operator: Callable[..., None]) -> Callable[P, None]:
+    def decorate(operator: Callable[..., None]) -> Callable[_P, None]:
         operator.__signature__ = inspect.signature(definition)  # type: ignore[attr-defined]
         return operator
 

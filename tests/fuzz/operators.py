@@ -675,6 +675,13 @@ def blamed(call: Call) -> set[str]:
         checked = not call.on_meta or not call.operator.written
         if not isinstance(arguments[name], kinds) or (checked and not NUMBERS[name](arguments[name])):
             names.add(name)
+    if (
+        call.name == "top_units"
+        and not names
+        and arguments["y"].dim() == 2
+        and arguments["count"] > arguments["y"].shape[1]
+    ):
+        names.add("count")
     if (names and call.faults > 1) or (call.strided and not names & {"k", "window", "rows"} and not shapes_agree(call)):
         return set(arguments)
     strided = {name: t for name, t in call.tensors().items() if t.layout == torch.strided}
@@ -1196,6 +1203,8 @@ def check_updated(call: Call, before: Arguments, error: str | None) -> None:
         grad = before["grad"]
     else:
         d, x_bits, gate_bits = (expected.pop(name) for name in ("d", "x_bits", "gate_bits"))
+        if float(d.double().abs().nan_to_num(posinf=0.0).sum(0).amax() if d.numel() else 0.0) > 1e38:
+            return  # whether a sum is finite follows from its order
         k = before["weight"].shape[1]
         grad = ops.gated_weight_grad(d.float(), x_bits, k, gate_bits)
         check_weight_grad(grad, d.float(), x_bits, k, gate_bits)
