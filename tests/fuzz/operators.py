@@ -844,6 +844,9 @@ def make_call(seed: int, case: int, names: list[str]) -> Call:
         call.faults += 1
         if not call.tensors() or not call.strided:
             return call
+    grouped = isinstance(call.arguments.get("w_groups"), Tensor)
+    if grouped and call.faults and not blamed(call):  # what they must be no operator checks: the groups of w_bits
+        call.arguments["w_groups"] = reference.group_signs(call.arguments["w_bits"], call.arguments["k"])
     if draw.chance(0.15):
         share_memory(call, draw)
         call.changes.append("share_memory")
@@ -852,7 +855,7 @@ def make_call(seed: int, case: int, names: list[str]) -> Call:
             # what is written is refused in most layouts
             if draw.chance(0.1 if argument in call.operator.written else 0.4):
                 layout = draw.choice(LAYOUTS)
-                if layout is negated and argument in call.operator.written:
+                if (layout is negated and argument in call.operator.written) or (layout is expanded and grouped):
                     layout = offset
                 call.arguments[argument] = layout(t, draw)
                 call.changes.append(f"{argument} {layout.__name__}")
