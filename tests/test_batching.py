@@ -60,6 +60,12 @@ CALLS = {
     ),
     "masked_input_grad": (lambda d, w, g: ek.ops.masked_input_grad(d, w, K, g), [D, W, GATE]),
     "gated_weight_grad": (lambda d, x, g: ek.ops.gated_weight_grad(d, x, K, g), [D, X, GATE]),
+    "value_signs": (
+        lambda y, t, f: ek.ops.value_signs(y, t, f),
+        [lambda *b: floats(*b, M, K).mul(9).int(), lambda *b: floats(*b, K).mul(9).int(), lambda *b: floats(*b, K) > 0],
+    ),
+    "value_signs by the mean": (lambda y: ek.ops.value_signs(y), [lambda *b: floats(*b, M, K).mul(9).int()]),
+    "top_units": (lambda y: ek.ops.top_units(y, 7), [lambda *b: floats(*b, M, K).mul(9).int()]),
     "unfold_bits": (lambda x: ek.ops.unfold_bits(x, WINDOW), [X]),
     "interleave_bits": (lambda x: ek.ops.interleave_bits(x, 2, K), [X]),
     "binary_conv2d": (lambda x, w, g: ek.ops.binary_conv2d(x, w, WINDOW, g), [X, FILTERS, GATE]),
