@@ -51,7 +51,7 @@ struct BinaryMatmul {
   // binary_threshold: bit n of row m is (y[m,n] >= threshold[n]) != flip[n]
   const int32_t* threshold;  // [N]
   const uint8_t* flip;       // [N], 0 or 1
-  uint64_t* y_bits;          // [M, words_for(N)]
+  uint64_t* y_bits;          // [M, words_for(N)]; null for binary_matmul
 };
 
 // y[r,v] = mask[r,v] sum_i a[r,i] s[i,v], with s in {-1, 0, 1} from packed signs and a gate.
