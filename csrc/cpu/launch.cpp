@@ -199,7 +199,7 @@ void pack_values(const Runtime& rt, const Kernels& kernels, const PreparedSigns&
 void binary_matmul(const Runtime& rt, const BinaryMatmul& p) {
   const Kernels& kernels = *active().load();
   if (p.y_bits == nullptr) return product(rt, kernels, p);  // an empty y has no address
-  constexpr int64_t kSamples = 256;  // whose products are held at a time
+  constexpr int64_t kSamples = 256;                         // whose products are held at a time
   BinaryMatmul part = p;
   part.y = workspace<int32_t>(rt, (p.M < kSamples ? p.M : kSamples) * p.N);
   const uint64_t* flips = packed_flips(rt, p.flip, p.N);
