@@ -188,9 +188,10 @@ class BuildKernels(BuildExtension):
 def bindings() -> CppExtension:
     """The extension but for its kernels."""
     without_cuda = [] if cuda_compiler() else [str(CSRC / "cuda" / "no_cuda.cpp")]
+    sources = sorted(map(str, [*CSRC.glob("bindings/*.cpp"), *CSRC.glob("cpu/launch*.cpp")]))
     extension = CppExtension(
         "engram_kernels._C",
-        [*sorted(map(str, (CSRC / "bindings").glob("*.cpp"))), str(CSRC / "cpu" / "launch.cpp"), *without_cuda],
+        [*sources, *without_cuda],
         include_dirs=[str(CSRC)],
         depends=sorted(
             str(path) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -35,6 +34,7 @@ from . import ops
 from .checks import check_number, check_size
 from .codes import PatchCode, ProjectionCode, TableCode
 from .discriminants import DIRECT_UNITS, EXACT_UNITS, Discriminant, Discriminants, Prior
+from .files import write_tensors
 from .moments import SecondMoments
 
 _DEFAULT_UNITS = 2048
@@ -439,10 +439,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         metadata = {"format": _FORMAT, "version": str(_VERSION), "state": tensors.pop("state")}
         answer = self.discriminants_.discriminant()
         tensors |= {"weight": answer.weight, "bias": answer.bias}
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path}: can't be written ({error})") from None
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EngramClassifier:

@@ -6,17 +6,17 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .encoding import InputEncoding
 from .engrams import BernoulliEngram, ContextEngram, StochasticEngram
+from .files import write_atomically, write_tensors
 from .layers import BinaryEngramLinear
 from .networks import EngramMLP
 from .readouts import DendriticReadout, PrototypeReadout, RidgeReadout
@@ -67,19 +67,19 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> None:
     config: dict[str, Any] = {"model_type": _MODEL_TYPE, "architectures": [type(model).__name__], "version": _VERSION}
     if type(model).__name__ == _CLASSIFIER and not isinstance(model, nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS_FILE, model.save)
+        model.save(folder / WEIGHTS_FILE)
     else:
         modules: list[dict[str, Any]] = []
         _describe(model, "model", modules, {})
         names = _tensor_names(model)
         state = model.state_dict()
-        tensors = {name: state[name].cpu().contiguous() for name in names}
+        tensors = {name: state[name].cpu() for name in names}
         config["frozen"] = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         config["modules"] = modules
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
+        write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG_FILE, text.encode())
 
 
 def from_pretrained(folder: str | os.PathLike[str]) -> Any:
@@ -127,16 +127,6 @@ def from_pretrained(folder: str | os.PathLike[str]) -> Any:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} of one model ({error})") from None
     return model.eval()
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside a file and renames, so that a reader finds the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

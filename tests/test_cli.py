@@ -16,8 +16,8 @@ import torch
 import engram_kernels as ek
 from engram_kernels import cli
 from engram_kernels.cli.train import can_draw
-from engram_kernels.continual.files import FolderLock
 from engram_kernels.continual.methods import METHODS, GradientConfig
+from engram_kernels.files import FolderLock
 
 KEYS = {
     "accuracy_matrix", "average_accuracy", "backward_transfer", "forgetting", "peak_memory_bytes",

@@ -372,7 +372,7 @@ def missing(processor: str) -> list[str]:
 def build(processor: str, folder: Path) -> Path:
     """The kernel runner of a processor, with all its instruction sets."""
     csrc, plain = ROOT / "csrc", ["-O2", "-std=c++17"]
-    sources = {"launch": (csrc / "cpu" / "launch.cpp", plain)}
+    sources = {path.stem: (path, plain) for path in (csrc / "cpu").glob("launch*.cpp")}
     sources["kernel_runner"] = (ROOT / "tests" / "cross" / "kernel_runner.cpp", plain)
     for isa, flags in BUILD["instruction_sets"][processor].items():
         unused = [] if (processor, isa) in EMULATED else ["-O0"]  # linked, never run

@@ -12,6 +12,7 @@ pretrained networks, which are no part of these formulas.
 
 from __future__ import annotations
 
+import abc
 import math
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 BATCH = 1024  # samples whose features exist together
 
 
-class RandomFeatures:
+class RandomFeatures(abc.ABC):
     """Random features, their Gram matrix, and their sums by class; ``penalty`` is a share of the mean diagonal."""
 
     def __init__(self, n_features: int, n_units: int, n_classes: int, *, penalty: float, seed: int = 0) -> None:
@@ -32,12 +33,13 @@ class RandomFeatures:
         self.penalty = penalty
         self._answer: tuple[Tensor, Tensor] | None = None
 
+    @abc.abstractmethod
     def features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Samples (M, features) -> random features (M, N)."""
 
+    @abc.abstractmethod
     def solve(self) -> tuple[Tensor, Tensor]:
         """Weights (N, C) and biases (C,)."""
-        raise NotImplementedError
 
     def partial_fit(self, x: Tensor, y: Tensor) -> RandomFeatures:
         for part, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):

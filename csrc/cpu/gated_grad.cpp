@@ -12,7 +12,7 @@
 // rows of d into a tile of kTileUnits x kTileOutputs, transposed on its way out. Bound by additions, or at low rates by
 // writing dW once.
 //
-// Where many units are recruited, launch.cpp takes sign_product instead.
+// Where many units are recruited, the operator takes sign_product instead.
 #include <cstring>
 
 #include "cpu/simd.h"

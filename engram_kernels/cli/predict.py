@@ -16,9 +16,9 @@ import torch
 
 from ..continual.data import read_samples
 from ..continual.extras import require
-from ..continual.files import reason, write_atomically
 from ..continual.trained import TrainedModel, model_file
 from ..continual.training import EVALUATION_BATCH
+from ..files import reason, write_atomically
 from ..packed import PackedModel, load_packed
 from ..packed.file import FORMAT
 from .console import Parser
@@ -49,8 +49,7 @@ class Kind(NamedTuple):
 
 
 def _load_classifier(path: Path) -> Predictor:
-    for module, package in (("sklearn", "scikit-learn"), ("safetensors", "safetensors")):
-        require(module, package, f"{path}, an EngramClassifier,")
+    require("sklearn", "scikit-learn", f"{path}, an EngramClassifier,")
     from ..estimators import EngramClassifier
 
     return EngramClassifier.load(path)

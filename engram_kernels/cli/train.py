@@ -12,12 +12,12 @@ import torch
 
 from ..continual import folders, plots, processes, report, training
 from ..continual.checkpoint import Checkpoint
-from ..continual.files import DamagedFileError, replacing, sweep
 from ..continual.memory import MemoryMeter
 from ..continual.methods import ENOUGH_STEPS, METHODS, Method, steps_of
 from ..continual.progress import NoProgress, default_progress
 from ..continual.streams import terminal_width
 from ..continual.training import TrainingResult
+from ..files import DamagedFileError, replacing, sweep
 from .console import EXIT_FAILURES, EXIT_INTERRUPTED, PROGRAM, Parser, message_of, one_line, print_error, warn
 from .options import Plan, add_training_options, plan_of
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .files import DamagedFileError, reason, replacing, sweep
+from ..files import DamagedFileError, reason, replacing, sweep
 from .streams import readable
 
 CHECKPOINT_FILE = "checkpoint.pt"

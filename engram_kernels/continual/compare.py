@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from ..files import write_atomically
 from . import html, report
 from .checkpoint import Checkpoint, OtherOptionsError, check_same_options, plain
 from .extras import MissingExtraError
-from .files import write_atomically
 from .folders import check_free, numbered
 from .progress import ProgressState, replay, step_bar
 from .streams import cells, fitted, padded, readable

@@ -24,8 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..files import DamagedFileError, reason
 from .extras import require
-from .files import DamagedFileError, reason
 from .memory import available_bytes
 
 _IDX_FILES = (

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..files import DamagedFileError, FolderLock, reason
 from . import report
 from .checkpoint import Checkpoint, OtherOptionsError, check_same_options, plain
-from .files import DamagedFileError, FolderLock, reason
 
 
 def numbered(path: Path) -> Iterator[Path]:

@@ -21,8 +21,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from ..files import write_atomically
 from .extras import require
-from .files import write_atomically
 from .streams import fitted
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from .. import __version__, ops
+from ..files import DamagedFileError, read_within, reason, write_atomically
 from . import processes
 from .checkpoint import plain
-from .files import DamagedFileError, read_within, reason, write_atomically
 from .metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting, forward_transfer
 from .plots import percent
 from .training import TrainingResult

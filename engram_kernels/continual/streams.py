@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import TextIO, cast
 
-from .files import reason
+from ..files import reason
 
 # Nobody reads any more: a pipe or a terminal whose other end is gone, or a handle that was closed.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ..files import DamagedFileError, reason
 from .checkpoint import CHECKPOINT_FILE, check_archive
 from .data import as_samples
-from .files import DamagedFileError, reason
 from .methods import METHODS, build, config_of
 from .scenarios import new_samples
 from .training import EVALUATION_BATCH

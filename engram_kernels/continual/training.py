@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..files import reason
 from . import processes
 from .checkpoint import Checkpoint
 from .data import Dataset, joined_name
-from .files import reason
 from .memory import MemoryMeter
 from .methods import Method, TrainingError, build, method_config, preset_of, steps_of
 from .metrics import average_accuracy

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..files import write_tensors
 from .layers import KINDS, PackedLayer
 from .model import PackedModel
 
@@ -25,18 +24,10 @@ def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
     for i, layer in enumerate(model.layers):
         assert isinstance(layer, PackedLayer)
         layers.append(layer.described())
-        tensors |= {f"{i}.{name}": tensor.contiguous() for name, tensor in layer.tensors().items()}
+        tensors |= {f"{i}.{name}": tensor for name, tensor in layer.tensors().items()}
     network = {"features": model.features, "labels": model.labels, "layers": layers, "settings": model.settings}
     metadata = {"format": FORMAT, "version": str(VERSION), "network": json.dumps(network)}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: can't be written ({error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, tensors, metadata)
 
 
 def load_packed(path: str | os.PathLike[str]) -> PackedModel:

@@ -19,7 +19,7 @@ class PackedModel(nn.Module):
     scores are those of that network in evaluation mode.
 
     Attributes: ``features``, of a sample; ``classes``; ``labels``, a list of the labels of the classes, or None;
-    ``settings``, what the writer told of the model; ``layers``.
+    ``settings``, any object that describes the model; ``layers``.
 
     Shapes: uint8, or float32, (M, features), or (M, ...) of as many numbers -> scores, float32 (M, classes).
     Raises: ValueError for layers that do not follow each other, or labels of another number; RuntimeError for an input

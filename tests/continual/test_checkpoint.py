@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engram_kernels.continual.checkpoint import Checkpoint, check_same_options, plain
-from engram_kernels.continual.files import DamagedFileError
 from engram_kernels.continual.memory import MemoryMeter
+from engram_kernels.files import DamagedFileError
 
 OPTIONS = {"method": "engram", "hidden": [32], "lr": (0.1, 0.2), "ste_window": math.inf, "rate": None, "data_dir": "a"}
 

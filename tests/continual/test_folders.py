@@ -7,8 +7,8 @@ import pytest
 
 from engram_kernels.continual import folders, report
 from engram_kernels.continual.checkpoint import Checkpoint, OtherOptionsError
-from engram_kernels.continual.files import FolderLock
 from engram_kernels.continual.training import TrainingResult
+from engram_kernels.files import FolderLock
 
 CONFIG = {"method": "engram", "seed": 0}
 

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from engram_kernels.continual import report
-from engram_kernels.continual.files import DamagedFileError
 from engram_kernels.continual.training import TrainingResult
+from engram_kernels.files import DamagedFileError
 
 CONFIG = {"dataset": "own.npz", "scenario": "class", "method": "engram", "hidden": [32], "seed": 7}
 KEYS = {

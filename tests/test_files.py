@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from engram_kernels.continual import files
+from engram_kernels import files
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -45,7 +45,7 @@ def test_two_writers_of_one_file_write_two(tmp_path):
 def test_what_killed_writers_left_is_swept(tmp_path):
     code = """
 import os, pathlib, signal, sys
-from engram_kernels.continual.files import replacing
+from engram_kernels.files import replacing
 with replacing(pathlib.Path(sys.argv[1]) / "file") as partial:
     partial.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -86,7 +86,7 @@ def test_what_is_read_is_bounded(tmp_path):
 
 HOLDER = """
 import pathlib, sys, time
-from engram_kernels.continual.files import FolderLock
+from engram_kernels.files import FolderLock
 print(FolderLock(pathlib.Path(sys.argv[1])).acquire(), flush=True)
 time.sleep(60)
 """

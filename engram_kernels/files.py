@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, read within bounds, in a folder that one process at a time writes."""
+"""Files: written whole or not at all, read within bounds, in a folder that one process at a time writes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 if sys.platform == "win32":
     import msvcrt
@@ -53,6 +57,19 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """
     with replacing(Path(path)) as partial:
         partial.write_bytes(content)
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file so that it is there whole or not at all.
+
+    Raises:
+        OSError: as from :func:`replacing`.
+    """
+    with replacing(Path(path)) as partial:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
 
 def sweep(directory: Path) -> None:
