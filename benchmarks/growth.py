@@ -226,12 +226,20 @@ def _label_ends(axes, ends: list[tuple[float, str, str]]) -> None:
     """Names each line at its right end, labels pushed apart so that none covers another."""
     low, high = axes.get_ylim()
     position = axes.transAxes.inverted().transform
-    gap, last = 0.13, -1.0
-    for value, label, color in sorted(ends):
-        end = position(axes.transData.transform((axes.get_xlim()[1], min(max(value, low), high))))[1]
-        last = max(end, last + gap)
+    gap = 0.13
+    ends = sorted(ends)
+    lines = [
+        position(axes.transData.transform((axes.get_xlim()[1], min(max(value, low), high))))[1] for value, *_ in ends
+    ]
+    labels = list(lines)
+    for i in range(1, len(labels)):
+        labels[i] = max(labels[i], labels[i - 1] + gap)
+    labels[-1] = min(labels[-1], 1.0)
+    for i in reversed(range(len(labels) - 1)):
+        labels[i] = min(labels[i], labels[i + 1] - gap)
+    for line, at, (_, text, color) in zip(lines, labels, ends, strict=True):
         axes.annotate(
-            label, xy=(1.0, end), xytext=(1.035, last), xycoords="axes fraction", textcoords="axes fraction",
+            text, xy=(1.0, line), xytext=(1.035, at), xycoords="axes fraction", textcoords="axes fraction",
             annotation_clip=False, va="center", fontsize=9, color=color, weight="bold",
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "relpos": (0, 0.5), "shrinkA": 1},
         )  # fmt: skip
