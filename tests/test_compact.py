@@ -1,5 +1,6 @@
 """The moments in 8 and 16 bits (csrc/core/compact.h): no value is rounded with a bias, so that steps stay Adam's."""
 
+import itertools
 import math
 
 import pytest
@@ -114,3 +115,74 @@ def test_an_outlier_beyond_the_range_of_a_block_holds_the_others_back_until_it_h
     assert usual == pytest.approx(1e-3, rel=0.05) and abs(held_back) < 1e-5
     *_, released = speed(0.9)  # a factor of (1e10 / 4e6)^2 decays in 150 steps
     assert released == pytest.approx(1e-3, rel=0.05)
+
+
+# ---- the draws they are rounded with
+
+
+def draws_of(rows=512, k=2048, first_row=2**33, seed=(-5, 2**32 - 1)):
+    return reference.rounding_draws(torch.tensor(seed), rows, k, first_row)
+
+
+def assert_uniform(cells):
+    """Of integers in [0, 2^16): chi-squared, as a normal deviate, on as many counts."""
+    expected = cells.numel() / 2**16
+    chi_squared = float(((torch.bincount(cells.flatten(), minlength=2**16) - expected) ** 2).sum()) / expected
+    assert abs(chi_squared - (2**16 - 1)) / math.sqrt(2 * (2**16 - 1)) < 5
+
+
+def assert_independent(a, b):
+    for i, j in itertools.product((0, 8, 16, 24), repeat=2):  # bytes of either, as one integer
+        assert_uniform((a >> i & 0xFF) << 8 | b >> j & 0xFF)
+
+
+@pytest.mark.parametrize("seed", [(-5, 2**32 - 1), (0, 0), (1, 1)], ids=str)
+def test_both_halves_of_the_draws_are_uniform(seed):
+    draws = draws_of(seed=seed)
+    assert draws.min() >= 0 and draws.max() < 2**32
+    assert_uniform(draws & 0xFFFF)
+    assert_uniform(draws >> 16)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 8, 16, 64, 233, 610, 987, 1024])  # the golden ratio's worst among them
+def test_draws_of_a_row_are_independent_whatever_their_distance(distance):
+    draws = draws_of()
+    assert_independent(draws[:, :-distance], draws[:, distance:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(first_row=2**33 + 1),
+        dict(first_row=2**33 + 64),
+        dict(first_row=2**32),
+        dict(seed=(-5, 2**32 - 2)),
+        dict(seed=(-5, 0)),
+        dict(seed=(-4, 2**32 - 1)),
+        dict(seed=(-5 ^ 1 << 62, 2**32 - 1)),
+    ],
+    ids=str,
+)
+def test_draws_of_other_rows_steps_and_seeds_are_independent(change):
+    assert_independent(draws_of(), draws_of(**change))
+
+
+def test_neighbouring_differences_of_the_draws_are_uniform():
+    differences = draws_of().diff(dim=1) % 2**32
+    assert_uniform(differences & 0xFFFF)
+    assert_uniform(differences >> 16)
+
+
+def test_no_bit_of_the_draws_follows_from_another():
+    bits = draws_of(rows=256)[:, :, None] >> torch.arange(32) & 1
+    signs = (2 * bits - 1).float().flatten(0, 1)
+    for distance in (0, 1, 2):
+        sums = signs[: len(signs) - distance].T @ signs[distance:] / math.sqrt(len(signs))
+        if distance == 0:
+            sums.fill_diagonal_(0)
+        assert sums.abs().max() < 5.5  # of 1024 normal deviates
+
+
+def test_rows_drawn_apart_are_those_drawn_together():
+    assert torch.equal(draws_of(7, 100)[3:], draws_of(4, 100, first_row=2**33 + 3))
+    assert torch.equal(draws_of(7, 100)[:, :60], draws_of(7, 60))

@@ -169,8 +169,19 @@ std::vector<double> check_update_of(Stack stack) {
   const cpu::MetaplasticAdam p = check_update(u, {{"grad", address(grad)}});
   if (grad) check_grad(*grad, u.weight);
   const std::vector<double> key(p.rounding.word, p.rounding.word + 4);
-  return {p.beta1,        p.one_minus_beta1, p.beta2,     p.one_minus_beta2, p.eps,
-          p.weight_decay, p.metaplasticity,  p.step_size, p.weight_bound,    key[0], key[1], key[2], key[3]};
+  return {p.beta1,
+          p.one_minus_beta1,
+          p.beta2,
+          p.one_minus_beta2,
+          p.eps,
+          p.weight_decay,
+          p.metaplasticity,
+          p.step_size,
+          p.weight_bound,
+          key[0],
+          key[1],
+          key[2],
+          key[3]};
 }
 
 constexpr const char* kNotFinite =

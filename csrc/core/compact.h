@@ -17,9 +17,9 @@
 // spaced 2^-34 scales apart there and none is held at less than that, lest the quotient of the moments explode: one
 // gradient more than about 10^6 times as large as the others of its block holds their steps down until it has decayed.
 //
-// 16 random bits round both moments of a unit: half `unit % 2` (low half first) of the draw of unit / 2. Where the weight
-// is bfloat16, the unit has a draw of its own: the low half for the moments, the high half for the weight. Only single
-// IEEE operations on floats: every backend computes the same bits.
+// 16 random bits round both moments of a unit: half `unit % 2` (low half first) of the draw of unit / 2. Where the
+// weight is bfloat16, the unit has a draw of its own: the low half for the moments, the high half for the weight. Only
+// single IEEE operations on floats: every backend computes the same bits.
 //
 // A draw follows from seed, offset, row and number alone, not from threads, block sizes or the device. It is a counter
 // stepped by the golden ratio and mixed by two multiplications (the constants: Wellons 2018, "lowbias32"), which takes

@@ -145,7 +145,7 @@ struct MetaplasticAdam {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, metaplasticity, step_size, weight_bound;
   RoundingKey rounding;  // of the draws that compact formats round with
   uint64_t first_row;    // number, for the draws, of row 0
-  int64_t ahead;       // weights from those worked on to those that come to the cache meanwhile; 0: left to the machine
+  int64_t ahead;  // weights from those worked on to those that come to the cache meanwhile; 0: left to the machine
 };
 
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or

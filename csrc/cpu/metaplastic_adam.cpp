@@ -40,11 +40,11 @@ ENGRAM_INLINE float power_of_two(float x) {
 }
 
 // The update of n <= 64 weights, written to be vectorised. In stages over all of them: operations that wait for each
-// other, root and quotient above all, would otherwise fill the processor's window. First the moments, the divisor of the
-// step but for its power of t, and the binary logarithm of t.
+// other, root and quotient above all, would otherwise fill the processor's window. First the moments, the divisor of
+// the step but for its power of t, and the binary logarithm of t.
 ENGRAM_INLINE void update_moments(const MetaplasticAdam& p, int64_t n, const float* __restrict w,
-                                  const float* __restrict grad, float* __restrict exp_avg,
-                                  float* __restrict exp_avg_sq, float* __restrict root, float* __restrict t) {
+                                  const float* __restrict grad, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+                                  float* __restrict root, float* __restrict t) {
   constexpr float kLog2E = 1.44269504f;
   constexpr uint32_t kInfinity = 0x7F800000u, kNaN = 0x7FC00000u;
   const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
@@ -68,11 +68,10 @@ ENGRAM_INLINE void update_moments(const MetaplasticAdam& p, int64_t n, const flo
   }
 }
 
-// The weights. True if one could not be updated.
+// Then the weights. True if one could not be updated.
 ENGRAM_INLINE bool update_weights(const MetaplasticAdam& p, int64_t n, const float* __restrict mu,
-                                  const float* __restrict root, float* __restrict t, float* __restrict w) {
+                                  const float* __restrict root, const float* __restrict t, float* __restrict w) {
   uint32_t failed = 0;
-  for (int64_t i = 0; i < n; ++i) t[i] = power_of_two(t[i]);
   for (int64_t i = 0; i < n; ++i) {
     const float quotient = (mu[i] * (4.0f * t[i])) / (root[i] * ((1.0f + t[i]) * (1.0f + t[i])));
     const float stepped = w[i] - p.step_size * quotient;
@@ -86,7 +85,7 @@ ENGRAM_INLINE bool update_weights(const MetaplasticAdam& p, int64_t n, const flo
 }
 
 // How the 64 numbers of a word are held in memory. Formats other than float32 read them into floats and write them
-// back; `noise` is that of the random bits of each, `scale` that of the block.
+// back; `noise` is that of the random bits of each, `scale` that of the block, made before what does not wait for it.
 struct Float32 {
   using Held = float;
 };
@@ -96,11 +95,11 @@ constexpr bool kIsFloat = std::is_same_v<Format, Float32>;
 struct BFloat16 {
   using Held = uint16_t;
   ENGRAM_INLINE uint32_t noise(uint32_t random16) { return random16; }
-  ENGRAM_INLINE void read(const Held* __restrict from, const float*, int64_t n, float* __restrict to) {
+  ENGRAM_INLINE void read(const Held* __restrict from, float, int64_t n, float* __restrict to) {
     for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat16(from[i]);
   }
-  ENGRAM_INLINE void write(const float* __restrict from, const uint32_t* __restrict noise, int64_t n,
-                           Held* __restrict to, float*) {
+  ENGRAM_INLINE void write(const float* __restrict from, float, const uint32_t* __restrict noise, int64_t n,
+                           Held* __restrict to) {
 #if defined(ENGRAM_HAS_COMPACT)
     if (n == kWordBits) return write_bfloat16(from, noise, to);
 #endif
@@ -150,17 +149,19 @@ template <typename Code, uint32_t kCarry>
 struct Scaled {
   using Held = Code;
   ENGRAM_INLINE uint32_t noise(uint32_t random16) { return moment_noise(random16); }
-  ENGRAM_INLINE void read(const Held* __restrict from, const float* scale, int64_t n, float* __restrict to) {
-    read_codes(from, *scale, n, to);
+  ENGRAM_INLINE void read(const Held* __restrict from, float scale, int64_t n, float* __restrict to) {
+    read_codes(from, scale, n, to);
   }
-  ENGRAM_INLINE void write(const float* __restrict from, const uint32_t* __restrict noise, int64_t n,
-                           Held* __restrict to, float* scale) {
-    *scale = block_scale(largest_of(from, n), kCarry);
-    write_codes(from, reciprocal_of_scale(*scale), noise, n, to);
+  ENGRAM_INLINE float scale_of(const float* x, int64_t n) { return block_scale(largest_of(x, n), kCarry); }
+  ENGRAM_INLINE void write(const float* __restrict from, float scale, const uint32_t* __restrict noise, int64_t n,
+                           Held* __restrict to) {
+    write_codes(from, reciprocal_of_scale(scale), noise, n, to);
   }
 };
 using FirstScaled = Scaled<int8_t, kFirstCarry>;
 using SecondScaled = Scaled<uint8_t, kSecondCarry>;
+template <typename Format>
+constexpr bool kIsScaled = std::is_same_v<Format, FirstScaled>;
 
 // The noise that the 64 units of a row from `unit` are rounded with.
 template <typename Weight, typename Moment>
@@ -209,32 +210,39 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, RoundingRow rounding, i
   alignas(64) float w_read[kWordBits], g_read[kWordBits], mu_read[kWordBits], v_read[kWordBits];
   float *w = w_read, *mu = mu_read, *v = v_read;
   const float* g = g_read;
+  [[maybe_unused]] float first_scale = 1.0f, second_scale = 1.0f;
   if constexpr (kIsFloat<Weight>)
     w = weight;
   else
-    Weight::read(weight, nullptr, n, w_read);
+    Weight::read(weight, 1.0f, n, w_read);
   if constexpr (kIsFloat<Grad>)
     g = grad;
   else
-    Grad::read(grad, nullptr, n, g_read);
+    Grad::read(grad, 1.0f, n, g_read);
   if constexpr (kIsFloat<First>) {
     mu = exp_avg, v = exp_avg_sq;
   } else {
-    First::read(exp_avg, p.exp_avg_scale + block, n, mu_read);
-    Second::read(exp_avg_sq, p.exp_avg_sq_scale + block, n, v_read);
+    if constexpr (kIsScaled<First>) first_scale = p.exp_avg_scale[block], second_scale = p.exp_avg_sq_scale[block];
+    First::read(exp_avg, first_scale, n, mu_read);
+    Second::read(exp_avg_sq, second_scale, n, v_read);
   }
   alignas(64) float root[kWordBits], t[kWordBits];
   update_moments(p, n, w, g, mu, v, root, t);
+  if constexpr (kIsScaled<First>) {
+    p.exp_avg_scale[block] = first_scale = First::scale_of(mu, n);
+    p.exp_avg_sq_scale[block] = second_scale = Second::scale_of(v, n);
+  }
+  for (int64_t i = 0; i < n; ++i) t[i] = power_of_two(t[i]);
   Noise<Weight, First> noise;
   if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) noise.draw(rounding, unit, noise);
   if constexpr (!kIsFloat<First>) {
-    First::write(mu_read, noise.of_moments, n, exp_avg, p.exp_avg_scale + block);
-    Second::write(v_read, noise.of_moments, n, exp_avg_sq, p.exp_avg_sq_scale + block);
+    First::write(mu, first_scale, noise.of_moments, n, exp_avg);
+    Second::write(v, second_scale, noise.of_moments, n, exp_avg_sq);
   }
   bool failed = update_weights(p, n, mu, root, t, w);
   if constexpr (!kIsFloat<Weight>) {
-    Weight::write(w_read, noise.of_weight, n, weight, nullptr);
-    Weight::read(weight, nullptr, n, w_read);  // rounding may have made a small negative weight -0, whose sign is +1
+    Weight::write(w, 1.0f, noise.of_weight, n, weight);
+    Weight::read(weight, 1.0f, n, w);  // rounding may have made a small negative weight -0, whose sign is +1
   }
   if (p.sign_bits == nullptr) return failed;
   uint64_t bits = 0;

@@ -23,6 +23,7 @@
 //   of 16 bits. `look_up_subset` takes for each the entry that it names of
 //           the sums of all subsets of kGroup bytes; `add_twice` makes (y, or 0) + 2 sums - less of them.
 //           `at_least_64` compares 64 integers of 32 bits.
+//   Compact where registers hold 64 compact numbers (ENGRAM_HAS_COMPACT): those of core/compact.h, 64 at a time.
 //   Sizes   kTileRows: samples in a register tile of binary_matmul, and with a gate kGatedTileRows, whose distances
 //           kGateInStages makes all before the first is counted. kDotSamples: samples up to which its dot form is the
 //           faster. kLookUpColumns: accumulators of sign_product, enough to hide the latency of an addition.
