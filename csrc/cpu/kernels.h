@@ -139,41 +139,43 @@ struct Conv2dInputGrad {
   float* dx;            // of all samples
   float* gradient;      // scratch [outputs rounded up to fours, gradient_stride]
   float* sums;          // scratch [planes, channels, plane_stride]
+  float* tile;          // scratch [taps * channels, kGradTile]
   SignColumn* columns;  // scratch [taps * channels]
   int64_t gradient_stride, plane_stride;
 };
 
-// planes_bits[plane, c] = the bits of channel c of the pixels of a plane, 0 outside the image
-struct ChannelPlanes {
+// planes_bits[plane, c] = the bits of channel c of the pixels of a plane (tap_plane), 0 outside the image
+struct TapPlanes {
   const uint64_t* bits;  // [samples, stride]
   int64_t stride;
   Window window;
   Planes planes;
-  uint64_t* planes_bits;  // [samples, planes, channels, words]
+  uint64_t* planes_bits;  // [samples, planes.down * kernel_w, channels, words]
   int64_t words;
 };
 
-// sums[t,c][n] of kGradTile outputs of a group, over some samples.
-constexpr int64_t kGradTile = 16;
+// sums[tile][t,c][n] of tiles of kGradTile outputs of a group, over some samples, kGradPixels pixels at a time.
+constexpr int64_t kGradTile = 16, kGradPixels = 1024;
 struct Conv2dWeightGrad {
   Window window;
   Planes planes;
   OutputGrad d;
-  int64_t group, first, outputs;  // the first output, and how many: kGradTile or fewer
+  int64_t group, first, outputs;  // the first output, and how many
   const uint64_t* planes_bits;
   int64_t words;
   const uint64_t* channels;  // [samples or 1, ceil(channels / 64)] that take part, or null: all
-  bool shared;
-  float* gradient;      // scratch [numbers of output pixels rounded up to whole words, kGradTile]
-  float* padded;        // scratch [taps, kGradTile]
-  SignColumn* columns;  // scratch [group_units]
-  float* sums;          // [group_units, kGradTile]
+  bool shared, pads;         // one row of channels for all samples; there is padding
+  float* gradient;           // scratch [kGradPixels, kGradTile]
+  float* padded;             // scratch [taps, kGradTile]
+  int64_t* places;           // scratch [group_units]
+  uint64_t* signs;           // scratch [kGradPixels / 64 or fewer, group_units]
+  float* sums;               // [tiles, group_units, kGradTile]
 };
 
-// dw[n,k] = scale sum over the parts of sums[k][n], added to the first part
-struct AddTiles {
-  float* sums;  // [groups * tiles, parts, K, kGradTile]
-  int64_t parts, K, tiles, outputs;
+// dw[n,k] = scale sum over the parts of the sums of its block, which are added to the first part
+struct AddParts {
+  float* sums;  // [groups, blocks, parts, stride]
+  int64_t blocks, parts, stride, K, outputs;
   float scale;
   float* dw;  // [groups * outputs, K]
 };
@@ -203,8 +205,8 @@ struct MetaplasticAdam {
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
 // where a weight could not be updated; of channels_of_pixels if pixels differ. transpose_bits and list_samples work on
 // words of units, split_gates on words, metaplastic_adam on words of weights, row-major; tap_sums on taps,
-// interleave_bits, channels_of_pixels, channel_planes and conv2d_weight_grad on samples, conv2d_input_grad on channels,
-// add_tiles on tiles; unfold_bits and finish_pixels on output pixels, of which the first of the range lies first in
+// interleave_bits, channels_of_pixels, tap_planes and conv2d_weight_grad on samples, conv2d_input_grad on channels,
+// add_parts on blocks; unfold_bits and finish_pixels on output pixels, of which the first of the range lies first in
 // rows and sums.
 #define ENGRAM_PREDICTION_KERNELS(KERNEL)               \
   KERNEL(bool, pack_signs, PackSigns, Range)            \
@@ -230,9 +232,9 @@ struct MetaplasticAdam {
   KERNEL(void, finish_pixels, FinishPixels, Range)          \
   KERNEL(bool, channels_of_pixels, ChannelsOfPixels, Range) \
   KERNEL(void, conv2d_input_grad, Conv2dInputGrad, Range)   \
-  KERNEL(void, channel_planes, ChannelPlanes, Range)        \
+  KERNEL(void, tap_planes, TapPlanes, Range)                \
   KERNEL(void, conv2d_weight_grad, Conv2dWeightGrad, Range) \
-  KERNEL(void, add_tiles, AddTiles, Range)                  \
+  KERNEL(void, add_parts, AddParts, Range)                  \
   KERNEL(void, interleave_bits, InterleaveBits, Range)
 #define ENGRAM_CPU_KERNELS(KERNEL)  \
   ENGRAM_PREDICTION_KERNELS(KERNEL) \

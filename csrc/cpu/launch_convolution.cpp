@@ -181,9 +181,10 @@ void masked_conv2d_input_grad(const Runtime& rt, const MaskedConv2dInputGrad& p)
   const int64_t plane_stride = spread(round_up(area(planes) + kGradTile, kGradTile));
   const int64_t gradient_bytes = round_up(N, 4) * gradient_stride * kFloatBytes;
   const int64_t sums_bytes = count(planes) * part * plane_stride * kFloatBytes;
+  const int64_t tile_bytes = taps(window) * part * kGradTile * kFloatBytes;
   const int64_t column_bytes = taps(window) * part * static_cast<int64_t>(sizeof(SignColumn));
   const int64_t work = out_pixels(window) * N * part * taps(window) / 16;
-  share_blocks(rt, p.samples * groups * blocks, work, gradient_bytes + sums_bytes + column_bytes,
+  share_blocks(rt, p.samples * groups * blocks, work, gradient_bytes + sums_bytes + tile_bytes + column_bytes,
                [&](int64_t i, char* memory) {
                  const int64_t sample = i / (groups * blocks), group = i / blocks % groups, first = i % blocks * part;
                  if (passes_over && whole) zero({sample, sample + 1});
@@ -195,7 +196,8 @@ void masked_conv2d_input_grad(const Runtime& rt, const MaskedConv2dInputGrad& p)
                  own.scale = p.scale, own.dx = p.dx;
                  own.gradient = reinterpret_cast<float*>(memory);
                  own.sums = reinterpret_cast<float*>(memory + gradient_bytes);
-                 own.columns = reinterpret_cast<SignColumn*>(memory + gradient_bytes + sums_bytes);
+                 own.columns = reinterpret_cast<SignColumn*>(memory + gradient_bytes + sums_bytes + tile_bytes);
+                 own.tile = reinterpret_cast<float*>(memory + gradient_bytes + sums_bytes);
                  own.gradient_stride = gradient_stride, own.plane_stride = plane_stride;
                  kernels.conv2d_input_grad(own, {first, lesser(first + part, channels)});
                  if (whole) kernels.zero_unrecruited(unmasked, {sample, sample + 1});
@@ -205,44 +207,47 @@ void masked_conv2d_input_grad(const Runtime& rt, const MaskedConv2dInputGrad& p)
 
 namespace {
 
-// Where all pixels of a sample recruit the same channels. Tiles of outputs and parts of the samples are the blocks that
-// threads share; how many parts there are depends on the sizes alone.
+// Where all pixels of a sample recruit the same channels. Threads share blocks of outputs and parts of the samples; how
+// many there are depends on the sizes alone.
 void weight_grad_by_channels(const Runtime& rt, const Kernels& kernels, const GatedConv2dWeightGrad& p,
                              const uint64_t* recruited) {
-  constexpr int64_t kBlocks = 32, kLeastSamples = 4;
+  constexpr int64_t kOutputs = 2 * kGradTile, kBlocks = 16, kLeastSamples = 4;
   const Window& window = p.window;
   const Planes planes = planes_of(window);
-  const int64_t groups = window.groups, N = p.outputs / groups, K = group_units(window), tiles = ceil_div(N, kGradTile);
-  const int64_t wanted = ceil_div(kBlocks, groups * tiles), most = ceil_div(p.samples, kLeastSamples);
-  const int64_t parts = most < 1 ? 1 : lesser(wanted, most);
-  const int64_t words = ceil_div(area(planes), kWordBits) + 1;  // the last for shifts beyond the end
-  uint64_t* bits = workspace<uint64_t>(rt, p.samples * count(planes) * window.channels * words);
-  share(rt, p.samples, units(window) / 8, [&](Range samples) {
-    kernels.channel_planes({p.x, words_for(units(window)), window, planes, bits, words}, samples);
+  const int64_t groups = window.groups, N = p.outputs / groups, K = group_units(window);
+  const int64_t blocks = ceil_div(N, kOutputs), wanted = ceil_div(kBlocks, groups * blocks);
+  const int64_t most = ceil_div(p.samples, kLeastSamples), parts = most < 1 ? 1 : lesser(wanted, most);
+  const int64_t words = ceil_div(planes.rows * out_width(window), kWordBits) + 1;  // the last for shifts past the end
+  uint64_t* bits = workspace<uint64_t>(rt, p.samples * planes.down * window.kernel_w * window.channels * words);
+  share(rt, p.samples, units(window), [&](Range samples) {
+    kernels.tap_planes({p.x, words_for(units(window)), window, planes, bits, words}, samples);
   });
-  float* sums = workspace<float>(rt, groups * tiles * parts * K * kGradTile);
-  const int64_t gradient_bytes = round_up(planes.out_numbers, kWordBits) * kGradTile * kFloatBytes;
+  const int64_t stride = round_up(lesser(N, kOutputs), kGradTile) * K;
+  float* sums = workspace<float>(rt, groups * blocks * parts * stride);
+  const int64_t pixels = lesser(round_up(out_pixels(window), kWordBits), kGradPixels);
+  const int64_t gradient_bytes = kGradPixels * kGradTile * kFloatBytes;
   const int64_t padded_bytes = taps(window) * kGradTile * kFloatBytes;
-  const int64_t column_bytes = K * static_cast<int64_t>(sizeof(SignColumn));
+  const int64_t place_bytes = K * kWordBytes, sign_bytes = pixels / kWordBits * K * kWordBytes;
   const int64_t work = p.samples / parts * out_pixels(window) * K + kGrainWork;
-  share_blocks(rt, groups * tiles * parts, work, gradient_bytes + padded_bytes + column_bytes,
+  share_blocks(rt, groups * blocks * parts, work, gradient_bytes + padded_bytes + place_bytes + sign_bytes,
                [&](int64_t i, char* memory) {
-                 const int64_t part = i % parts, tile = i / parts % tiles, group = i / (parts * tiles);
+                 const int64_t part = i % parts, block = i / parts % blocks, group = i / (parts * blocks);
                  Conv2dWeightGrad own{};
                  own.window = window, own.planes = planes;
                  own.d = output_grad(p.d, p.outputs_first, window, p.outputs);
-                 own.group = group, own.first = group * N + tile * kGradTile,
-                 own.outputs = lesser(kGradTile, N - tile * kGradTile);
+                 own.group = group, own.first = group * N + block * kOutputs,
+                 own.outputs = lesser(kOutputs, N - block * kOutputs);
                  own.planes_bits = bits, own.words = words;
-                 own.channels = recruited, own.shared = p.gate_stride == 0;
+                 own.channels = recruited, own.shared = p.gate_stride == 0, own.pads = has_padding(window);
                  own.gradient = reinterpret_cast<float*>(memory);
                  own.padded = reinterpret_cast<float*>(memory + gradient_bytes);
-                 own.columns = reinterpret_cast<SignColumn*>(memory + gradient_bytes + padded_bytes);
-                 own.sums = sums + i * K * kGradTile;
+                 own.places = reinterpret_cast<int64_t*>(memory + gradient_bytes + padded_bytes);
+                 own.signs = reinterpret_cast<uint64_t*>(memory + gradient_bytes + padded_bytes + place_bytes);
+                 own.sums = sums + i * stride;
                  kernels.conv2d_weight_grad(own, {p.samples * part / parts, p.samples * (part + 1) / parts});
                });
-  const AddTiles add{sums, parts, K, tiles, N, p.scale, p.dw};
-  share(rt, groups * tiles, parts * K * kGradTile / 8, [&](Range part) { kernels.add_tiles(add, part); });
+  const AddParts add{sums, blocks, parts, stride, K, N, p.scale, p.dw};
+  share(rt, groups * blocks, parts * stride / 8, [&](Range part) { kernels.add_parts(add, part); });
 }
 
 // Where they do not: taps are unfolded, for a product by whichever kernel is the faster at the density of the gate.

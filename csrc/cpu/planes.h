@@ -69,4 +69,32 @@ static inline void for_plane_rows(const Window& w, const Planes& p, const F& f) 
     }
 }
 
+// Without pixels between two rows of outputs, at the price of a plane for each column of taps: output pixel m has
+// number m there, and its tap (i, j) is that of number m + tap_shift in the plane tap_plane, which has `rows` rows of
+// out_width.
+static inline int64_t tap_plane(const Window& w, const Planes& p, int64_t tap) {
+  return tap / w.kernel_w % p.down * w.kernel_w + tap % w.kernel_w;
+}
+static inline int64_t tap_shift(const Window& w, int64_t tap) {
+  return tap / w.kernel_w * w.dilation_h / w.stride_h * out_width(w);
+}
+// As for_plane_rows, for the pixels of these planes that lie in the image.
+template <typename F>
+static inline void for_tap_rows(const Window& w, const Planes& p, const F& f) {
+  const int64_t out_w = out_width(w);
+  for (int64_t i = 0; i < p.down; ++i) {
+    const PlanePixels rows = pixels_along(i, w.height, w.top, w.stride_h, w.dilation_h);
+    for (int64_t j = 0; j < w.kernel_w; ++j) {
+      const int64_t start = j * w.dilation_w - w.left;  // of the tap of output column 0
+      const int64_t first = start < 0 ? ceil_div(-start, w.stride_w) : 0;
+      const int64_t past = start < w.width ? (w.width - start - 1) / w.stride_w + 1 : 0;
+      const int64_t end = past < out_w ? past : out_w;
+      if (first >= end) continue;
+      for (int64_t row = 0; row < rows.count; ++row)
+        f(i * w.kernel_w + j, (rows.first + row * w.stride_h) * w.width + start + first * w.stride_w,
+          (rows.at + row) * out_w + first, end - first);
+    }
+  }
+}
+
 }  // namespace engram::cpu
