@@ -1,8 +1,9 @@
-"""Peak resident memory of a training step of convolutions, in a process of its own: ``python convolution_probe.py KIND``.
+"""Peak resident memory of a training step of convolutions, in a process of its own.
 
 A stack of 3x3 convolutions, each on the outputs of the one before, as between the norms of a residual network. What
 counts is what the process comes to hold above what it held after a step of a stack of 8 channels, which loads the
-libraries' workspaces: filters, the batch, activations and what is kept of them, gradients, temporaries.
+libraries' workspaces: filters, the batch, activations and what is kept of them, gradients, temporaries. Run as
+``python convolution_probe.py KIND CHANNELS SIZE LAYERS``.
 """
 
 from __future__ import annotations

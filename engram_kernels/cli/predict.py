@@ -85,7 +85,8 @@ class _Pretrained:
             scores = torch.cat([self._model(part) for part in x.split(EVALUATION_BATCH)])
         except RuntimeError as error:
             raise ValueError(
-                f"samples: expected samples that the model takes, got {x.shape[1]} features per sample ({reason(error)})"
+                f"samples: expected samples that the model takes, got {x.shape[1]} features per sample "
+                f"({reason(error)})"
             ) from None
         if scores.dim() != 2 or not scores.is_floating_point():
             raise ValueError(
