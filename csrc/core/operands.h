@@ -182,7 +182,8 @@ struct SampleEngram {
   uint64_t seed;
   uint32_t offset;
   uint64_t first_row, row_step;  // sample m has the draws of row first_row + m row_step
-  uint32_t* keys;      // scratch for Gumbel-top-k: [M, key_stride] on CUDA, K on the CPU, for each share of the samples
+  uint32_t*
+      keys;  // scratch for Gumbel-top-k: [M, key_stride] on CUDA, 64 words(K) on the CPU, for each share of the samples
   int64_t key_stride;  // K rounded up to a multiple of 4
   int32_t* nan;
 };

@@ -341,12 +341,13 @@ void standardise_grad(const Runtime& rt, const StandardiseGrad& p) {
 bool sample_engram(const Runtime& rt, SampleEngram p) {
   const Kernels& kernels = *active().load();
   const int64_t shares = rt.threads < p.M ? rt.threads : p.M;
-  p.keys = p.bernoulli ? nullptr : workspace<uint32_t>(rt, shares * p.K);
+  const int64_t keys = ceil_div(p.K, kWordBits) * kWordBits;  // made by words of units
+  p.keys = p.bernoulli ? nullptr : workspace<uint32_t>(rt, shares * keys);
   std::atomic<bool> nan{false};
   share(rt, shares, shares == 0 ? 1 : p.M * p.K * 16 / shares, [&](Range part) {
     for (int64_t i = part.begin; i < part.end; ++i) {
       SampleEngram own = p;
-      if (!p.bernoulli) own.keys += i * p.K;
+      if (!p.bernoulli) own.keys += i * keys;
       if (kernels.sample_engram(own, {p.M * i / shares, p.M * (i + 1) / shares})) nan.store(true);
     }
   });
