@@ -150,6 +150,27 @@ struct GatedConv2dWeightGrad {
   float* dw;  // [outputs, K]
 };
 
+// Partial sums of a mean, whose order `_mean_in_order` of reference.py states: the same for every backend.
+constexpr int kPartialSums = 32;
+
+// z[m,n] = (y[m,n] - mean[m]) * reciprocal[m]
+struct Standardise {
+  const float* y;  // [M, N]
+  double eps;
+  int64_t M, N;
+  float* z;         // [M, N]
+  double* moments;  // [M, 2]: the mean, and 1 / sqrt(variance + eps) rounded to float32
+};
+
+// dy[m,n] = (d[m,n] - mean(d[m]) - z[m,n] mean(d[m] z[m])) * reciprocal[m]
+struct StandardiseGrad {
+  const float* d;  // [M, N]
+  const float* y;
+  const double* moments;
+  int64_t M, N;
+  float* dy;
+};
+
 struct SampleEngram {
   const float* score;  // [M, K]
   uint64_t* gate;      // [M, words]

@@ -167,6 +167,8 @@ struct MetaplasticAdam {
   KERNEL(void, top_units, TopUnits, Range)
 // Those that the runtime (csrc/runtime) does without: gradients, the update and convolutions.
 #define ENGRAM_TRAINING_KERNELS(KERNEL)                   \
+  KERNEL(void, standardise, Standardise, Range)           \
+  KERNEL(void, standardise_grad, StandardiseGrad, Range)  \
   KERNEL(void, zero_unrecruited, ZeroUnrecruited, Range)  \
   KERNEL(void, gated_input_grad, GatedInputGrad, Range)   \
   KERNEL(void, list_samples, GatedWeightGrad, Range)      \

@@ -328,6 +328,16 @@ void top_units(const Runtime& rt, const TopUnits& p) {
   share(rt, p.M, p.K, [&](Range rows) { kernels.top_units(p, rows); });
 }
 
+void standardise(const Runtime& rt, const Standardise& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.M, p.N, [&](Range rows) { kernels.standardise(p, rows); });
+}
+
+void standardise_grad(const Runtime& rt, const StandardiseGrad& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.M, p.N, [&](Range rows) { kernels.standardise_grad(p, rows); });
+}
+
 bool sample_engram(const Runtime& rt, SampleEngram p) {
   const Kernels& kernels = *active().load();
   const int64_t shares = rt.threads < p.M ? rt.threads : p.M;
