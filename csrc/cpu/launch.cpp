@@ -323,7 +323,7 @@ void value_signs(const Runtime& rt, const ValueSigns& p) {
   pack_values(rt, *active().load(), {p, packed_flips(rt, p.flip, p.N)});
 }
 
-void value_signs(const Runtime& rt, const PreparedSigns& p) { pack_values(rt, *active().load(), p); }
+void prepared_signs(const Runtime& rt, const PreparedSigns& p) { pack_values(rt, *active().load(), p); }
 
 void scale_values(const Runtime& rt, const ScaleValues& p) {
   const Kernels& kernels = *active().load();

@@ -123,8 +123,8 @@ void Sign::run(State& state, const Call& call) const {
   const bool rounded = real != nullptr && state.y.largest > kMostExact;  // float32 may reach what integers do not
   if (state.y.type == Type::kFloat32 || rounded) return pack_floats(as_floats(state, call), state.samples, bits);
   const int32_t* y = as_integers(state, call);
-  cpu::value_signs(call.kernels,
-                   cpu::PreparedSigns{{y, by_mean ? nullptr : threshold, nullptr, state.samples, units, bits},
+  cpu::prepared_signs(call.kernels,
+                      {{y, by_mean ? nullptr : threshold, nullptr, state.samples, units, bits},
                                       by_mean ? nullptr : flip_bits});
 }
 
