@@ -52,6 +52,18 @@ struct PreparedSigns : ValueSigns {
   const uint64_t* flip_bits;  // [words_for(N)], flip packed, or null
 };
 
+// y = (number times each factor in turn) scale[n] + shift[n], the last two rounded once, or without scale + shift[n]
+struct ScaleValues {
+  const int32_t* whole;  // [M, N] the numbers, or null
+  const float* real;     // [M, N] the numbers where `whole` is null
+  const float* factors;
+  int64_t factor_count;
+  const float* scale;  // [N] or null
+  const float* shift;  // [N], null only without a scale
+  int64_t M, N;
+  float* y;  // [M, N]; the numbers themselves may lie there
+};
+
 // y[r,v] = sum_i a[r,i] s(plus[v,i]), or with minus sum_i a[r,i] (plus[v,i] - minus[v,i]).
 struct StridedSignProduct {
   const void* a;    // a[r,i] lies at a[r * r_stride + i * i_stride]
@@ -164,6 +176,7 @@ struct MetaplasticAdam {
   KERNEL(void, sign_product, StridedSignProduct, Block) \
   KERNEL(bool, sample_engram, SampleEngram, Range)      \
   KERNEL(void, value_signs, PreparedSigns, Range)       \
+  KERNEL(void, scale_values, ScaleValues, Range)        \
   KERNEL(void, top_units, TopUnits, Range)
 // Those that the runtime (csrc/runtime) does without: gradients, the update and convolutions.
 #define ENGRAM_TRAINING_KERNELS(KERNEL)                   \
