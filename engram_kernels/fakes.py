@@ -257,6 +257,8 @@ def _check_window(numbers: Any, least_dilation: int = 1) -> Window:
         _require(size >= reach, "window", f"a kernel that fits into the padded {axis} {size}", f"one of {reach}")
     pixels = w.out_height * w.out_width
     _require(pixels <= 2**31 - 1, "window", "at most 2^31 - 1 output pixels of a sample", pixels)
+    padded = (w.height + w.top + w.bottom) * (w.width + w.left + w.right)
+    _require(padded <= 2**31 - 1, "window", "at most 2^31 - 1 padded pixels of a sample", padded)
     return w
 
 
