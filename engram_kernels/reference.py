@@ -187,7 +187,7 @@ def packed_network(
         product             signs (N, words), and what group_signs makes of them where it is real
         sign by threshold   int32 thresholds (N,), flips as bits (words,)
         gate                bits (words,)
-        affine              float32 scale (N,) where it is scaled, shift (N,) where it is shifted; ``factors`` of its own
+        affine              float32 scale (N,) where it is scaled, shift (N,) where it is shifted; own ``factors``
         dendritic           signs (C S, words), float32 rate times their sums (C S,)
         prototype           prototypes, bits (C, words), float32 offset (C,), int64 samples (C,)
         ridge               float32 weight (C, K), bias (C,), sums of the rows of weight (C,), int64 samples (C,)

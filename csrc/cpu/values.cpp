@@ -6,6 +6,8 @@
 //   scale_values y[m,n] times factors, scaled and shifted, in float32
 //
 // Bound by reads of y, from the first-level cache in all passes but one.
+#include <cstring>
+
 #include "cpu/selection.h"
 #include "cpu/tables.h"
 
