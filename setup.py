@@ -199,7 +199,9 @@ def bindings() -> CppExtension:
         ),  # for sdist and rebuilds
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
-        extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *sanitizer_flags()]},
+        extra_compile_args={
+            "cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *sanitizer_flags()]
+        },
         extra_link_args=sanitizer_flags(),
     )
     # what the Stable ABI needs, and nothing that only some builds of torch have
