@@ -179,6 +179,28 @@ def _(x, w_bits, k, w_groups=None):
     return x.new_empty((x.shape[0], w_bits.shape[0]), dtype=torch.int32 if exact else x.dtype)
 
 
+@torch.library.register_fake("engram_kernels::standardise")
+def _(y, eps=1e-5):
+    _check_matrix("y", y)
+    _check_units("y", y)
+    _require(eps >= 0, "eps", "at least 0", eps)
+    return y.new_empty(y.shape), y.new_empty((y.shape[0], 2), dtype=torch.float64)
+
+
+@torch.library.register_fake("engram_kernels::standardise_grad")
+def _(d, y, moments):
+    _check_same_device(d=d, y=y, moments=moments)
+    _check_matrix("d", d)
+    _check_matrix("y", y)
+    _check_units("y", y)
+    _require(d.shape == y.shape, "d", f"the shape of y, {y.dtype} {tuple(y.shape)}", d)
+    _check_tensor("moments", moments)
+    expected = f"float64 ({y.shape[0]}, 2), mean and reciprocal deviation"
+    _require(moments.dtype == torch.float64 and moments.dim() == 2, "moments", expected, moments)
+    _require(moments.shape[0] == y.shape[0] and moments.shape[1] == 2, "moments", expected, moments)
+    return y.new_empty(y.shape)
+
+
 @torch.library.register_fake("engram_kernels::gated_input_grad")
 def _(d, w_bits, x, gate_bits=None):
     _check_same_device(d=d, w_bits=w_bits, x=x, gate_bits=gate_bits)
@@ -235,6 +257,8 @@ def _check_window(numbers: Any, least_dilation: int = 1) -> Window:
         _require(size >= reach, "window", f"a kernel that fits into the padded {axis} {size}", f"one of {reach}")
     pixels = w.out_height * w.out_width
     _require(pixels <= 2**31 - 1, "window", "at most 2^31 - 1 output pixels of a sample", pixels)
+    padded = (w.height + w.top + w.bottom) * (w.width + w.left + w.right)
+    _require(padded <= 2**31 - 1, "window", "at most 2^31 - 1 padded pixels of a sample", padded)
     return w
 
 

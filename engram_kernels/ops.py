@@ -48,6 +48,8 @@ __all__ = [
     "set_isa",
     "sign_matmul",
     "sign_matmul_t",
+    "standardise",
+    "standardise_grad",
     "top_units",
     "transpose_bits",
     "unfold_bits",
@@ -223,6 +225,32 @@ def top_units(y: Tensor, count: int) -> Tensor:
     [[2, 0]]
     """
     return operators.top_units(y, count)
+
+
+def standardise(y: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """``z = (y - mean) / sqrt(variance + eps)`` of each row, and what :func:`standardise_grad` needs of it.
+
+    Floats (M, N) -> z (M, N) in the dtype of y, and the mean and the reciprocal deviation, float64 (M, 2). The same
+    bits on every processor. The sign of z is that of ``N y - sum(y)``, ties included.
+
+    >>> z, moments = ek.ops.standardise(torch.tensor([[1.0, 2.0, 2.0, 3.0]]))
+    >>> z.sign().tolist(), moments[0, 0].item()
+    ([[-1.0, 0.0, 0.0, 1.0]], 2.0)
+    """
+    return operators.standardise(y, eps)
+
+
+def standardise_grad(d: Tensor, y: Tensor, moments: Tensor) -> Tensor:
+    """Gradient of y through :func:`standardise`: ``(d - mean(d) - z mean(d z)) / sqrt(variance + eps)``.
+
+    Shapes: d (M, N), y (M, N), moments (M, 2) as :func:`standardise` gives them -> (M, N) in the dtype of y. The same
+    bits on every processor.
+
+    >>> y = torch.tensor([[1.0, 2.0, 2.0, 3.0]])
+    >>> ek.ops.standardise_grad(torch.ones(1, 4), y, ek.ops.standardise(y)[1]).tolist()  # a shift changes nothing
+    [[0.0, 0.0, 0.0, 0.0]]
+    """
+    return operators.standardise_grad(d, y, moments)
 
 
 def packed_network(

@@ -17,6 +17,7 @@ _WORD_BITS = 64
 _ROW_BITS = 128
 _LOW = 0xFFFFFFFF
 _GROUP, _GROUPED_ROWS = 12, 32
+_PARTIAL_SUMS = 32
 
 
 def words_for(k: int) -> int:
@@ -100,6 +101,54 @@ def top_units(y: Tensor, count: int) -> Tensor:
     return _pack(torch.zeros_like(y, dtype=torch.bool).scatter_(1, order, True))
 
 
+def _mean_in_order(terms: Tensor) -> Tensor:
+    """Means of the rows of float64 (M, N) -> (M, 1), summed in the one order that all backends keep to.
+
+    Term n joins partial sum ``n mod 32``, one after the other; then the upper half of the partial sums is added to the
+    lower one until a single sum is left.
+    """
+    n = terms.shape[1]
+    groups = torch.nn.functional.pad(terms, (0, -n % _PARTIAL_SUMS)).unflatten(1, (-1, _PARTIAL_SUMS))
+    sums = torch.zeros_like(groups[:, 0])
+    for group in groups.unbind(1):
+        sums = sums + group
+    while sums.shape[1] > 1:
+        lower, upper = sums.chunk(2, dim=1)
+        sums = lower + upper
+    return sums / n
+
+
+def standardise(y: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """``z = (y - mean) / sqrt(variance + eps)`` of each row, and what the gradient needs of it. Exact in every bit.
+
+    Floats (M, N) -> z (M, N) in the dtype of y, and the mean and the reciprocal deviation, float64 (M, 2). The mean is
+    summed in float64, without error where y holds integers, and subtracted as two float32 numbers, so that the sign of
+    z is that of ``N y - sum(y)``, ties included.
+    """
+    mean = _mean_in_order(y.double())
+    centred = _centred(y, mean)
+    variance = _mean_in_order(centred.double().square())
+    reciprocal = (1 / (variance + eps).sqrt()).float()
+    return (centred * reciprocal).to(y.dtype), torch.cat([mean, reciprocal.double()], dim=1)
+
+
+def _centred(y: Tensor, mean: Tensor) -> Tensor:
+    """``y - mean`` in float32, of a float64 mean."""
+    high = mean.float()
+    return (y.float() - high) - (mean - high.double()).float()
+
+
+def standardise_grad(d: Tensor, y: Tensor, moments: Tensor) -> Tensor:
+    """Gradient of y through :func:`standardise`: ``(d - mean(d) - z mean(d z)) / sqrt(variance + eps)``.
+
+    d (M, N), y (M, N), moments (M, 2) -> (M, N) in the dtype of y. Exact in every bit.
+    """
+    mean, reciprocal = moments[:, :1], moments[:, 1:].float()
+    z, wide = _centred(y, mean) * reciprocal, d.float()
+    mean_d, mean_dz = _mean_in_order(wide.double()), _mean_in_order(wide.double() * z.double())
+    return (((wide - mean_d.float()) - z * mean_dz.float()) * reciprocal).to(y.dtype)
+
+
 # Stages of packed_network and the numbers that each has behind its own, which is its place here.
 PACKED_STAGES = {
     "product": ("inputs", "real"),
@@ -138,7 +187,7 @@ def packed_network(
         product             signs (N, words), and what group_signs makes of them where it is real
         sign by threshold   int32 thresholds (N,), flips as bits (words,)
         gate                bits (words,)
-        affine              float32 scale (N,) where it is scaled, shift (N,) where it is shifted; its ``factors``
+        affine              float32 scale (N,) where it is scaled, shift (N,) where it is shifted; own ``factors``
         dendritic           signs (C S, words), float32 rate times their sums (C S,)
         prototype           prototypes, bits (C, words), float32 offset (C,), int64 samples (C,)
         ridge               float32 weight (C, K), bias (C,), sums of the rows of weight (C,), int64 samples (C,)

@@ -80,6 +80,49 @@ def test_pack_window_is_exact(isa, k, gate):
         assert torch.equal(ops.pack_window(x, width, gate_bits), reference.pack_window(x, width, gate_bits))
 
 
+@pytest.mark.parametrize("n", [*SIZES, 32, 33, 784])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_standardising_is_exact(isa, n, dtype):
+    for m in (0, 1, 5):
+        for y in (torch.randn(m, n), torch.randn(m, n) * 1e-20, torch.randint(-n, n + 1, (m, n)), torch.zeros(m, n)):
+            y, d = y.to(dtype), torch.randn(m, n).to(dtype)
+            z, moments = ops.standardise(y, 1e-3)
+            expected = reference.standardise(y, 1e-3)
+            assert z.dtype == dtype and torch.equal(z, expected[0]) and torch.equal(moments, expected[1]), m
+            assert torch.equal(ops.standardise_grad(d, y, moments), reference.standardise_grad(d, y, moments)), m
+    y = torch.randn(n, 7).T
+    assert torch.equal(ops.standardise(y)[0], reference.standardise(y)[0])
+
+
+def test_standardised_samples_and_their_gradient_agree_with_layer_norm(isa):
+    y, d = torch.randn(6, 100, dtype=torch.float64) * 3 + 20, torch.randn(6, 100, dtype=torch.float64)
+    y.requires_grad_()
+    expected = torch.nn.functional.layer_norm(y, (100,), eps=1e-5)
+    expected.backward(d)
+    z, moments = ops.standardise(y.detach().float())
+    torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-5)
+    dy = ops.standardise_grad(d.float(), y.detach().float(), moments)
+    torch.testing.assert_close(dy.double(), y.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_signs_of_standardised_integers_are_those_of_the_integers(isa):
+    for n in (3, 100, 4096):
+        y = torch.randint(-3, 4, (50, n)).float() * 2 + 1001
+        z = ops.standardise(y)[0]
+        assert torch.equal(ops.pack_signs(z), reference.value_signs(y.int()))
+        exact = y.double() * n == y.double().sum(1, keepdim=True)
+        assert torch.equal(z == 0, exact)
+
+
+def test_what_is_no_number_stays_in_its_row(isa):
+    y = torch.randn(4, 50)
+    y[1, 3], y[2, 7] = math.nan, math.inf
+    z, moments = ops.standardise(y)
+    assert z[1:3].isnan().all() and moments[1].isnan().all()
+    for row in (0, 3):
+        assert torch.equal(z[row], ops.standardise(y[row : row + 1])[0][0])
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("k", SIZES)
 def test_binary_matmul_is_exact_over_the_sweep(isa, k, gate):
@@ -598,6 +641,8 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
             ops.gated_input_grad(d, w_bits, x * 0.1),
             ops.gated_weight_grad(d, x_bits, k, gate),
             ops.sample_engram(score, seed, 0.1),
+            *ops.standardise(score),
+            ops.standardise_grad(score, score, ops.standardise(score)[1]),
             *update,
         ]
 
@@ -656,6 +701,8 @@ def opcheck_cases():
             ((x.abs() * 50).to(torch.uint8), w_bits, k),
             ((x.abs() * 50).to(torch.uint8), w_bits, k, reference.group_signs(w_bits, k)),
         ],
+        "standardise": [(x,), (x.half(), 0.1)],
+        "standardise_grad": [(x, x, reference.standardise(x)[1]), (x, x.bfloat16(), reference.standardise(x)[1])],
         "value_signs": [((x * 9).int(),), ((x * 9).int(), threshold), ((x * 9).int(), threshold, threshold > 0)],
         "top_units": [((x * 9).int(), 3)],
         "packed_network": packed_network_cases(m, n, k),
@@ -771,6 +818,17 @@ def bad_calls():
             lambda: ops.sign_matmul_t(x.byte(), w_bits, k, torch.zeros(12, 31, dtype=torch.int16)),
             r"w_groups: expected int16 of shape \(12, 32\) for k = 70 and 9 rows, got int16 \(12, 31\)",
         ),
+        "standardise integers": (lambda: ops.standardise(x.int()), r"y: expected float32, .*got int32 \(4, 70\)"),
+        "standardise nothing": (
+            lambda: ops.standardise(x[:, :0]),
+            r"y: expected 1 to .* units .* got float32 \(4, 0\)",
+        ),
+        "eps": (lambda: ops.standardise(x, -1.0), "eps: expected at least 0, got -1"),
+        "moments": (
+            lambda: ops.standardise_grad(x, x, torch.zeros(4, 2)),
+            r"moments: expected float64 \(4, 2\), .*got float32 \(4, 2\)",
+        ),
+        "gradient": (lambda: ops.standardise_grad(d, x, x), r"d: expected the shape of y, float32 \(4, 70\), got .*9"),
         "values": (lambda: ops.value_signs(x), r"y: expected int32 \(M, N\) .*got float32 \(4, 70\)"),
         "values threshold": (
             lambda: ops.value_signs(x.int(), torch.zeros(69, dtype=torch.int32)),
@@ -974,6 +1032,7 @@ def test_unaligned_arguments_give_the_same(isa):
         (ops.binary_threshold, x_bits, w_bits, k, threshold, flip, gate),
         (ops.sign_matmul, a, w_bits, k),
         (ops.sign_matmul_t, x, w_bits, k),
+        (ops.standardise_grad, x, x, ops.standardise(x)[1]),
         (ops.gated_input_grad, d, w_bits, x, gate),
         (ops.masked_input_grad, d, w_bits, k, gate),
         (ops.gated_weight_grad, d, x_bits, k, gate),
@@ -1047,6 +1106,10 @@ def test_fakes_check_what_the_operators_check():
         (o.sign_matmul, "a", d.double(), w, k),
         (o.sign_matmul_t, "x", d, w, k),
         (o.sign_matmul_t, "x", torch.zeros(k, dtype=torch.uint8), w, k),
+        (o.standardise, "y", x[0]),
+        (o.standardise, "eps", x, -1.0),
+        (o.standardise_grad, "d", d, x, torch.zeros(m, 2, dtype=torch.float64)),
+        (o.standardise_grad, "moments", x, x, torch.zeros(m, 2)),
         (o.gated_input_grad, "x", d, w, x[:2]),
         (o.gated_input_grad, "d", x, w, x),
         (o.masked_input_grad, "mask_bits", d, w, k, bits[:2]),

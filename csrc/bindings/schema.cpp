@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("masked_input_grad(Tensor d, Tensor w_bits, int k, Tensor mask_bits) -> Tensor");
   m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
   m.def("value_signs(Tensor y, Tensor? threshold=None, Tensor? flip=None) -> Tensor");
+  m.def("standardise(Tensor y, float eps=1e-5) -> (Tensor, Tensor)");
+  m.def("standardise_grad(Tensor d, Tensor y, Tensor moments) -> Tensor");
   m.def("top_units(Tensor y, int count) -> Tensor");
   m.def("packed_network(Tensor x, Tensor? gate_bits, int[] layout, float[] factors, Tensor[] tensors) -> Tensor");
   m.def(

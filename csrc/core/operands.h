@@ -130,7 +130,8 @@ struct BinaryConv2d {
 };
 
 struct MaskedConv2dInputGrad {
-  const float* d;        // [M, outputs]
+  const float* d;        // [M, outputs], or of each sample [outputs, out_pixels]
+  bool outputs_first;    // the latter
   const uint64_t* w;     // [outputs, words_for(K)]
   const uint64_t* mask;  // [samples or 1, words_for(units)]
   int64_t mask_stride;
@@ -141,7 +142,8 @@ struct MaskedConv2dInputGrad {
 };
 
 struct GatedConv2dWeightGrad {
-  const float* d;     // [M, outputs]
+  const float* d;  // as in MaskedConv2dInputGrad
+  bool outputs_first;
   const uint64_t* x;  // as in BinaryConv2d
   const uint64_t* gate;
   int64_t gate_stride;
@@ -149,6 +151,27 @@ struct GatedConv2dWeightGrad {
   int64_t samples, outputs;
   float scale;
   float* dw;  // [outputs, K]
+};
+
+// Partial sums of a mean, whose order `_mean_in_order` of reference.py states: the same for every backend.
+constexpr int kPartialSums = 32;
+
+// z[m,n] = (y[m,n] - mean[m]) * reciprocal[m]
+struct Standardise {
+  const float* y;  // [M, N]
+  double eps;
+  int64_t M, N;
+  float* z;         // [M, N]
+  double* moments;  // [M, 2]: the mean, and 1 / sqrt(variance + eps) rounded to float32
+};
+
+// dy[m,n] = (d[m,n] - mean(d[m]) - z[m,n] mean(d[m] z[m])) * reciprocal[m]
+struct StandardiseGrad {
+  const float* d;  // [M, N]
+  const float* y;
+  const double* moments;
+  int64_t M, N;
+  float* dy;
 };
 
 struct SampleEngram {
@@ -162,7 +185,8 @@ struct SampleEngram {
   uint64_t seed;
   uint32_t offset;
   uint64_t first_row, row_step;  // sample m has the draws of row first_row + m row_step
-  uint32_t* keys;      // scratch for Gumbel-top-k: [M, key_stride] on CUDA, K on the CPU, for each share of the samples
+  uint32_t*
+      keys;  // scratch for Gumbel-top-k: [M, key_stride] on CUDA, 64 words(K) on the CPU, for each share of the samples
   int64_t key_stride;  // K rounded up to a multiple of 4
   int32_t* nan;
 };

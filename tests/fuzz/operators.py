@@ -238,6 +238,16 @@ def packed_network(draw: Draw) -> dict[str, Any]:
     return {"x": x, "gate_bits": gate_bits, "layout": layout, "factors": factors, "tensors": tensors}
 
 
+def standardise(draw: Draw) -> dict[str, Any]:
+    return {"y": draw.floats(*draw.sizes()), "eps": draw.choice([1e-5, 1e-3, 1.0, 1e-300, INF])}
+
+
+def standardise_grad(draw: Draw) -> dict[str, Any]:
+    m, n = draw.sizes()
+    moments = torch.stack([draw.normal_of(m), draw.uniform_of(m)], dim=1).double()
+    return {"d": draw.floats(m, n), "y": draw.floats(m, n), "moments": moments}
+
+
 def gated_input_grad(draw: Draw) -> dict[str, Any]:
     m, n, k = draw.sizes(3)
     gate = draw.optional_gate(m, k)
@@ -933,6 +943,12 @@ def check_exact(a: Arguments, actual: Any, expected: Any) -> None:
         raise WrongCallError(f"element {where}: expected {expected[tuple(where)]}, got {actual[tuple(where)]}")
 
 
+def check_same_numbers(a: Arguments, actual: Any, expected: Any) -> None:
+    """Exact, NaN where the expected number is."""
+    check_exact(a, actual.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
+    check_exact(a, actual.isnan(), expected.isnan())
+
+
 def check_near(actual: Tensor, expected: Tensor, bound: Tensor | float, what: str = "element") -> None:
     """Within ``bound``; infinite or NaN where the expected number is."""
     difference = (actual.double() - expected.double()).abs()
@@ -1111,6 +1127,12 @@ OPERATORS = {
         check_exact,
     ),
     "top_units": Operator(top_units, {"y": TensorRule("M K", either(torch.int32))}, check_exact),
+    "standardise": Operator(standardise, {"y": TensorRule("M K")}, check_same_numbers),
+    "standardise_grad": Operator(
+        standardise_grad,
+        {"d": TensorRule("M K"), "y": TensorRule("M K"), "moments": TensorRule("M 2", either(torch.float64))},
+        check_same_numbers,
+    ),
     "gated_input_grad": Operator(
         gated_input_grad,
         {"d": TensorRule("M N"), "w_bits": W_BITS, "x": TensorRule("M K"), "gate_bits": GATE},
@@ -1242,11 +1264,16 @@ def check(call: Call) -> bool:
         call.operator.check(before, actual, None)
         return True
     expected = function_of(reference, call.name)(**before)
-    check_form(actual, expected)
-    require(actual.is_meta == call.on_meta, f"expected a result where the arguments are, got one on {actual.device}")
-    if not call.on_meta:
-        call.operator.check(before, actual, expected)
+    for own, wanted in zip(results_of(actual), results_of(expected), strict=True):
+        check_form(own, wanted)
+        require(own.is_meta == call.on_meta, f"expected a result where the arguments are, got one on {own.device}")
+        if not call.on_meta:
+            call.operator.check(before, own, wanted)
     return True
+
+
+def results_of(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def check_updated(call: Call, before: Arguments, error: str | None) -> None:
