@@ -367,6 +367,7 @@ def _(y, count):
 @torch.library.register_fake("engram_kernels::packed_network")
 def _(x, gate_bits, layout, factors, tensors):
     _require(len(layout) > 0 and layout[0] == 0, "layout", "a product as the first stage", list(layout[:1]))
+    _check_same_device(x=x, gate_bits=gate_bits)
     _check_tensor("x", x)
     k, real = layout[1:3]
     if real:

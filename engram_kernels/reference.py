@@ -16,7 +16,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 _WORD_BITS = 64
 _ROW_BITS = 128
 _LOW = 0xFFFFFFFF
-_GROUP, _GROUPED_ROWS = 6, 32
+_GROUP, _GROUPED_ROWS = 12, 32
 _PARTIAL_SUMS = 32
 
 
@@ -250,15 +250,17 @@ def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
 
 
 def group_signs(w_bits: Tensor, k: int) -> Tensor:
-    """Packed signs (N, words) in groups of 6 inputs: int16 (ceil(K / 6), N rounded up to a multiple of 32).
+    """Packed signs (N, words) in groups of 12 inputs: int16 (ceil(K / 12), N rounded up to a multiple of 32).
 
-    Bit i of number n of group g is that of ``W[n, 6 g + i]``. Layout: ``csrc/cpu/grouped_product.cpp``.
+    Bit i of number n of group g is that of ``W[n, 12 g + i]`` for i < 6, bit 8 + i that of ``W[n, 12 g + 6 + i]``.
+    Layout: ``csrc/cpu/grouped_product.cpp``.
     """
     n, groups = w_bits.shape[0], -(-k // _GROUP)
     padded = torch.nn.functional.pad(
         _unpack(w_bits, k).to(torch.int16), (0, groups * _GROUP - k, 0, -n % _GROUPED_ROWS)
     )
     place = torch.arange(_GROUP, dtype=torch.int16, device=w_bits.device)
+    place = torch.where(place < _GROUP // 2, place, place - _GROUP // 2 + 8)
     return (padded.unflatten(1, (groups, _GROUP)) << place).sum(2).to(torch.int16).T.contiguous()
 
 

@@ -665,6 +665,22 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
 # ---- torch.library
 
 
+def packed_network_cases(m, n, k):
+    """One of bytes that ends in an affine stage, one of signs with a gate that ends in its own gate, and read-outs."""
+    x, x_bits, w_bits = torch.randint(256, (m, k), dtype=torch.uint8), bits_of(m, k), bits_of(n, k)
+    sums, samples = torch.randn(4), torch.tensor([3, 0, 1, 2])
+    return [
+        (
+            x, None, [0, k, 1, 1, 0, n, 0, 5, 1, 1, 1], [0.5],
+            [w_bits, reference.group_signs(w_bits, k), bits_of(4, n), torch.randn(4), torch.randn(4)],
+        ),
+        (x_bits, gate_of("per sample", m, k), [0, k, 0, 3, 4, 3], [], [w_bits]),
+        (x_bits, None, [0, k, 0, 3, 4, 0, 6, 2, 4], [], [w_bits, bits_of(8, n), torch.randn(8)]),
+        (x_bits, None, [0, k, 0, 3, 4, 1, 7, 4], [], [w_bits, bits_of(4, n), sums, samples]),
+        (x_bits, None, [0, k, 0, 3, 4, 1, 8], [], [w_bits, torch.randn(4, n), sums, sums, samples]),
+    ]  # fmt: skip
+
+
 def opcheck_cases():
     m, n, k = 5, 9, 70
     x, d = torch.randn(m, k), torch.randn(m, n)
@@ -689,6 +705,7 @@ def opcheck_cases():
         "standardise_grad": [(x, x, reference.standardise(x)[1]), (x, x.bfloat16(), reference.standardise(x)[1])],
         "value_signs": [((x * 9).int(),), ((x * 9).int(), threshold), ((x * 9).int(), threshold, threshold > 0)],
         "top_units": [((x * 9).int(), 3)],
+        "packed_network": packed_network_cases(m, n, k),
         "gated_input_grad": [(d, w_bits, x, gate), (d, w_bits, x)],
         "masked_input_grad": [(d, w_bits, k, gate)],
         "gated_weight_grad": [(d, x_bits, k, gate), (d, x_bits, k)],
@@ -722,6 +739,48 @@ def test_gradients_of_the_sign_products_agree_with_autograd_through_the_referenc
         getattr(ops, op)(a, w_bits, k).square().sum().backward()
         getattr(reference, op)(b, w_bits, k).square().sum().backward()
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("m", [0, 1, 5, 70, 300])
+def test_packed_networks(isa, m):
+    for x, gate, layout, factors, tensors in packed_network_cases(m, 131, 70):
+        expected = reference.packed_network(x, gate, layout, factors, tensors)
+        before = torch.get_num_threads()
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = ops.packed_network(x, gate, layout, factors, tensors)
+            torch.set_num_threads(before)
+            if layout[-1] == 8:  # sums of floats
+                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(y, expected), layout
+
+
+@pytest.mark.parametrize(
+    "layout, tensors, message",
+    [
+        ([], [], "layout: expected a product as the first stage, got nothing"),
+        ([1], [], "layout: expected a product as the first stage, got another"),
+        ([0, 70], [], "layout: expected more than 2 numbers"),
+        ([0, 70, 0], [], "tensors: expected more than 0, which the layout names"),
+        ([0, 70, 0], [(9, 70), (9, 70)], "tensors: expected 1, got 2"),
+        ([0, 71, 0], [(9, 71)], None),
+        ([0, 200, 0], [(9, 70)], r"tensors\[0\]: expected int64 of sizes -1 4 .*, got int64 \(9, 2\)"),
+        ([0, 70, 0, 0, 9, 0], [(9, 70), (3, 9)], "layout: expected signs before each product but the first, got none"),
+        ([0, 70, 0, 1, 0, 8, 0], [(9, 70), (3, 8)], "layout: expected a product of 9 inputs, got 8"),
+        ([0, 70, 0, 3, 10, 0], [(9, 70)], "layout: expected 1 to 9 as number 4, got 10"),
+        ([0, 70, 0, 7, 4], [(9, 70)], "layout: expected a gate before a read-out, got none"),
+        ([0, 70, 0, 9], [(9, 70)], "layout: expected 0 to 8 as number 3, got 9"),
+        ([0, 70, 0, 5, 1, 0, 0], [(9, 70)], "layout: expected 0 to 0 as number 4, got 1"),
+        ([0, 70, 0, 5, 0, 0, 0, 1], [(9, 70)], "layout: expected integers before a stage of signs, got float32"),
+    ],
+)
+def test_what_is_no_packed_network_is_named(layout, tensors, message):
+    x, held = bits_of(3, 70), [bits_of(*shape) for shape in tensors]
+    if message is None:
+        return ops.packed_network(x, None, layout, [], held)
+    with pytest.raises(RuntimeError, match=message):
+        ops.packed_network(x, None, layout, [], held)
 
 
 def test_grouped_signs_of_more_outputs_than_a_block(isa):

@@ -77,10 +77,11 @@ struct SignProduct {
 
 // y[m,n] = sum_k x[m,k] s(w[n,k]), from the signs in groups of kGroup inputs
 struct GroupedProduct {
-  const uint8_t* x;        // [M, K]
-  const uint16_t* groups;  // [ceil(K / kGroup), stride]: bit i of number n of row g is that of w[n, kGroup g + i]
-  int64_t stride;          // N rounded up to kGroupedRows
-  int32_t* y;              // [M, N]
+  const uint8_t* x;  // [M, K]
+  const uint16_t*
+      groups;      // [ceil(K / kGroup), stride]: bit place_in_group(i) of number n of row g is w[n, kGroup g + i]
+  int64_t stride;  // N rounded up to kGroupedRows
+  int32_t* y;      // [M, N]
   int64_t M, N, K;
 };
 

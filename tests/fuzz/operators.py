@@ -199,6 +199,45 @@ def top_units(draw: Draw) -> dict[str, Any]:
     return {"y": draw.integers(-width, width, m, k).int(), "count": draw.randint(1, k)}
 
 
+def packed_network(draw: Draw) -> dict[str, Any]:
+    """Products with signs, gates and scales between them. The sums of ridge read-outs have an order of their own."""
+    m, n, k = draw.sizes(3)
+    n = max(1, n)
+    real = draw.chance(0.5)
+    x = draw.integers(0, 256, m, k).to(torch.uint8) if real else draw.words(m, k)
+    weight = draw.words(n, k)
+    layout, factors, tensors = [0, k, int(real)], [], [weight]
+    tensors += [reference.group_signs(weight, k)] if real else []
+    for _ in range(draw.randint(0, 2)):
+        layout.append(draw.choice([1, 2]))
+        tensors += [draw.integers(-k, k, n).int(), draw.words(1, n)[0] & valid_bits(n)] if layout[-1] == 2 else []
+        gate = draw.choice(["none", "recruit", "gate"])
+        if gate == "recruit":
+            layout += [3, draw.randint(1, n), draw.randint(0, 3)]
+        elif gate == "gate":
+            layout.append(4)
+            tensors.append(draw.gate(1, n).reshape(-1))
+        rows = draw.randint(1, 70)
+        layout += [0, n, 0]
+        tensors.append(draw.words(rows, n))
+        n = rows
+    end = draw.choice(["values", "affine", "gate", "dendritic", "prototype"])
+    if end == "affine":
+        layout += [5, 1, 1, 1]
+        factors.append(draw.choice([1.0, 0.5, 3.0]))
+        tensors += [draw.normal_of(n), draw.normal_of(n)]
+    elif end != "values":
+        layout += [3, draw.randint(1, n), draw.randint(0, 3)]
+        if end == "dendritic":
+            layout += [6, 3, layout[-2]]
+            tensors += [draw.words(6, n), draw.normal_of(6)]
+        elif end == "prototype":
+            layout += [7, layout[-2]]
+            tensors += [draw.words(5, n), draw.normal_of(5), draw.integers(0, 2, 5)]
+    gate_bits = None if real else draw.optional_gate(m, k)
+    return {"x": x, "gate_bits": gate_bits, "layout": layout, "factors": factors, "tensors": tensors}
+
+
 def standardise(draw: Draw) -> dict[str, Any]:
     return {"y": draw.floats(*draw.sizes()), "eps": draw.choice([1e-5, 1e-3, 1.0, 1e-300, INF])}
 
@@ -624,6 +663,9 @@ class Call:
 def shapes_agree(call: Call) -> bool:
     """Whether one value for each symbol fits all shapes."""
     sizes: dict[str, int] = {}
+    if "layout" in call.arguments:
+        k, real = call.arguments["layout"][1:3]
+        sizes |= {"units": k if real else words_for(k), "words": words_for(k)}
     if "window" in call.arguments:
         w = Window(*call.arguments["window"])
         sizes |= {"units": words_for(w.units), "words": words_for(w.group_units)}
@@ -1073,6 +1115,14 @@ OPERATORS = {
             "y": TensorRule("M K", either(torch.int32)),
             "threshold": TensorRule("K", either(torch.int32), optional=lambda a: a["flip"] is None),
             "flip": TensorRule("K", either(torch.bool), optional=always, allowed=lambda a: a["threshold"] is not None),
+        },
+        check_exact,
+    ),
+    "packed_network": Operator(
+        packed_network,
+        {
+            "x": TensorRule("M units", lambda a: (torch.uint8 if a["layout"][2] else torch.int64,)),
+            "gate_bits": TensorRule("words | M words", BITS, optional=always, allowed=lambda a: not a["layout"][2]),
         },
         check_exact,
     ),
