@@ -229,8 +229,8 @@ def top_units(y: Tensor, count: int) -> Tensor:
 def standardise(y: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """``z = (y - mean) / sqrt(variance + eps)`` of each row, and what :func:`standardise_grad` needs of it.
 
-    Floats (M, N) -> z (M, N) in the dtype of y, and the mean and the reciprocal deviation, float64 (M, 2). The same bits
-    on every processor. The sign of z is that of ``N y - sum(y)``, ties included.
+    Floats (M, N) -> z (M, N) in the dtype of y, and the mean and the reciprocal deviation, float64 (M, 2). The same
+    bits on every processor. The sign of z is that of ``N y - sum(y)``, ties included.
 
     >>> z, moments = ek.ops.standardise(torch.tensor([[1.0, 2.0, 2.0, 3.0]]))
     >>> z.sign().tolist(), moments[0, 0].item()

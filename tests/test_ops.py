@@ -760,7 +760,10 @@ def bad_calls():
             r"w_groups: expected int16 of shape \(12, 32\) for k = 70 and 9 rows, got int16 \(12, 31\)",
         ),
         "standardise integers": (lambda: ops.standardise(x.int()), r"y: expected float32, .*got int32 \(4, 70\)"),
-        "standardise nothing": (lambda: ops.standardise(x[:, :0]), r"y: expected 1 to .* units .* got float32 \(4, 0\)"),
+        "standardise nothing": (
+            lambda: ops.standardise(x[:, :0]),
+            r"y: expected 1 to .* units .* got float32 \(4, 0\)",
+        ),
         "eps": (lambda: ops.standardise(x, -1.0), "eps: expected at least 0, got -1"),
         "moments": (
             lambda: ops.standardise_grad(x, x, torch.zeros(4, 2)),
