@@ -314,7 +314,7 @@ class GatedSignConvolution(_Function):
         """Gradients of x and of the filters, straight-through."""
         _refuse_second_gradient(ctx.weight)
         x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
-        own = d.detach().permute(0, 2, 3, 1).contiguous()  # once, for both gradients
+        own = d.detach().permute(0, 2, 3, 1)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = ops.masked_conv2d_input_grad(own, w_bits, ctx.window, mask_bits, ctx.scale).permute(0, 3, 1, 2)

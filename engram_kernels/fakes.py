@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import library  # noqa: F401  it registers the operators
-from .reference import _GROUP, _GROUPED_ROWS, SCALE_BLOCK, Window, words_for
+from .reference import _GROUP, _GROUPED_ROWS, PACKED_STAGES, SCALE_BLOCK, Window, packed_tensors, words_for
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -257,6 +257,8 @@ def _check_window(numbers: Any, least_dilation: int = 1) -> Window:
         _require(size >= reach, "window", f"a kernel that fits into the padded {axis} {size}", f"one of {reach}")
     pixels = w.out_height * w.out_width
     _require(pixels <= 2**31 - 1, "window", "at most 2^31 - 1 output pixels of a sample", pixels)
+    padded = (w.height + w.top + w.bottom) * (w.width + w.left + w.right)
+    _require(padded <= 2**31 - 1, "window", "at most 2^31 - 1 padded pixels of a sample", padded)
     return w
 
 
@@ -360,6 +362,32 @@ def _(y, count):
     _require(count >= 1, "count", f"1 to {y.shape[1]}, the units of y", count)
     _require(count <= y.shape[1], "count", f"1 to {y.shape[1]}, the units of y", count)
     return y.new_empty((y.shape[0], words_for(y.shape[1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::packed_network")
+def _(x, gate_bits, layout, factors, tensors):
+    _require(len(layout) > 0 and layout[0] == 0, "layout", "a product as the first stage", list(layout[:1]))
+    _check_tensor("x", x)
+    k, real = layout[1:3]
+    if real:
+        expected = f"uint8 of shape (M, {k})"
+        _require(x.dtype == torch.uint8 and x.dim() == 2, "x", expected, x)
+        _require(x.shape[1] == k, "x", expected, x)
+        _require(gate_bits is None, "gate_bits", "None before a product of numbers", gate_bits)
+    else:
+        _check_packed("x", x, k)
+        _check_gate("gate_bits", gate_bits, x.shape[0], k)
+    units, name, held = 0, "", iter(tensors)
+    names, numbers = list(PACKED_STAGES), iter(layout)
+    for number in numbers:
+        name = names[number]
+        own = [next(numbers) for _ in PACKED_STAGES[name]]
+        first, *_ = [next(held) for _ in range(packed_tensors(name, own))] or [None]
+        if name in ("product", "dendritic", "prototype", "ridge"):
+            units = first.shape[0] // (own[0] if name == "dendritic" else 1)
+    if name in ("recruit", "gate"):
+        return x.new_empty((x.shape[0], words_for(units)), dtype=torch.int64)
+    return x.new_empty((x.shape[0], units), dtype=torch.float32)
 
 
 @torch.library.register_fake("engram_kernels::sample_engram")

@@ -43,6 +43,7 @@ __all__ = [
     "metaplastic_adam_",
     "pack_signs",
     "pack_window",
+    "packed_network",
     "sample_engram",
     "set_isa",
     "sign_matmul",
@@ -250,6 +251,24 @@ def standardise_grad(d: Tensor, y: Tensor, moments: Tensor) -> Tensor:
     [[0.0, 0.0, 0.0, 0.0]]
     """
     return operators.standardise_grad(d, y, moments)
+
+
+def packed_network(
+    x: Tensor, gate_bits: Tensor | None, layout: list[int], factors: list[float], tensors: list[Tensor]
+) -> Tensor:
+    """The layers of a packed network from a product on, in one call. On the CPU.
+
+    uint8 (M, K) or bits (M, words) with their gate -> float32 (M, N), or the gate that the last stage chooses, bits
+    (M, words). ``layout``, ``factors`` and ``tensors`` say what the stages are:
+    :func:`engram_kernels.reference.packed_network`. :class:`engram_kernels.PackedModel` makes them.
+
+    >>> w_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
+    >>> x = torch.tensor([[1, 2, 4]], dtype=torch.uint8)
+    >>> groups = ek.reference.group_signs(w_bits, 3)
+    >>> ek.ops.packed_network(x, None, [0, 3, 1], [], [w_bits, groups]).tolist()
+    [[3.0]]
+    """
+    return operators.packed_network(x, gate_bits, layout, factors, tensors)
 
 
 def gated_input_grad(d: Tensor, w_bits: Tensor, x: Tensor, gate_bits: Tensor | None = None) -> Tensor:

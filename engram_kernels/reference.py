@@ -149,6 +149,101 @@ def standardise_grad(d: Tensor, y: Tensor, moments: Tensor) -> Tensor:
     return (((wide - mean_d.float()) - z * mean_dz.float()) * reciprocal).to(y.dtype)
 
 
+# Stages of packed_network and the numbers that each has behind its own, which is its place here.
+PACKED_STAGES = {
+    "product": ("inputs", "real"),
+    "sign by mean": (),
+    "sign by threshold": (),
+    "recruit": ("recruited", "score"),
+    "gate": (),
+    "affine": ("factors", "scaled", "shifted"),
+    "dendritic": ("segments", "recruited"),
+    "prototype": ("recruited",),
+    "ridge": (),
+}
+PACKED_SCORES = ("value", "magnitude", "standardised", "distance")
+
+
+def packed_tensors(name: str, numbers: list[int]) -> int:
+    """How many tensors a stage of `packed_network` has, by its name and numbers."""
+    if name == "product":
+        return 1 + numbers[1]
+    if name == "affine":
+        return numbers[1] + numbers[2]
+    return {"sign by threshold": 2, "gate": 1, "dendritic": 2, "prototype": 3, "ridge": 4}.get(name, 0)
+
+
+def packed_network(
+    x: Tensor, gate_bits: Tensor | None, layout: list[int], factors: list[float], tensors: list[Tensor]
+) -> Tensor:
+    """The layers of a packed network from a product on, ``docs/packed-format.md``, in one call.
+
+    uint8 (M, K) where the first product is ``real``, else bits (M, words) with their gate -> the values that the last
+    stage leaves, float32 (M, N), or the gate that it chooses, bits (M, words).
+
+    ``layout`` has for each stage its place in `PACKED_STAGES` and the numbers that it has there; ``tensors`` are those
+    of the stages in order:
+
+        product             signs (N, words), and what group_signs makes of them where it is real
+        sign by threshold   int32 thresholds (N,), flips as bits (words,)
+        gate                bits (words,)
+        affine              float32 scale (N,) where it is scaled, shift (N,) where it is shifted; own ``factors``
+        dendritic           signs (C S, words), float32 rate times their sums (C S,)
+        prototype           prototypes, bits (C, words), float32 offset (C,), int64 samples (C,)
+        ridge               float32 weight (C, K), bias (C,), sums of the rows of weight (C,), int64 samples (C,)
+    """
+    numbers, own_factors, held = iter(layout), iter(factors), iter(tensors)
+    names = list(PACKED_STAGES)
+    y, bits, gate, units, name = x, x, gate_bits, 0, ""
+    for number in numbers:
+        name = names[number]
+        own = [next(numbers) for _ in PACKED_STAGES[name]]
+        if name == "product":
+            units, weight = own[0], next(held)
+            if own[1]:
+                y, _ = sign_matmul_t(y, weight, units), next(held)
+            else:
+                y = binary_matmul(bits, weight, units, gate)
+            gate, units = None, weight.shape[0]
+        elif name == "sign by mean":
+            bits = value_signs(y)
+        elif name == "sign by threshold":
+            bits = value_signs(y, next(held)) ^ next(held)
+        elif name == "recruit":
+            score = PACKED_SCORES[own[1]]
+            if score == "distance":
+                y_score = (y.to(torch.int64) * units - y.to(torch.int64).sum(1, keepdim=True)).abs()
+            else:
+                y_score = y.abs() if score == "magnitude" else y
+            gate = top_units(y_score, own[0])
+        elif name == "gate":
+            gate = next(held).expand(len(x), -1)
+        elif name == "affine":
+            y = y.float()
+            for _ in range(own[0]):
+                y = y * next(own_factors)
+            scale = next(held) if own[1] else None
+            if own[2]:
+                y = y + next(held) if scale is None else torch.addcmul(next(held), y, scale)
+        elif name == "dendritic":
+            assert gate is not None
+            y = binary_matmul(gate, next(held), units, gate).float() - next(held)
+            y = (y / own[1] ** 0.5).unflatten(1, (-1, own[0])).amax(2)
+        elif name == "prototype":
+            assert gate is not None
+            y = (binary_matmul(gate, next(held), units, gate) - next(held)) / own[0] ** 0.5
+            y = y.masked_fill(next(held) == 0, -torch.inf)
+        else:
+            assert gate is not None
+            products = sign_matmul_t(next(held), gate, units).T
+            bias, sums = next(held), next(held)
+            y = (0.5 * (products + sums) + bias).masked_fill(next(held) == 0, -torch.inf)
+    if name in ("recruit", "gate"):
+        assert gate is not None
+        return gate.contiguous()
+    return y.float()
+
+
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K) in the dtype of ``a``."""
     return (a.double() @ unpack_signs(w_bits, k, torch.float64)).to(a.dtype)

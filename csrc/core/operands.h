@@ -129,7 +129,8 @@ struct BinaryConv2d {
 };
 
 struct MaskedConv2dInputGrad {
-  const float* d;        // [M, outputs]
+  const float* d;        // [M, outputs], or of each sample [outputs, out_pixels]
+  bool outputs_first;    // the latter
   const uint64_t* w;     // [outputs, words_for(K)]
   const uint64_t* mask;  // [samples or 1, words_for(units)]
   int64_t mask_stride;
@@ -140,7 +141,8 @@ struct MaskedConv2dInputGrad {
 };
 
 struct GatedConv2dWeightGrad {
-  const float* d;     // [M, outputs]
+  const float* d;  // as in MaskedConv2dInputGrad
+  bool outputs_first;
   const uint64_t* x;  // as in BinaryConv2d
   const uint64_t* gate;
   int64_t gate_stride;

@@ -323,6 +323,13 @@ void value_signs(const Runtime& rt, const ValueSigns& p) {
   pack_values(rt, *active().load(), {p, packed_flips(rt, p.flip, p.N)});
 }
 
+void prepared_signs(const Runtime& rt, const PreparedSigns& p) { pack_values(rt, *active().load(), p); }
+
+void scale_values(const Runtime& rt, const ScaleValues& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.M, p.N * (p.factor_count + 2) / 8, [&](Range rows) { kernels.scale_values(p, rows); });
+}
+
 void top_units(const Runtime& rt, const TopUnits& p) {
   const Kernels& kernels = *active().load();
   share(rt, p.M, p.K, [&](Range rows) { kernels.top_units(p, rows); });

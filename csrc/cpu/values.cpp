@@ -1,10 +1,13 @@
-// value_signs and top_units: what a packed network makes of the integers of a product, one row a sample.
+// value_signs, top_units and scale_values: what a packed network makes of the integers of a product, one row a sample.
 //
 //   value_signs  bits[m,n] = (y[m,n] >= threshold[n]) != flip[n], or y[m,n] >= mean of row m: N y[m,n] >= sum of the
 //                row, since y is an integer at least the mean rounded up
 //   top_units    the `count` largest of a row, equal ones by the lower number first
+//   scale_values y[m,n] times factors, scaled and shifted, in float32
 //
 // Bound by reads of y, from the first-level cache in all passes but one.
+#include <cstring>
+
 #include "cpu/selection.h"
 #include "cpu/tables.h"
 
@@ -31,6 +34,22 @@ void value_signs(const PreparedSigns& p, Range rows) {
       pack_at_least(y, p.N, ThresholdEach{p.threshold}, bits);
     if (p.flip_bits == nullptr) continue;
     for (int64_t word = 0; word < words; ++word) bits[word] ^= p.flip_bits[word];
+  }
+}
+
+void scale_values(const ScaleValues& p, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    float* y = p.y + row * p.N;
+    if (p.whole != nullptr)
+      for (int64_t n = 0; n < p.N; ++n) y[n] = static_cast<float>(p.whole[row * p.N + n]);
+    else if (p.real != p.y)
+      memcpy(y, p.real + row * p.N, static_cast<size_t>(p.N) * sizeof *y);
+    for (int64_t i = 0; i < p.factor_count; ++i)
+      for (int64_t n = 0; n < p.N; ++n) y[n] *= p.factors[i];
+    if (p.scale != nullptr)
+      for (int64_t n = 0; n < p.N; ++n) y[n] = __builtin_fmaf(y[n], p.scale[n], p.shift[n]);
+    else if (p.shift != nullptr)
+      for (int64_t n = 0; n < p.N; ++n) y[n] += p.shift[n];
   }
 }
 
