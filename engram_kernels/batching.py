@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .library import operators
 
-Batched = tuple[Any, int | None] | tuple[tuple[Any, ...], tuple[int, ...]]  # results, and the dimension of the batch of each
+Batched = tuple[Any, Any]  # a result and the dimension of its batch, or several and theirs
 
 
 def _loop(

@@ -62,7 +62,7 @@ CALLS = {
     "masked_input_grad": (lambda d, w, g: ek.ops.masked_input_grad(d, w, K, g), [D, W, GATE]),
     "gated_weight_grad": (lambda d, x, g: ek.ops.gated_weight_grad(d, x, K, g), [D, X, GATE]),
     "standardise": (lambda y: ek.ops.standardise(y)[0], [lambda *b: floats(*b, M, K)]),
-    "moments of standardise": (lambda y: ek.ops.standardise(y)[1], [lambda *b: floats(*b, M, K)]),
+    "standardise and its moments": (lambda y: ek.ops.standardise(y)[1], [lambda *b: floats(*b, M, K)]),
     "standardise_grad": (
         lambda d, y, m: ek.ops.standardise_grad(d, y, m),
         [lambda *b: floats(*b, M, K), lambda *b: floats(*b, M, K), lambda *b: floats(*b, M, 2).double()],
