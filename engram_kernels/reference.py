@@ -528,6 +528,26 @@ def round_to_bfloat16(x: Tensor, random16: Tensor) -> Tensor:
     return (_bits(x) + random16 >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+def _mixed(x: Tensor, key: Tensor) -> Tensor:
+    """Integers in [0, 2^32), mixed as in ``csrc/core/compact.h``."""
+    x = (x ^ x >> 16) * 0x7FEB352D & _LOW
+    x = (x ^ x >> 15 ^ key) * 0x846CA68B & _LOW
+    return x ^ x >> 16
+
+
+def rounding_draws(seed: Tensor, rows: int, k: int, first_row: int = 0) -> Tensor:
+    """Draws that compact numbers are rounded with: 32 random bits each, int64 (rows, k) in [0, 2^32).
+
+    ``seed`` is that of :func:`philox`. A draw is a counter that the golden ratio steps, mixed (the constants are those
+    of Wellons' lowbias32, 2018); its start and key are mixed from the row and :func:`philox` draws of the step.
+    """
+    step = philox(seed, 1, 4)[0]
+    row = (first_row + torch.arange(rows)).unsqueeze(1)
+    low, high = row & _LOW, row >> 32
+    start, key = (_mixed(step[i] + low & _LOW, step[i + 1] + high & _LOW) for i in (0, 2))
+    return _mixed(start + torch.arange(k) * 0x9E3779B9 & _LOW, key)
+
+
 def _moment_noise(random16: Tensor) -> Tensor:
     """What to add to bits of which ``_DROPPED`` are cut off: the middle of one of 2^16 steps."""
     return (random16 << (_DROPPED - 16)) + (1 << (_DROPPED - 17))
@@ -617,7 +637,7 @@ def metaplastic_adam_(
 
     ``weight`` is float32, float64 or bfloat16. The moments are like it, or bfloat16, or int8 and uint8 with
     ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with
-    :func:`philox` draws of ``seed`` for rows from ``first_row`` on: 16 bits for both moments of a unit, half
+    :func:`rounding_draws` of ``seed`` for rows from ``first_row`` on: 16 bits for both moments of a unit, half
     ``unit % 2`` (the low half first) of draw ``unit // 2``; with a bfloat16 weight, the low half of draw ``unit``,
     whose high half rounds the weight, clipped before. So ``|W|`` never exceeds a ``weight_bound`` that bfloat16 can
     represent, since what is representable does not move, nor any other rounded up to bfloat16.
@@ -639,7 +659,7 @@ def metaplastic_adam_(
     if exp_avg.dtype in (torch.bfloat16, torch.int8) or weight.dtype == torch.bfloat16:
         assert seed is not None
         own_draw = weight.dtype == torch.bfloat16
-        draws = philox(seed, n, k if own_draw else -(-k // 2), first_row).to(weight.device)
+        draws = rounding_draws(seed, n, k if own_draw else -(-k // 2), first_row).to(weight.device)
         halves = torch.stack([draws & 0xFFFF, draws >> 16], dim=2)
         for_moments = halves[:, :, 0] if own_draw else halves.flatten(1)[:, :k]
         for_weight = halves[:, :, 1]

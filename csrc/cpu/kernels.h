@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/compact.h"
 #include "core/operands.h"
 #include "cpu/planes.h"
 
@@ -208,9 +209,8 @@ struct MetaplasticAdam {
   uint64_t* sign_bits;      // [N, words] or null
   int64_t N, K, words;
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, metaplasticity, step_size, weight_bound;
-  uint64_t seed;  // of the draws that compact formats round with
-  uint32_t offset;
-  uint64_t first_row;  // number, for the draws, of row 0
+  RoundingKey rounding;  // of the draws that compact formats round with
+  uint64_t first_row;    // number, for the draws, of row 0
   int64_t ahead;       // weights from those worked on to those that come to the cache meanwhile; 0: left to the machine
 };
 
