@@ -66,6 +66,13 @@ CALLS = {
     ),
     "value_signs by the mean": (lambda y: ek.ops.value_signs(y), [lambda *b: floats(*b, M, K).mul(9).int()]),
     "top_units": (lambda y: ek.ops.top_units(y, 7), [lambda *b: floats(*b, M, K).mul(9).int()]),
+    "patch_excitability": (
+        lambda x, w: ek.ops.patch_excitability(x, w, torch.arange(0, 12, 2), 9.0, 2),
+        [
+            lambda *b: floats(*b, 5, 4, 5, 1).mul(99).abs().to(torch.uint8),
+            lambda *b: floats(*b, 2, 2, 2).sign().to(torch.int8),
+        ],
+    ),
     "unfold_bits": (lambda x: ek.ops.unfold_bits(x, WINDOW), [X]),
     "interleave_bits": (lambda x: ek.ops.interleave_bits(x, 2, K), [X]),
     "binary_conv2d": (lambda x, w, g: ek.ops.binary_conv2d(x, w, WINDOW, g), [X, FILTERS, GATE]),

@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
   m.def("value_signs(Tensor y, Tensor? threshold=None, Tensor? flip=None) -> Tensor");
   m.def("top_units(Tensor y, int count) -> Tensor");
+  m.def("patch_excitability(Tensor images, Tensor filters, Tensor units, float floor, int pool=3) -> Tensor");
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
       "int first_row=0, int row_step=1) -> Tensor");

@@ -39,6 +39,7 @@ void sign_product(const Runtime&, const SignProduct&);
 void grouped_product(const Runtime&, const GroupedProduct&, const uint64_t* signs);
 void value_signs(const Runtime&, const ValueSigns&);
 void top_units(const Runtime&, const TopUnits&);
+void patch_excitability(const Runtime&, const PatchExcitability&);
 bool sample_engram(const Runtime&, SampleEngram);  // keys are made here
 void unfold_bits(const Runtime&, const UnfoldBits&);
 void interleave_bits(const Runtime&, const InterleaveBits&);
