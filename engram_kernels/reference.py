@@ -109,12 +109,12 @@ def patch_excitability(images: Tensor, filters: Tensor, units: Tensor, floor: fl
     ``((r * columns + c) * channels + channel) * F + f`` of the first place and the filter -> float32 (M, N).
     """
     m, height, width, channels = images.shape
-    f, size, _ = filters.shape
+    size = filters.shape[1]
     x = images.permute(0, 3, 1, 2).reshape(m * channels, 1, height, width).double()
+    patch = x.new_ones(1, 1, size, size)
     sums, pixels, squares = (
         torch.nn.functional.conv2d(a, w).round().float()  # integers
-        for a, w in [(x, filters[:, None].double()), (x, x.new_ones(1, 1, size, size))]
-        + [(x.square(), x.new_ones(1, 1, size, size))]
+        for a, w in ((x, filters[:, None].double()), (x, patch), (x.square(), patch))
     )
     spread = (squares - pixels * pixels * (1 / (size * size))).clamp(min=0)
     contrast = spread.double().sqrt().float() + floor  # torch's root of float32 is not the nearest one everywhere
