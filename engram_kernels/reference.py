@@ -244,6 +244,28 @@ def packed_network(
     return y.float()
 
 
+def patch_excitability(images: Tensor, filters: Tensor, units: Tensor, floor: float, pool: int = 3) -> Tensor:
+    """How much random filters respond near their places: correlations with patches, by the contrast of the patch.
+
+    ``z[m,n] = max over pool x pool places of sum_ij w[f,i,j] x[m,r+i,c+j,channel] / (sqrt(sum (x - mean)^2) + floor)``
+
+    uint8 (M, height, width, channels), int8 (F, size, size) of -1, 0 and 1, rising int64 (N,), numbers
+    ``((r * columns + c) * channels + channel) * F + f`` of the first place and the filter -> float32 (M, N).
+    """
+    m, height, width, channels = images.shape
+    size = filters.shape[1]
+    x = images.permute(0, 3, 1, 2).reshape(m * channels, 1, height, width).double()
+    patch = x.new_ones(1, 1, size, size)
+    sums, pixels, squares = (
+        torch.nn.functional.conv2d(a, w).round().float()  # integers
+        for a, w in ((x, filters[:, None].double()), (x, patch), (x.square(), patch))
+    )
+    spread = (squares - pixels * pixels * (1 / (size * size))).clamp(min=0)
+    contrast = spread.double().sqrt().float() + floor  # torch's root of float32 is not the nearest one everywhere
+    z = torch.nn.functional.max_pool2d(sums * (1 / contrast), pool, stride=1)
+    return z.unflatten(0, (m, channels)).permute(0, 3, 4, 1, 2).flatten(1)[:, units]
+
+
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K) in the dtype of ``a``."""
     return (a.double() @ unpack_signs(w_bits, k, torch.float64)).to(a.dtype)

@@ -77,6 +77,13 @@ CALLS = {
         lambda x: ek.ops.packed_network(x, None, [0, K, 0, 3, 2, 0], [], [PACKED_WEIGHT]),
         [X],
     ),
+    "patch_excitability": (
+        lambda x, w: ek.ops.patch_excitability(x, w, torch.arange(0, 12, 2), 9.0, 2),
+        [
+            lambda *b: floats(*b, 5, 4, 5, 1).mul(99).abs().to(torch.uint8),
+            lambda *b: floats(*b, 2, 2, 2).sign().to(torch.int8),
+        ],
+    ),
     "unfold_bits": (lambda x: ek.ops.unfold_bits(x, WINDOW), [X]),
     "interleave_bits": (lambda x: ek.ops.interleave_bits(x, 2, K), [X]),
     "binary_conv2d": (lambda x, w, g: ek.ops.binary_conv2d(x, w, WINDOW, g), [X, FILTERS, GATE]),

@@ -120,7 +120,9 @@ def test_pretrained_folders_predict(capsys):
     np.save("narrow.npy", np.zeros((3, 9)))
     assert "samples: expected samples that the model takes, got 9 features" in refused(capsys, "folder", "narrow.npy")
     ek.save_pretrained(torch.nn.Unflatten(1, (8, 8)), "images")
-    assert "model: expected one that gives scores of shape (samples, classes)" in refused(capsys, "images", "images.npz")
+    assert "model: expected one that gives scores of shape (samples, classes)" in refused(
+        capsys, "images", "images.npz"
+    )
     Path("folder/model.safetensors").unlink()
     assert "expected model.safetensors in folder, found none" in refused(capsys, "folder", "images.npz")
 
