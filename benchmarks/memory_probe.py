@@ -17,20 +17,20 @@ from pathlib import Path
 import torch
 import torch._inductor.compile_fx  # what the compiled baseline imports is nobody's memory
 from measure import peak_bytes_of, torch_threads
-from steps import NAMES, batch, make_step, sizes_of
+from steps import BATCH, NAMES, batch, make_step, sizes_of
 
 import engram_kernels as ek
 
 STEPS = 3  # the first makes the moments; from the second on nothing new is made
 
 
-def peak_bytes(name: str, hidden: int, device: str = "cpu", **options) -> int | None:
+def peak_bytes(name: str, hidden: int, device: str = "cpu", samples: int = BATCH, **options) -> int | None:
     """Of so many steps and the building of the network, in this process."""
 
     def train(size: int, steps: int):
         step = make_step(name, sizes_of(size), device=device, **options)  # initialised in place, as users do
         for _ in range(steps):
-            step(*batch(device))
+            step(*batch(device, samples))
         return step
 
     train(16, 2)
@@ -38,11 +38,11 @@ def peak_bytes(name: str, hidden: int, device: str = "cpu", **options) -> int | 
 
 
 def peak_bytes_in_fresh_process(
-    name: str, hidden: int, threads: int = 2, device: str = "cpu", rate: float | None = None
+    name: str, hidden: int, threads: int = 2, device: str = "cpu", rate: float | None = None, samples: int = BATCH
 ) -> int | None:
     """The same, measured by this file as a program. Raises: RuntimeError with the last line that it wrote."""
     command = [sys.executable, __file__, name, str(hidden), "--threads", str(threads), "--device", device]
-    command += [] if rate is None else ["--rate", str(rate)]
+    command += ["--samples", str(samples)] + ([] if rate is None else ["--rate", str(rate)])
     paths = [str(Path(ek.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -60,11 +60,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--samples", type=int, default=BATCH)
     arguments = parser.parse_args()
     options = {} if arguments.rate is None else {"rate": arguments.rate}
     with torch_threads(arguments.threads):
         torch.manual_seed(0)
-        print(json.dumps(peak_bytes(arguments.name, arguments.hidden, arguments.device, **options)))
+        print(json.dumps(peak_bytes(arguments.name, arguments.hidden, arguments.device, arguments.samples, **options)))
 
 
 if __name__ == "__main__":

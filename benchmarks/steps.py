@@ -111,8 +111,8 @@ def make_step(
     return EngramStep(sizes, state, device, **(CONFIGURATIONS[name] | options))
 
 
-def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    return torch.randn(BATCH, INPUTS, device=device), torch.randint(CLASSES, (BATCH,), device=device)
+def batch(device: str = "cpu", samples: int = BATCH) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, INPUTS, device=device), torch.randint(CLASSES, (samples,), device=device)
 
 
 def seconds_of_ways(names: Iterable[str], hidden: int, device: str) -> dict[str, float]:

@@ -382,12 +382,12 @@ cli.main(sys.argv[1:])
     [
         [],
         ["--fuse-backward", "--state-dtype", "bfloat16", "--weight-dtype", "bfloat16"],
-        ["--state-dtype", "int8"],
-        ["--method", "mbnn", "--fuse-backward", "--state-dtype", "int8"],
-        ["--readout", "dendritic", "--segments", "3"],
         ["--readout", "dendritic", "--segments", "3", "--train-hidden", "--loss", "batch", "--temperature", "1"],
-        ["--readout", "prototype", "--batch-size", "5"],  # one pass
         ["--readout", "ridge", "--batch-size", "5"],  # one pass
+        pytest.param(["--state-dtype", "int8"], marks=pytest.mark.slow),
+        pytest.param(["--method", "mbnn", "--fuse-backward", "--state-dtype", "int8"], marks=pytest.mark.slow),
+        pytest.param(["--readout", "dendritic", "--segments", "3"], marks=pytest.mark.slow),
+        pytest.param(["--readout", "prototype", "--batch-size", "5"], marks=pytest.mark.slow),  # one pass
     ],
     ids=" ".join,
 )
@@ -638,7 +638,7 @@ def test_an_interrupted_comparison_goes_on(npz, capsys):
     """For real: a process with two runs in progress, and a SIGINT to it alone."""
     options = [
         "compare", "--methods", "mbnn", "bnn", "--dataset", npz, "--hidden", "32", "--epochs", "2", "--batch-size", "4",
-        "--scenario", "permuted", "--tasks", "40", "--jobs", "2", "--output", "out",
+        "--scenario", "permuted", "--tasks", "16", "--jobs", "2", "--output", "out",
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "engram_kernels.cli", *options],
@@ -647,7 +647,7 @@ def test_an_interrupted_comparison_goes_on(npz, capsys):
     try:
         heard = set()
         for line in process.stderr:
-            if " of 40 tasks" in line:
+            if " of 16 tasks" in line:
                 heard.add(line.split(",")[0])
             if len(heard) == 2:
                 break

@@ -73,6 +73,17 @@ def test_packing_is_exact(k, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 31, 128, 1001, 4096])
+def test_standardised_samples_have_the_same_bits(n, dtype):
+    y, d = (torch.randn(37, n) + 1).to(dtype), torch.randn(37, n).to(dtype)
+    expected = ops.standardise(y)  # on the CPU, tested against the reference elsewhere
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ops.standardise(y.cuda()), expected, strict=True))
+    dy = ops.standardise_grad(*on_cuda(d, y, expected[1]))
+    assert torch.equal(dy.cpu(), ops.standardise_grad(d, y, expected[1]))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("m, n, k", [*SHAPES, (1024, 2048, 4096), (1, 4096, 4096), (8, 4096, 4096)])
 def test_binary_products_are_exact(m, n, k, gate):

@@ -120,13 +120,15 @@ def test_pretrained_folders_predict(capsys):
     np.save("narrow.npy", np.zeros((3, 9)))
     assert "samples: expected samples that the model takes, got 9 features" in refused(capsys, "folder", "narrow.npy")
     ek.save_pretrained(torch.nn.Unflatten(1, (8, 8)), "images")
-    assert "model: expected one that gives scores of shape" in refused(capsys, "images", "images.npz")
+    assert "model: expected one that gives scores of shape (samples, classes)" in refused(
+        capsys, "images", "images.npz"
+    )
     Path("folder/model.safetensors").unlink()
     assert "expected model.safetensors in folder, found none" in refused(capsys, "folder", "images.npz")
 
 
 def test_a_pretrained_classifier_predicts(capsys, text_model):
-    _, labels = text_model
+    x, labels = text_model
     ek.save_pretrained(ek.EngramClassifier.load("model.safetensors"), "folder")
     assert (predict(capsys, "folder", "images.npz").astype(str) == labels).all()
 

@@ -14,6 +14,8 @@ from engram_kernels.continual.progress import BarProgress, LineProgress, NoProgr
 from engram_kernels.continual.scenarios import SCENARIOS, Experience, class_scenario, make_scenario
 from engram_kernels.continual.training import TrainingError, evaluate, run, train
 
+OF_EACH_KIND = ("engram", "ewc", "joint", "classifier")  # in every scenario; the others, by default, in one
+
 
 def clusters(classes=4, features=25, train=160, test=60, spread=0.3):
     """Well separated classes: whatever learns at all gets them right."""
@@ -61,8 +63,14 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    ("scenario", "method"),
+    [
+        pytest.param(scenario, method, marks=[] if method in OF_EACH_KIND or scenario == "class" else pytest.mark.slow)
+        for scenario in SCENARIOS
+        for method in METHODS
+    ],
+)
 def test_a_run_learns_and_is_reproducible(method, scenario):
     options = {
         "scenario": scenario, "method": method, "hidden": (96, 64), "epochs": 5, "batch_size": 10, "loss": "all",

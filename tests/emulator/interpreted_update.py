@@ -86,7 +86,7 @@ def test_every_bit_is_that_of_the_cpu_operator(shape, formats, nan_flag):
     weight_dtype, grad_dtype, state_dtype = formats
     mine = Layer(*shape, weight_dtype, state_dtype)
     theirs = mine.twin()
-    for step, weight_bound in ((1, math.inf), (2, 0.2), (3, 0.125)):
+    for step, weight_bound in ((1, math.inf), (2, 0.125)):
         grad, settings = gradient(*shape, grad_dtype), dict(step=step, weight_bound=weight_bound, first_row=2**33 - 2)
         mine.updated_by(triton_kernels.metaplastic_adam_, grad, **settings)
         theirs.updated_by(ops.metaplastic_adam_, grad, **settings)
@@ -160,7 +160,7 @@ def test_a_nan_is_noted_wherever_it_is(formats, nan_flag):
     weight_dtype, grad_dtype, state_dtype = formats
     n, k = 9, 131
     places = [(0, 0), (8, 130), (3, 127), (4, 128), (7, 66)]
-    for (row, unit), weight_bound in itertools.product(places, (math.inf, 0.1)):
+    for (row, unit), weight_bound in zip(places, itertools.cycle((math.inf, 0.1)), strict=False):
         grad, layer = gradient(n, k, grad_dtype), Layer(n, k, weight_dtype, state_dtype)
         grad[row, unit] = math.nan
         nan_flag.zero_()

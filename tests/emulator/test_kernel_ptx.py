@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(bool(mc.missing("nvcc")), reason=mc.missing("nvc
 CSRC = mc.FOLDER.parents[1] / "csrc"
 BLOCK = 256
 FLOAT32, BFLOAT16, FLOAT16, UINT8 = range(4)
-ARCHITECTURES = ("75", "80", "90a", "100")  # those between have the PTX of the one before
+# Those between have the PTX of the one before; that of 90a is that of 80 for another assembler.
+ARCHITECTURES = ("75", "80", pytest.param("90a", marks=pytest.mark.slow), "100")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -92,6 +93,20 @@ def test_pack_window(module, k, gated):
     kernel = f"pack_kernelILb{int(k % 4 == 0)}ENS0_12WithinWindow"
     launch(kernel, 3, BLOCK, launch.read(x, "x"), *gate_arguments, *rest)
     assert torch.equal(out, reference.pack_window(x, 0.7, gate))
+
+
+@pytest.mark.parametrize("n", [1, 77, 132])
+def test_standardise(module, n):
+    y, d = torch.randn(19, n) + 3, torch.randn(19, n)
+    z, moments, dy = garbage(19, n, dtype=y.dtype), garbage(19, 2, dtype=torch.float64), garbage(19, n, dtype=y.dtype)
+    launch = Launch(module)
+    results = launch.write(z, "z"), launch.write(moments, "moments")
+    launch("standardise_kernel", 2, BLOCK, packed("QdqqQQ", launch.read(y, "y"), 1e-5, 19, n, *results))
+    expected = reference.standardise(y)
+    assert torch.equal(z, expected[0]) and torch.equal(moments, expected[1])
+    addresses = launch.read(d, "d"), launch.read(y, "y again"), launch.read(moments.clone(), "moments again")
+    launch("standardise_grad_kernel", 2, BLOCK, packed("QQQqqQ", *addresses, 19, n, launch.write(dy, "dy")))
+    assert torch.equal(dy, reference.standardise_grad(d, y, moments))
 
 
 @pytest.mark.parametrize(
