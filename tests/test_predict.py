@@ -128,7 +128,7 @@ def test_pretrained_folders_predict(capsys):
 
 
 def test_a_pretrained_classifier_predicts(capsys, text_model):
-    x, labels = text_model
+    _, labels = text_model
     ek.save_pretrained(ek.EngramClassifier.load("model.safetensors"), "folder")
     assert (predict(capsys, "folder", "images.npz").astype(str) == labels).all()
 
