@@ -35,7 +35,7 @@ _MOST_STEPS = 500
 _PROBES = 4  # random vectors that find a trace
 _PROBE_TOLERANCE = 1e-2
 _LEAST_LEFT = 0.05  # share of the samples, and of what tells classes apart, that the parameters leave
-_DEGREES = 3  # of freedom, of Student's t
+_DEGREES = 4  # of freedom, of Student's t
 _MEANS_TEMPER = 0.27  # where pairs are not counted: the likeliest labels on most data sets
 _PENALTIES = 10.0 ** torch.arange(-6.0, 1.01, 0.5, dtype=torch.float64, device="cpu")  # shares of all variance
 
@@ -51,7 +51,7 @@ class Prior(NamedTuple):
 class Discriminant(NamedTuple):
     """``score = z · weight + bias`` of codes z of 0 and 1; float32 (C, K) and (C,).
 
-    ``temper`` times the score, plus the logarithm of the classes' shares, is the log-odds of the classes.
+    ``temper`` times the score, with the logarithm of the classes' shares, is the log-odds of the classes.
     """
 
     weight: Tensor

@@ -303,8 +303,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, (M, classes).
 
-        The scores of the discriminant, times a factor that follows from the counts, and the logarithms of the classes'
-        shares: :func:`engram_kernels.discriminants.temper_of`. With ``readout="prototype"`` the factor is 0.27.
+        The log-odds of normal distributions, the classes' shares included, times a factor that follows from the counts:
+        :func:`engram_kernels.discriminants.temper_of`. With ``readout="prototype"`` the factor is 0.27.
         """
         scores = self._scores(self._asked(X))
         odds = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -328,10 +328,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             weight, bias, temper = self.discriminants_.discriminant()
             samples = self.moments_.samples[: len(self.classes_)].double()
             y = self._coded(X, lambda bits: code_product(bits, weight) + bias)
-        shares = (samples / samples.sum()).log().numpy()
-        if not self.moments_.blocks:  # a fixed temper is too small for most tables, and the shares would outweigh it
-            shares *= temper
-        return temper * y + shares
+        return temper * (y + (samples / samples.sum()).log().numpy())
 
     def _novelty(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):

@@ -17,7 +17,7 @@ def test_parameters_and_distance_make_the_factor_smaller():
     means, within = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double(), torch.eye(2).double() * 2
     samples = torch.tensor([50, 50])
     sure = temper_of(means, within, samples, 0.0)
-    assert sure == pytest.approx(1 / (1 + 4 / 12))
+    assert sure == pytest.approx(1 / (1 + 4 / 16))
     assert 0 < temper_of(means, within, samples, 20.0) < sure
     assert 0 < temper_of(means, within, samples, 100.0) < 0.01  # nothing but noise, and still an order of classes
     assert temper_of(10 * means, 10 * within, samples, 0.0) < sure
