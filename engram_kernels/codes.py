@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .reference import group_signs, philox, words_for
+from .reference import _GROUPED_ROWS, group_signs, philox, words_for
 
 _FILTERS = 32  # of each size at least: more of them were no better
 _POOL = 3  # places in each direction
 _MOST_PIXELS = 128  # of a side that the operator takes
-_LEAST_IMAGES = 128  # of a call, so that looking up which places need which filters takes little of it
+_LEAST_IMAGES = 64  # of a call, so that looking up which places need which filters takes little of it
 _CONTRAST_FLOOR = 0.1 * 255  # below it a patch is as good as empty
 _CHUNK_VALUES = 1 << 23  # of the largest temporary, so that memory does not grow with the batch
 
@@ -73,14 +73,14 @@ class ProjectionCode:
 
     def __init__(self, n_features: int, n_units: int, *, seed: int, rate: float) -> None:
         self.n_features, self.n_units, self.rate = n_features, n_units, rate
-        bits, middle = [], []
-        step = max(1, _CHUNK_VALUES // 8 // n_features)
+        bits, groups, middle = [], [], []
+        step = max(1, _CHUNK_VALUES // 8 // n_features // _GROUPED_ROWS) * _GROUPED_ROWS
         for row in range(0, n_units, step):
             signs = _balanced_signs(seed_tensor(seed, 0), min(step, n_units - row), n_features, row)
             bits.append(ops.pack_signs(torch.where(signs >= 0, 1.0, -1.0)))  # the 0 counts as +1 until excitability
+            groups.append(group_signs(bits[-1], n_features))
             middle.append((signs == 0).int().argmax(dim=1))
-        self._bits, self._middle = torch.cat(bits), torch.cat(middle)
-        self._groups = group_signs(self._bits, n_features)
+        self._bits, self._groups, self._middle = torch.cat(bits), torch.cat(groups, dim=1), torch.cat(middle)
 
     def excitability(self, x: Tensor) -> Tensor:
         """uint8 (M, K) -> int32 (M, N)."""
