@@ -129,6 +129,30 @@ def test_every_read_out_of_a_network(readout, sizes, encode):
     assert_same(model, packed, torch.randn(40, sizes[0]))
 
 
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+def test_one_operator_gives_what_the_layers_give(readout, isa):
+    """From bytes, and from the signs that floats become."""
+    model = ek.EngramMLP((100, 300, 200, 10), readout=readout, engram=ek.StochasticEngram(0.2, score="magnitude"))
+    x = images(300, 100)
+    if readout in ("prototype", "ridge"):
+        model.observe(x, torch.randint(9, (300,)))
+    packed = ek.pack(model)
+    for y in (x, x.float(), x[:1], x[:0]):
+        state = packed._begin(y)
+        for layer in packed.layers:
+            state = layer(state)
+        assert torch.equal(packed(y), state.y)
+
+
+def test_layers_without_a_stage_run_one_by_one():
+    """A normalisation of floats, whose rounding is torch's."""
+    norm = exact_norm(64)
+    model = sequential((60, 64, 10), lambda _: nn.Sequential(batch_norm(64), norm), "value", True, False)
+    packed = ek.pack(model)
+    assert [start for start, _ in packed._programs] == [len(packed.layers) - 2]
+    assert_same(model, packed, images(50, 60))
+
+
 def test_several_segments_speak_for_a_class():
     engram = ek.StochasticEngram(0.2, score="magnitude")
     readout = ek.DendriticReadout(64, 3, segments=7, top_segments=3, engram=engram)
@@ -562,10 +586,28 @@ def test_compiled_and_exported_models_give_the_same_scores(readout, way, tmp_pat
     torch.testing.assert_close(scores, packed(x), rtol=1e-5, atol=1e-5)  # compiled sums round in another order
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["export", "aoti"])
+def test_a_process_that_lacks_the_package_is_told_which(way, tmp_path):
+    program = torch.export.export(ek.pack(ek.EngramMLP((64, 100, 10))), (images(3, 64),))
+    if way == "export":
+        torch.export.save(program, tmp_path / "model.pt2")
+    else:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.save(images(3, 64), tmp_path / "x")
+    without = FRESH.replace("import engram_kernels\n", "")
+    arguments = [tmp_path / "model.pt2", tmp_path / "x", way, tmp_path / "scores"]
+    done = subprocess.run(
+        [sys.executable, "-c", without, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and "engram_kernels" in done.stderr, done.stderr
+
+
 def test_a_program_holds_bits_and_packs_signs_of_values_alone():
     packed = ek.pack(sequential((64, 100, 50, 10), batch_norm, "value", False, False))
     program = torch.export.export(packed, (images(3, 64),))
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     called = [str(node.target) for graph in graphs for node in graph.nodes if "engram_kernels" in str(node.target)]
-    assert not any("pack_signs" in name or "kept_sign_bits" in name for name in called), called
-    assert sum("binary_matmul" in name for name in called) == 2
+    assert called == ["engram_kernels.packed_network.default"]
+    floats = [t for t in program.state_dict.values() if t.dtype.is_floating_point and t.dim() > 1]
+    assert not floats

@@ -19,7 +19,17 @@ using runtime::State;
 using runtime::Type;
 
 // As reference.PACKED_STAGES numbers them.
-enum Kind : int64_t { kProduct, kSignByMean, kSignByThreshold, kRecruit, kGate, kAffine, kDendritic, kPrototype, kRidge };
+enum Kind : int64_t {
+  kProduct,
+  kSignByMean,
+  kSignByThreshold,
+  kRecruit,
+  kGate,
+  kAffine,
+  kDendritic,
+  kPrototype,
+  kRidge
+};
 
 // Reads stages from the arguments of the operator: numbers and tensors in the order in which stages name them.
 class Reader {
@@ -41,8 +51,7 @@ class Reader {
       steps += std::visit([](const auto& s) { return s.steps(); }, stages.back());
     }
     require(tensor_ == tensors_.size(), "tensors: expected ", tensor_, ", got ", tensors_.size());
-    require(factor_ == static_cast<int64_t>(factors_.size()), "factors: expected ", factor_, ", got ",
-            factors_.size());
+    require(factor_ == static_cast<int64_t>(factors_.size()), "factors: expected ", factor_, ", got ", factors_.size());
     return stages;
   }
 
@@ -213,26 +222,25 @@ Tensor packed_network(const Tensor& x, std::optional<Tensor> gate_bits, std::vec
                                  : new_tensor({M, units}, ScalarType::Float, place);
   void* to = out.mutable_data_ptr();
   TorchRuntime rt;
-  runtime::share_samples(
-      rt.get(), M, reader.steps, reader.widest, [&](int64_t begin, int64_t count, const Call& call) {
-        State state{count, {numbers + begin * first.inputs, Type::kUint8, first.inputs, 255}, nullptr, nullptr, 0};
-        if (!first.real) {
-          state.bits = packed_data(in) + begin * words_for(first.inputs);
-          state.gate = gates.data() == nullptr ? nullptr : gates.data() + begin * gate_stride;
-          state.gate_stride = gate_stride;
-        }
-        for (const Stage& stage : stages) std::visit([&](const auto& s) { s.run(state, call); }, stage);
-        if (reader.gives_gate) {
-          for (int64_t i = 0; i < count; ++i)
-            std::copy_n(state.gate + i * state.gate_stride, words, static_cast<uint64_t*>(to) + (begin + i) * words);
-          return;
-        }
-        float* scores = static_cast<float*>(to) + begin * units;
-        if (state.y.type == Type::kInt32)
-          std::copy_n(static_cast<const int32_t*>(state.y.data), count * units, scores);
-        else
-          std::copy_n(static_cast<const float*>(state.y.data), count * units, scores);
-      });
+  runtime::share_samples(rt.get(), M, reader.steps, reader.widest, [&](int64_t begin, int64_t count, const Call& call) {
+    State state{count, {numbers + begin * first.inputs, Type::kUint8, first.inputs, 255}, nullptr, nullptr, 0};
+    if (!first.real) {
+      state.bits = packed_data(in) + begin * words_for(first.inputs);
+      state.gate = gates.data() == nullptr ? nullptr : gates.data() + begin * gate_stride;
+      state.gate_stride = gate_stride;
+    }
+    for (const Stage& stage : stages) std::visit([&](const auto& s) { s.run(state, call); }, stage);
+    if (reader.gives_gate) {
+      for (int64_t i = 0; i < count; ++i)
+        std::copy_n(state.gate + i * state.gate_stride, words, static_cast<uint64_t*>(to) + (begin + i) * words);
+      return;
+    }
+    float* scores = static_cast<float*>(to) + begin * units;
+    if (state.y.type == Type::kInt32)
+      std::copy_n(static_cast<const int32_t*>(state.y.data), count * units, scores);
+    else
+      std::copy_n(static_cast<const float*>(state.y.data), count * units, scores);
+  });
   return out;
 }
 

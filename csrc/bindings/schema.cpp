@@ -21,8 +21,8 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("standardise(Tensor y, float eps=1e-5) -> (Tensor, Tensor)");
   m.def("standardise_grad(Tensor d, Tensor y, Tensor moments) -> Tensor");
   m.def("top_units(Tensor y, int count) -> Tensor");
-  m.def(
-      "packed_network(Tensor x, Tensor? gate_bits, int[] layout, float[] factors, Tensor[] tensors) -> Tensor");
+  m.def("packed_network(Tensor x, Tensor? gate_bits, int[] layout, float[] factors, Tensor[] tensors) -> Tensor");
+  m.def("patch_excitability(Tensor images, Tensor filters, Tensor units, float floor, int pool=3) -> Tensor");
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
       "int first_row=0, int row_step=1) -> Tensor");

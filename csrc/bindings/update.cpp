@@ -148,7 +148,7 @@ cpu::MetaplasticAdam check_update(UpdateArguments& u, std::initializer_list<Name
       static_cast<float>(u.metaplasticity < kMostMetaplasticity ? u.metaplasticity : kMostMetaplasticity);
   p.step_size = static_cast<float>(step_size);
   p.weight_bound = float_bound;
-  p.seed = key.key, p.offset = key.offset, p.first_row = static_cast<uint64_t>(u.first_row);
+  p.rounding = rounding_key(key.key, key.offset), p.first_row = static_cast<uint64_t>(u.first_row);
   return p;
 }
 
@@ -161,15 +161,16 @@ void check_grad(const Tensor& grad, const Tensor& weight) {
 }
 
 // For updates outside this library: checks as metaplastic_adam_ does. Returns the numbers of MetaplasticAdam in their
-// order there, as every backend takes them.
+// order there, as every backend takes them, and the four words of the rounding key.
 std::vector<double> check_update_of(Stack stack) {
   Tensor weight = stack.take<Tensor>();
   const auto grad = stack.take<std::optional<Tensor>>();
   UpdateArguments u = stack.take_update(std::move(weight));
   const cpu::MetaplasticAdam p = check_update(u, {{"grad", address(grad)}});
   if (grad) check_grad(*grad, u.weight);
+  const std::vector<double> key(p.rounding.word, p.rounding.word + 4);
   return {p.beta1,        p.one_minus_beta1, p.beta2,     p.one_minus_beta2, p.eps,
-          p.weight_decay, p.metaplasticity,  p.step_size, p.weight_bound};
+          p.weight_decay, p.metaplasticity,  p.step_size, p.weight_bound,    key[0], key[1], key[2], key[3]};
 }
 
 constexpr const char* kNotFinite =

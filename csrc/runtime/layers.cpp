@@ -173,7 +173,8 @@ class ProductLayer : public Layer {
     for (int64_t n = 0; n < outputs; ++n)
       for (int64_t k = 0; k < inputs; ++k) {
         const uint64_t bit = stage_.weight[n * words_for(inputs) + k / kWordBits] >> k % kWordBits & 1;
-        groups_[static_cast<size_t>(k / kGroup * stride + n)] |= static_cast<uint16_t>(bit << k % kGroup);
+        groups_[static_cast<size_t>(k / kGroup * stride + n)] |=
+            static_cast<uint16_t>(bit << place_in_group(k % kGroup));
       }
   }
 
@@ -230,8 +231,7 @@ class RecruitLayer : public StageLayer<Recruit> {
 class GateLayer : public StageLayer<Gate> {
  public:
   GateLayer(const Json& fields, const std::string& name, File& file) : StageLayer(fields, name) {
-    stage_.gate =
-        reinterpret_cast<const uint64_t*>(file.tensor<int64_t>(name + ".gate", "I64", {words_for(units_)}));
+    stage_.gate = reinterpret_cast<const uint64_t*>(file.tensor<int64_t>(name + ".gate", "I64", {words_for(units_)}));
   }
 };
 

@@ -13,7 +13,7 @@
 namespace engram::runtime {
 namespace {
 
-constexpr int64_t kMostExact = int64_t{1} << 24;  // integers up to here are exact in float32
+constexpr int64_t kMostExact = int64_t{1} << 24;                     // integers up to here are exact in float32
 constexpr float kNoClass = -std::numeric_limits<float>::infinity();  // score of a class without samples
 
 const int32_t* as_integers(const State& state, const Call& call) {
@@ -90,8 +90,12 @@ void Product::run(State& state, const Call& call) const {
   const bool exact = !real || state.y.type != Type::kFloat32;
   if (real && exact && groups != nullptr) {
     const int64_t stride = ceil_div(outputs, kGroupedRows) * kGroupedRows;
-    const GroupedProduct p{static_cast<const uint8_t*>(state.y.data), groups,        stride,
-                           static_cast<int32_t*>(call.values),        state.samples, outputs,
+    const GroupedProduct p{static_cast<const uint8_t*>(state.y.data),
+                           groups,
+                           stride,
+                           static_cast<int32_t*>(call.values),
+                           state.samples,
+                           outputs,
                            inputs};
     cpu::grouped_product(call.kernels, p, weight);
   } else if (real) {
@@ -108,11 +112,7 @@ void Product::run(State& state, const Call& call) const {
     cpu::binary_matmul(call.kernels, p);
   }
   const int64_t largest = real ? 255 * inputs : inputs;
-  state = {state.samples,
-           {call.values, exact ? Type::kInt32 : Type::kFloat32, outputs, largest},
-           nullptr,
-           nullptr,
-           0};
+  state = {state.samples, {call.values, exact ? Type::kInt32 : Type::kFloat32, outputs, largest}, nullptr, nullptr, 0};
 }
 
 // ---- signs and gates
@@ -123,9 +123,8 @@ void Sign::run(State& state, const Call& call) const {
   const bool rounded = real != nullptr && state.y.largest > kMostExact;  // float32 may reach what integers do not
   if (state.y.type == Type::kFloat32 || rounded) return pack_floats(as_floats(state, call), state.samples, bits);
   const int32_t* y = as_integers(state, call);
-  cpu::prepared_signs(call.kernels,
-                      {{y, by_mean ? nullptr : threshold, nullptr, state.samples, units, bits},
-                                      by_mean ? nullptr : flip_bits});
+  cpu::prepared_signs(call.kernels, {{y, by_mean ? nullptr : threshold, nullptr, state.samples, units, bits},
+                                     by_mean ? nullptr : flip_bits});
 }
 
 void Sign::pack_floats(const float* y, int64_t samples, uint64_t* bits) const {
@@ -198,10 +197,9 @@ const int32_t* Recruit::integer_keys(const int32_t* y, int64_t samples, const Ca
 void Affine::run(State& state, const Call& call) const {
   const bool whole = state.y.type == Type::kInt32;
   auto* out = static_cast<float*>(call.values);
-  cpu::scale_values(call.kernels,
-                    {whole ? static_cast<const int32_t*>(state.y.data) : nullptr,
-                     whole ? nullptr : as_floats(state, call), factors, factor_count, scale, shift, state.samples,
-                     units, out});
+  cpu::scale_values(call.kernels, {whole ? static_cast<const int32_t*>(state.y.data) : nullptr,
+                                   whole ? nullptr : as_floats(state, call), factors, factor_count, scale, shift,
+                                   state.samples, units, out});
   state.y = {out, Type::kFloat32, units, 0};
 }
 
@@ -265,8 +263,8 @@ void Ridge::run(State& state, const Call& call) const {
 
 namespace {
 
-constexpr int64_t kSamples = 64;              // whose activations are held at a time, in the second-level cache
-constexpr int64_t kLeastSamples = 16;         // of a share: a few tiles of the products
+constexpr int64_t kSamples = 64;                   // whose activations are held at a time, in the second-level cache
+constexpr int64_t kLeastSamples = 16;              // of a share: a few tiles of the products
 constexpr int64_t kLeastSteps = int64_t{1} << 15;  // of a share: a thread that sleeps is woken in about as much time
 
 thread_local Workspace workspace;
