@@ -199,7 +199,10 @@ class GatedSignProduct(_Function):
     def setup_context(ctx, inputs, output):
         """Keeps the bits, and the window as one more of them."""
         x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed = inputs
-        mask_bits = ops.pack_window(x.detach(), window, gate_bits) if ctx.needs_input_grad[0] else None
+        mask_bits = None
+        if ctx.needs_input_grad[0]:
+            unbounded = gate_bits is not None and window == math.inf  # then the gate is the mask
+            mask_bits = gate_bits if unbounded else ops.pack_window(x.detach(), window, gate_bits)
         ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
         _remember(ctx, x.shape[1], weight, consumed)
         _remember_scale(ctx, x, scale, bias)

@@ -80,7 +80,9 @@ class MetaplasticAdam(Optimizer):
         W  -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)
         W   = min(max(W, -weight_bound), weight_bound)
 
-    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam.
+    in one pass over memory that also refreshes the packed signs. Every other parameter gets torch's Adam: in float32 on
+    the CPU in the same call as the hidden weights, equal to torch's up to the rounding of the last bit, elsewhere by
+    torch's own.
 
     Args:
         params: parameters, or groups of them, each with settings of its own if wanted (``metaplasticity`` may differ

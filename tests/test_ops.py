@@ -85,13 +85,8 @@ def test_pack_window_is_exact(isa, k, gate):
 def test_standardising_is_exact(isa, n, dtype):
     for m in (0, 1, 5):
         wide = torch.randn(m, n) * 2.0 ** torch.randint(-20, 14, (m, n))  # so far apart that sums round
-        for y in (
-            torch.randn(m, n),
-            wide,
-            torch.randn(m, n) * 1e-20,
-            torch.randint(-n, n + 1, (m, n)),
-            torch.zeros(m, n),
-        ):
+        whole, zeros = torch.randint(-n, n + 1, (m, n)), torch.zeros(m, n)
+        for y in (torch.randn(m, n), wide, torch.randn(m, n) * 1e-20, whole, zeros):
             y, d = y.to(dtype), torch.randn(m, n).to(dtype)
             z, moments = ops.standardise(y, 1e-3)
             expected = reference.standardise(y, 1e-3)
