@@ -21,6 +21,7 @@ from torch import nn
 
 import engram_kernels as ek
 from engram_kernels.cli import main
+from engram_kernels.continual.data import load
 from engram_kernels.encoding import SampleStandardisation
 from engram_kernels.packed.layers import KINDS, least_integer_that_reaches
 
@@ -142,6 +143,23 @@ def test_one_operator_gives_what_the_layers_give(readout, isa):
         for layer in packed.layers:
             state = layer(state)
         assert torch.equal(packed(y), state.y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+def test_every_test_image_of_mnist_is_predicted_as_the_model_does(readout):
+    folder = Path(os.environ.get("ENGRAM_DATA_DIR", "nowhere"))
+    if not (folder / "mnist").is_dir():
+        pytest.skip("MNIST's four files are not in ENGRAM_DATA_DIR/mnist")
+    data = load("mnist", folder)
+    x, y = data.x_train[:5000], data.y_train[:5000].long()
+    model = ek.EngramMLP((784, 512, 512, 10), readout=readout)
+    model.encoding(x.float())
+    if readout in ("prototype", "ridge"):
+        model.observe(x, y)
+    packed = ek.pack(model)
+    assert len(data.x_test) == 10_000 and data.x_test.dtype == torch.uint8
+    assert_same(model.eval(), packed, data.x_test)
 
 
 def test_layers_without_a_stage_run_one_by_one():
@@ -374,7 +392,7 @@ def test_tensors_of_a_file_are_mapped(packed, tmp_path):
     del loaded
 
 
-def test_a_network_of_images_takes_less_than_800_kilobytes(tmp_path):
+def test_a_network_of_test_imagestakes_less_than_800_kilobytes(tmp_path):
     ek.pack(sequential((784, 2048, 2048, 10), batch_norm, "none", True, False)).save(tmp_path / "model")
     assert (tmp_path / "model").stat().st_size < 800_000
 

@@ -56,12 +56,15 @@ ENGRAM_INLINE void top_of_row(const int32_t* y, int64_t k, int64_t count, uint64
   pack_at_least(y, k, OneThreshold{static_cast<int32_t>(low)}, gate);
   // all above `low` are recruited: what is too many has that value, and the last ones of it leave
   int64_t surplus = of_low - count;
-  for (int64_t word = words_for(k) - 1; surplus > 0; --word) {
-    const int64_t first = word * kWordBits;
-    for (int64_t i = smaller(kWordBits, k - first) - 1; i >= 0 && surplus > 0; --i) {
-      if (y[first + i] != low) continue;
-      gate[word] &= ~(uint64_t{1} << i);
-      --surplus;
+  for (int64_t word = (k - 1) / kWordBits; surplus > 0; --word) {
+    const int64_t first = word * kWordBits, units = smaller(kWordBits, k - first);
+    const bool topmost = low == INT32_MAX;  // which nothing is above
+    const OneThreshold next{static_cast<int32_t>(topmost ? low : low + 1)};
+    const uint64_t reached =
+        units == kWordBits ? at_least_64(y + first, next) : at_least_plainly(y + first, units, next);
+    for (uint64_t equal = gate[word] & ~(topmost ? 0 : reached); equal != 0 && surplus > 0; --surplus) {
+      const uint64_t last = uint64_t{1} << (kWordBits - 1 - __builtin_clzll(equal));
+      gate[word] &= ~last, equal &= ~last;
     }
   }
 }

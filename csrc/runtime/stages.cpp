@@ -263,7 +263,9 @@ void Ridge::run(State& state, const Call& call) const {
 
 namespace {
 
-constexpr int64_t kSamples = 64;                   // whose activations are held at a time, in the second-level cache
+constexpr int64_t kSamples = 64;               // whose activations are held at a time, in the second-level cache
+constexpr int64_t kValues = int64_t{1} << 19;  // of them, but for kFewestSamples: a thread keeps their memory
+constexpr int64_t kFewestSamples = 8;
 constexpr int64_t kLeastSamples = 16;              // of a share: a few tiles of the products
 constexpr int64_t kLeastSteps = int64_t{1} << 15;  // of a share: a thread that sleeps is woken in about as much time
 
@@ -280,7 +282,8 @@ struct Shared {
   std::exception_ptr failure;  // the first
 
   void work(int64_t begin, int64_t end, const cpu::Runtime& runtime) {
-    const int64_t parts = ceil_div(end - begin, kSamples);
+    const int64_t at_once = std::min(kSamples, std::max(kFewestSamples, kValues / units));
+    const int64_t parts = ceil_div(end - begin, at_once);
     for (int64_t part = 0, first = begin; part < parts; ++part) {
       const int64_t last = begin + (end - begin) * (part + 1) / parts, count = last - first;
       workspace.clear();

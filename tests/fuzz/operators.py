@@ -870,7 +870,8 @@ def change_units(call: Call, draw: Draw) -> None:
 
 
 def change_type(call: Call, draw: Draw) -> None:
-    name = draw.choice([name for name in call.arguments if name not in ("rule", "dtype")])
+    fixed = ("rule", "dtype", "layout", "factors", "tensors")
+    name = draw.choice([name for name in call.arguments if name not in fixed])
     call.arguments[name] = draw.choice([None, "7", [1.5], {}])
 
 
