@@ -188,7 +188,8 @@ class BuildKernels(BuildExtension):
 def bindings() -> CppExtension:
     """The extension but for its kernels."""
     without_cuda = [] if cuda_compiler() else [str(CSRC / "cuda" / "no_cuda.cpp")]
-    sources = sorted(map(str, [*CSRC.glob("bindings/*.cpp"), *CSRC.glob("cpu/launch*.cpp")]))
+    runtime = [CSRC / "runtime" / f"{name}.cpp" for name in ("stages", "workspace")]
+    sources = sorted(map(str, [*CSRC.glob("bindings/*.cpp"), *CSRC.glob("cpu/launch*.cpp"), *runtime]))
     extension = CppExtension(
         "engram_kernels._C",
         [*sources, *without_cuda],
@@ -198,7 +199,9 @@ def bindings() -> CppExtension:
         ),  # for sdist and rebuilds
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
-        extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", *sanitizer_flags()]},
+        extra_compile_args={
+            "cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *sanitizer_flags()]
+        },
         extra_link_args=sanitizer_flags(),
     )
     # what the Stable ABI needs, and nothing that only some builds of torch have

@@ -1,7 +1,9 @@
 """Binary convolutions beside torch's: forward, in training, and what they keep. Middle layers of small networks."""
 
 import pytest
+import report
 import torch
+from convolution_probe import peak_bytes_in_fresh_process
 from torch import nn
 
 import engram_kernels as ek
@@ -68,3 +70,15 @@ def test_convolution_kept_for_backward(channels, size):
         return sum(kept.values())
 
     assert 3 * kept_by(layer) <= kept_by(plain)
+
+
+@pytest.mark.parametrize("layers", [1, 8, 24])
+@pytest.mark.parametrize("channels, size", [(64, 32), (256, 16)])
+def test_convolution_peak_memory(benchmark, target, channels, size, layers):
+    """Of a training step of a stack; what one layer keeps grows with the stack, images under way do not."""
+    ours = benchmark.pedantic(peak_bytes_in_fresh_process, ("signs", channels, size, layers), rounds=1)
+    theirs = peak_bytes_in_fresh_process("floats", channels, size, layers)
+    name = f"{layers} conv 3x3, {channels} channels, {BATCH}x{size}x{size}"
+    row = report.Row("convolution peak memory above import", name, target.isa, 2, peak_bytes=ours)
+    row.baselines.append(report.Baseline("nn.Conv2d fp32", theirs / ours if ours else None, peak_bytes=theirs))
+    report.add(row, benchmark)

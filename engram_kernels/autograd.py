@@ -199,7 +199,10 @@ class GatedSignProduct(_Function):
     def setup_context(ctx, inputs, output):
         """Keeps the bits, and the window as one more of them."""
         x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed = inputs
-        mask_bits = ops.pack_window(x.detach(), window, gate_bits) if ctx.needs_input_grad[0] else None
+        mask_bits = None
+        if ctx.needs_input_grad[0]:
+            unbounded = gate_bits is not None and window == math.inf  # then the gate is the mask
+            mask_bits = gate_bits if unbounded else ops.pack_window(x.detach(), window, gate_bits)
         ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
         _remember(ctx, x.shape[1], weight, consumed)
         _remember_scale(ctx, x, scale, bias)
@@ -314,7 +317,7 @@ class GatedSignConvolution(_Function):
         """Gradients of x and of the filters, straight-through."""
         _refuse_second_gradient(ctx.weight)
         x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
-        own = d.detach().permute(0, 2, 3, 1).contiguous()  # once, for both gradients
+        own = d.detach().permute(0, 2, 3, 1)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = ops.masked_conv2d_input_grad(own, w_bits, ctx.window, mask_bits, ctx.scale).permute(0, 3, 1, 2)
@@ -391,36 +394,23 @@ def _steps(window: Window) -> dict[str, Any]:
 
 
 class Standardisation(_Function):
-    """``apply(y, eps)``: ``(y - mean) / sqrt(variance + eps)`` of each row, floats (M, N) -> (M, N).
-
-    The mean is summed in float64, without error where y holds integers, and subtracted as two numbers of y's dtype, so
-    that the sign of the result is that of ``N y - sum(y)``, ties included, and does not follow from the order of a sum.
-    """
+    """``apply(y, eps)``: :func:`engram_kernels.ops.standardise`, floats (M, N) -> (M, N) and the moments (M, 2)."""
 
     @staticmethod
     def forward(y, eps):
-        """The result, and for its gradient the mean and the reciprocal deviation, (M, 1)."""
-        wide = y if y.dtype == torch.float64 else y.float()
-        mean = wide.sum(dim=1, keepdim=True, dtype=torch.float64) / y.shape[1]  # torch's mean may round twice
-        high = mean.to(wide.dtype)
-        centred = (wide - high).sub_((mean - high).to(wide.dtype))
-        variance = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square() / y.shape[1]
-        reciprocal = (variance + eps).rsqrt()
-        return (centred * reciprocal).to(y.dtype), high, reciprocal
+        """The result, and what its gradient needs."""
+        return ops.standardise(y, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Keeps the input and the two moments."""
-        ctx.save_for_backward(inputs[0], *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
+        """Keeps the input and the moments."""
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx, d, *_):
+    def backward(ctx, d, _):
         """The gradient of y."""
-        y, mean, reciprocal = ctx.saved_tensors
-        wide = mean.dtype  # torch's kernel takes no mixture of dtypes without a factor
-        own = (d.detach().contiguous().to(wide), y.to(wide), y.shape[1:], mean, reciprocal, None, None)
-        dy = torch.ops.aten.native_layer_norm_backward(*own, (True, False, False))[0].to(y.dtype)
+        dy = ops.standardise_grad(d.detach(), *ctx.saved_tensors)
         return (*_first_derivatives(d, dy), None)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .library import operators
 
-Batched = tuple[Any, int | None]  # a result and the dimension of its batch
+Batched = tuple[Any, Any]  # a result and the dimension of its batch, or several and theirs
 
 
 def _loop(
@@ -51,7 +51,10 @@ def _register_rows(name: str, rows: tuple[int, ...]) -> None:
         for i, argument in enumerate(moved):  # arguments that have their default may be absent
             if i in rows and argument is not None:
                 moved[i] = _flat(argument, in_dims[i] is not None, size, samples)
-        return operator(*moved).unflatten(0, (size, samples)), 0
+        result = operator(*moved)
+        if isinstance(result, tuple):
+            return tuple(own.unflatten(0, (size, samples)) for own in result), (0,) * len(result)
+        return result.unflatten(0, (size, samples)), 0
 
     torch.library.register_vmap(f"engram_kernels::{name}", rule)
 
@@ -85,11 +88,15 @@ _register_rows("binary_matmul", (0, 3))
 _register_rows("binary_threshold", (0, 5))
 _register_rows("sign_matmul", (0,))
 _register_rows("sign_matmul_t", (0,))
+_register_rows("standardise", (0,))
+_register_rows("standardise_grad", (0, 1, 2))
 _register_rows("gated_input_grad", (0, 2, 3))
 _register_rows("masked_input_grad", (0, 3))
 _register_rows("value_signs", (0,))
 _register_rows("top_units", (0,))
+_register_loop("packed_network")
 _register_loop("transpose_bits")
+_register_loop("patch_excitability")
 _register_loop("gated_weight_grad")
 _register_loop("unfold_bits")
 _register_loop("interleave_bits")

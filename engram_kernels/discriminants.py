@@ -32,6 +32,11 @@ _COLUMNS = 64  # of the matrix that are found at a time
 _SELECTION = 1024  # features by which the penalty is chosen: a sample tells as much
 _FRESH_SHARE = 1.1  # growth of the samples up to which the penalty and the factor of before are good enough
 _MOST_STEPS = 500
+_PROBES = 4  # random vectors that find a trace
+_PROBE_TOLERANCE = 1e-2
+_LEAST_LEFT = 0.05  # share of the samples, and of what tells classes apart, that the parameters leave
+_DEGREES = 4  # of freedom, of Student's t
+_MEANS_TEMPER = 0.27  # where pairs are not counted: the likeliest labels on most data sets
 _PENALTIES = 10.0 ** torch.arange(-6.0, 1.01, 0.5, dtype=torch.float64, device="cpu")  # shares of all variance
 
 
@@ -44,10 +49,14 @@ class Prior(NamedTuple):
 
 
 class Discriminant(NamedTuple):
-    """``score = z · weight + bias`` of codes z of 0 and 1; float32 (C, K) and (C,)."""
+    """``score = z · weight + bias`` of codes z of 0 and 1; float32 (C, K) and (C,).
+
+    ``temper`` times the score, with the logarithm of the classes' shares, is the log-odds of the classes.
+    """
 
     weight: Tensor
     bias: Tensor
+    temper: float
 
 
 class Typical(NamedTuple):
@@ -100,11 +109,12 @@ class Discriminants:
         means = moments.counts.double() / moments.samples.clamp(min=1)[:, None]
         mean = moments.counts.sum(0).double() / max(1, n)
         centred = torch.where((moments.samples > 0)[:, None], means - mean, 0.0)
-        weight = self._weights(mean, centred) if int((moments.samples > 0).sum()) > 1 else torch.zeros_like(centred)
+        asked = len(centred) - self.former
+        several = int((moments.samples > 0).sum()) > 1
+        weight, temper = self._weights(mean, centred, asked) if several else (torch.zeros_like(centred), 1.0)
         bias = -weight @ mean - 0.5 * (weight * centred).sum(1)
         self._typical = None
-        asked = len(weight) - self.former
-        self.recall(Discriminant(weight[:asked].float(), bias[:asked].float()))
+        self.recall(Discriminant(weight[:asked].float(), bias[:asked].float(), temper))
         assert self._answer is not None
         return self._answer
 
@@ -140,22 +150,28 @@ class Discriminants:
             within = weight.square() @ (shares @ (means * (1 - means)))
         return within.clamp(min=0).sqrt() + 1e-12
 
-    def _weights(self, mean: Tensor, centred: Tensor) -> Tensor:
+    def _weights(self, mean: Tensor, centred: Tensor, asked: int) -> tuple[Tensor, float]:
+        """Weights (C, K), and the temper of the scores of the classes that are asked for."""
         moments = self.moments
         shares = moments.samples.double() / moments.total
         if not moments.blocks:  # the means alone: as if all units varied alike and independently
             variance = (mean * (1 - mean) - shares @ centred.square()).mean()
-            return centred / (variance + 1e-30)
+            return centred / (variance + 1e-30), _MEANS_TEMPER
         system = _System(moments, self.prior, mean, centred, shares)
         start = self._start
-        grown = start is None or len(start.solution[0]) != len(shares) or moments.total > _FRESH_SHARE * start.samples
-        if grown:
+        if start is None or len(start.solution[0]) != len(shares) or moments.total > _FRESH_SHARE * start.samples:
             start = _new(system, self.penalty)
-        assert start is not None
-        if not (grown and start.exact):
-            start = start._replace(solution=_conjugate_gradients(system, start))
+        else:
+            solution = _conjugate_gradients(
+                system, system.right, start.solution, start.penalty, start.preconditioner, TOLERANCE
+            )
+            start = start._replace(solution=solution)
         self._start = start
-        return system.features.push(start.solution).T.double()
+        w, right, penalty = start.solution[:, :asked].double(), system.right[:, :asked].double(), start.penalty
+        means = w.T @ right
+        within = means - penalty * system.features.variance * (w.T @ w)  # by what the weights solve
+        temper = temper_of(means, 0.5 * (within + within.T), moments.samples[:asked], start.freedom)
+        return system.features.push(start.solution).T.double(), temper
 
 
 class _Solved(NamedTuple):
@@ -163,7 +179,35 @@ class _Solved(NamedTuple):
     penalty: float
     samples: int
     preconditioner: _Factor | _LowRank
-    exact: bool  # solved with the factor of this very matrix
+    freedom: float  # the number of parameters that samples decide on: the trace of S (S + penalty v)^-1
+
+
+def temper_of(means: Tensor, within: Tensor, samples: Tensor, freedom: float) -> float:
+    """The factor by which differences of scores become log-odds, from the classes' moments.
+
+    Between two classes a difference has means ``d`` apart, and the variance ``v`` within each. Learned samples flatter
+    both: with ``freedom`` parameters on n samples, of which the classes have a and b, new samples have ``d``
+    less by ``(1/a + 1/b) freedom / (1 - freedom / n)`` and ``v`` larger by ``1 / (1 - freedom / n)^2`` (asymptotics of
+    regularised discriminants: Zollanvari and Dougherty 2015). Normal distributions would give the factor ``d / v``.
+    Tails are heavier: Student's t gives ``d / v / (1 + D^2 / 4 degrees)`` midway, at the distance ``D^2 = d^2 / v``.
+    All pairs count by their shares and overlap, ``exp(-D^2 / 8)``.
+
+    float64 (C, C): ``means[i, j]`` of score i in class j, ``within`` the covariance of scores; int64 (C,).
+    """
+    n = int(samples.sum())
+    i, j = torch.triu_indices(len(samples), len(samples), 1)
+    seen = (samples[i] > 0) & (samples[j] > 0)
+    i, j = i[seen], j[seen]
+    left = max(1 - freedom / n, _LEAST_LEFT)
+    apart = means[i, i] - means[i, j] - means[j, i] + means[j, j]
+    flattered = (1 / samples[i] + 1 / samples[j]) * freedom / left
+    apart = torch.maximum(apart - flattered, _LEAST_LEFT * apart)
+    variance = (within[i, i] + within[j, j] - 2 * within[i, j]).clamp(min=1e-30) / left**2
+    distance = apart.square() / variance
+    # of the least distance, so that classes that are all far apart have a weight as well
+    weight = samples[i] * samples[j] * torch.exp((distance.min() - distance) / 8) if len(i) else apart
+    factor = apart / variance / (1 + distance / (4 * _DEGREES))
+    return float((weight * factor).sum() / weight.sum()) if len(i) else 1.0
 
 
 class _Features:
@@ -257,30 +301,43 @@ def _new(system: _System, penalty: float | None) -> _Solved:
         penalty = choose_penalty(part.double(), system.right[chosen].double(), system.shares.double(), system.n)
     shift = penalty * features.variance + 1e-30
     preconditioner: _Factor | _LowRank
+    probes = 2.0 * torch.randint(2, (f, _PROBES), generator=torch.Generator().manual_seed(0)).to(system.dtype) - 1.0
+    right = torch.cat([system.right, probes], dim=1)
     if direct:
         matrix.addmm_(system.right * system.shares, system.right.T, alpha=-1.0)
         matrix.diagonal().add_(shift)
         preconditioner = _Factor(torch.linalg.cholesky(matrix))
-        solution = preconditioner.solve(system.right)
+        solution = preconditioner.solve(right)
     else:
         preconditioner = _LowRank(columns, part, shift)
-        solution = torch.zeros_like(system.right)
-    return _Solved(solution, penalty, system.n, preconditioner, direct)
+        enough = torch.full((right.shape[1],), TOLERANCE, dtype=system.dtype)
+        enough[-_PROBES:] = _PROBE_TOLERANCE
+        solution = _conjugate_gradients(system, right, torch.zeros_like(right), penalty, preconditioner, enough)
+    solution, probed = solution[:, :-_PROBES].clone(), solution[:, -_PROBES:]
+    freedom = f - shift * float((probes * probed).sum()) / _PROBES  # Hutchinson 1990
+    return _Solved(solution, penalty, system.n, preconditioner, freedom)
 
 
-def _conjugate_gradients(system: _System, start: _Solved) -> Tensor:
-    """The solution to :data:`TOLERANCE`, each class by itself."""
-    x = start.solution.clone()
-    residual = system.right - system.within(x, start.penalty) if bool(x.any()) else system.right.clone()
-    enough = TOLERANCE * system.right.norm(dim=0)
+def _conjugate_gradients(
+    system: _System,
+    right: Tensor,
+    x: Tensor,
+    penalty: float,
+    preconditioner: _Factor | _LowRank,
+    tolerance: float | Tensor,
+) -> Tensor:
+    """The solution for each column of ``right`` by itself, from ``x`` on, to a residual relative to the column."""
+    x = x.clone()
+    residual = right - system.within(x, penalty) if bool(x.any()) else right.clone()
+    enough = tolerance * right.norm(dim=0)
     direction, before = torch.zeros_like(x), torch.ones_like(enough)
     for _ in range(_MOST_STEPS):
         if bool((residual.norm(dim=0) <= enough).all()):
             break
-        z = start.preconditioner.solve(residual)
+        z = preconditioner.solve(residual)
         fall = (residual * z).sum(0)
         direction = z + fall / before.clamp(min=1e-30) * direction
-        y = system.within(direction, start.penalty)
+        y = system.within(direction, penalty)
         step = fall / (direction * y).sum(0).clamp(min=1e-30)
         x += step * direction
         residual -= step * y
@@ -359,4 +416,5 @@ __all__ = [
     "Prior",
     "Typical",
     "choose_penalty",
+    "temper_of",
 ]

@@ -40,11 +40,8 @@ from .moments import SecondMoments
 _DEFAULT_UNITS = 2048
 _BATCH = 4096  # samples that are encoded and counted together
 _LEAST_UNITS = 128
-_TEMPER = (
-    0.27  # log-odds of normal distributions overstate: the factor that gave the likeliest labels on most data sets
-)
 _FORMAT = "engram_kernels.EngramClassifier"
-_VERSION = 1
+_VERSION = 2
 _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _CODE_SETTINGS = ("n_features_in_", "n_units_", "seed_", "readout", "image_shape", "patch", "rate")
 
@@ -306,8 +303,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, (M, classes).
 
-        The log-odds of the discriminant, times 0.27: a fixed factor, not learned from the stream. It is too small for a
-        few hundred samples of tables and about right for images.
+        The log-odds of normal distributions, the classes' shares included, times a factor that follows from the counts:
+        :func:`engram_kernels.discriminants.temper_of`. With ``readout="prototype"`` the factor is 0.27.
         """
         scores = self._scores(self._asked(X))
         odds = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -328,14 +325,14 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     def _scores(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):
-            weight, bias = self.discriminants_.discriminant()
+            weight, bias, temper = self.discriminants_.discriminant()
             samples = self.moments_.samples[: len(self.classes_)].double()
             y = self._coded(X, lambda bits: code_product(bits, weight) + bias)
-        return _TEMPER * (y + (samples / samples.sum()).log().numpy())
+        return temper * (y + (samples / samples.sum()).log().numpy())
 
     def _novelty(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):
-            weight, bias = self.discriminants_.discriminant()
+            weight, bias, _ = self.discriminants_.discriminant()
             typical = self.discriminants_.typical()
 
             def novelty(bits: Tensor) -> Tensor:
@@ -438,7 +435,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         tensors = self.state_dict()
         metadata = {"format": _FORMAT, "version": str(_VERSION), "state": tensors.pop("state")}
         answer = self.discriminants_.discriminant()
-        tensors |= {"weight": answer.weight, "bias": answer.bias}
+        temper = torch.tensor(answer.temper, dtype=torch.float64)
+        tensors |= {"weight": answer.weight, "bias": answer.bias, "temper": temper}
         write_tensors(path, tensors, metadata)
 
     @classmethod
@@ -449,10 +447,11 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"{path}: expected a saved EngramClassifier, got another safetensors file")
-                if int(metadata["version"]) > _VERSION:
+                if int(metadata["version"]) != _VERSION:
+                    age = "a newer" if int(metadata["version"]) > _VERSION else "an older"
                     raise ValueError(
-                        f"{path}: expected version {_VERSION} of the file format at most, got {metadata['version']}; "
-                        "a newer engram_kernels wrote it"
+                        f"{path}: expected version {_VERSION} of the file format, got {metadata['version']}; "
+                        f"{age} engram_kernels wrote it"
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
@@ -460,7 +459,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
                 f"{path}: expected a whole safetensors file, got a damaged or foreign one ({error})"
             ) from None
         model = cls.from_state_dict({**tensors, "state": metadata["state"]})
-        model.discriminants_.recall(Discriminant(tensors["weight"], tensors["bias"]))
+        model.discriminants_.recall(Discriminant(tensors["weight"], tensors["bias"], float(tensors["temper"])))
         return model
 
     # ---- checks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import library  # noqa: F401  it registers the operators
-from .reference import _GROUP, _GROUPED_ROWS, SCALE_BLOCK, Window, words_for
+from .reference import _GROUP, _GROUPED_ROWS, PACKED_STAGES, SCALE_BLOCK, Window, packed_tensors, words_for
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -179,6 +179,28 @@ def _(x, w_bits, k, w_groups=None):
     return x.new_empty((x.shape[0], w_bits.shape[0]), dtype=torch.int32 if exact else x.dtype)
 
 
+@torch.library.register_fake("engram_kernels::standardise")
+def _(y, eps=1e-5):
+    _check_matrix("y", y)
+    _check_units("y", y)
+    _require(eps >= 0, "eps", "at least 0", eps)
+    return y.new_empty(y.shape), y.new_empty((y.shape[0], 2), dtype=torch.float64)
+
+
+@torch.library.register_fake("engram_kernels::standardise_grad")
+def _(d, y, moments):
+    _check_same_device(d=d, y=y, moments=moments)
+    _check_matrix("d", d)
+    _check_matrix("y", y)
+    _check_units("y", y)
+    _require(d.shape == y.shape, "d", f"the shape of y, {y.dtype} {tuple(y.shape)}", d)
+    _check_tensor("moments", moments)
+    expected = f"float64 ({y.shape[0]}, 2), mean and reciprocal deviation"
+    _require(moments.dtype == torch.float64 and moments.dim() == 2, "moments", expected, moments)
+    _require(moments.shape[0] == y.shape[0] and moments.shape[1] == 2, "moments", expected, moments)
+    return y.new_empty(y.shape)
+
+
 @torch.library.register_fake("engram_kernels::gated_input_grad")
 def _(d, w_bits, x, gate_bits=None):
     _check_same_device(d=d, w_bits=w_bits, x=x, gate_bits=gate_bits)
@@ -235,6 +257,8 @@ def _check_window(numbers: Any, least_dilation: int = 1) -> Window:
         _require(size >= reach, "window", f"a kernel that fits into the padded {axis} {size}", f"one of {reach}")
     pixels = w.out_height * w.out_width
     _require(pixels <= 2**31 - 1, "window", "at most 2^31 - 1 output pixels of a sample", pixels)
+    padded = (w.height + w.top + w.bottom) * (w.width + w.left + w.right)
+    _require(padded <= 2**31 - 1, "window", "at most 2^31 - 1 padded pixels of a sample", padded)
     return w
 
 
@@ -338,6 +362,59 @@ def _(y, count):
     _require(count >= 1, "count", f"1 to {y.shape[1]}, the units of y", count)
     _require(count <= y.shape[1], "count", f"1 to {y.shape[1]}, the units of y", count)
     return y.new_empty((y.shape[0], words_for(y.shape[1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("engram_kernels::packed_network")
+def _(x, gate_bits, layout, factors, tensors):
+    _require(len(layout) > 0 and layout[0] == 0, "layout", "a product as the first stage", list(layout[:1]))
+    _check_same_device(x=x, gate_bits=gate_bits)
+    _check_tensor("x", x)
+    k, real = layout[1:3]
+    if real:
+        expected = f"uint8 of shape (M, {k})"
+        _require(x.dtype == torch.uint8 and x.dim() == 2, "x", expected, x)
+        _require(x.shape[1] == k, "x", expected, x)
+        _require(gate_bits is None, "gate_bits", "None before a product of numbers", gate_bits)
+    else:
+        _check_packed("x", x, k)
+        _check_gate("gate_bits", gate_bits, x.shape[0], k)
+    units, name, held = 0, "", iter(tensors)
+    names, numbers = list(PACKED_STAGES), iter(layout)
+    for number in numbers:
+        name = names[number]
+        own = [next(numbers) for _ in PACKED_STAGES[name]]
+        first, *_ = [next(held) for _ in range(packed_tensors(name, own))] or [None]
+        if name in ("product", "dendritic", "prototype", "ridge"):
+            units = first.shape[0] // (own[0] if name == "dendritic" else 1)
+    if name in ("recruit", "gate"):
+        return x.new_empty((x.shape[0], words_for(units)), dtype=torch.int64)
+    return x.new_empty((x.shape[0], units), dtype=torch.float32)
+
+
+@torch.library.register_fake("engram_kernels::patch_excitability")
+def _(images, filters, units, floor, pool=3):
+    for name, tensor in (("images", images), ("filters", filters), ("units", units)):
+        _check_tensor(name, tensor)
+    _check_same_device(images=images, filters=filters, units=units)
+    _require(images.dtype == torch.uint8, "images", "uint8 (M, height, width, channels)", images)
+    _require(images.dim() == 4, "images", "uint8 (M, height, width, channels)", images)
+    _, height, width, channels = images.shape
+    for size in (height, width, channels):
+        _require(size >= 1, "images", "uint8 (M, height, width, channels)", images)
+    expected = "int8 (filters, size, size) of 1 to 128 pixels"
+    _require(filters.dtype == torch.int8 and filters.dim() == 3, "filters", expected, filters)
+    size = filters.shape[1]
+    _require(filters.shape[0] >= 1, "filters", expected, filters)
+    _require(filters.shape[2] == size, "filters", expected, filters)
+    _require(size >= 1, "filters", expected, filters)
+    _require(size <= 128, "filters", expected, filters)
+    _require(units.dtype == torch.int64 and units.dim() == 1, "units", "int64 (N,)", units)
+    _require(1e-30 <= floor <= 1e30, "floor", "1e-30 to 1e30", floor)
+    for right in (pool >= 1, pool <= 2**31 - 1):
+        _require(right, "pool", "1 to 2^31 - 1", pool)
+    for side in (height, width):
+        _require(size + pool - 1 <= side, "filters", f"at most {side - pool + 1} pixels", size)
+    return images.new_empty((images.shape[0], units.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake("engram_kernels::sample_engram")

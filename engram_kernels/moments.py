@@ -194,11 +194,33 @@ class SecondMoments:
             for i in range(0, len(block), _PART):
                 part = block[i : i + _PART]
                 rows = slice(start + i, start + i + len(part))
-                y = ops.binary_matmul(by_unit[rows], by_unit[start:], m)
-                # both of two units: (y - M) / 4 + (popc(u_i) + popc(u_j)) / 2
-                y += 2 * fired[rows, None] - m
-                y += 2 * fired[start:]
-                part += y.bitwise_right_shift_(2).to(block.dtype)
+                part += pairs_of(by_unit, rows, start, m, fired).to(block.dtype)
+
+
+def pairs_of(by_unit: Tensor, rows: slice, start: int, m: int, fired: Tensor) -> Tensor:
+    """How many of M samples have both of two units, one of ``rows``, one from ``start`` on: int32 (rows, K - start).
+
+    With the samples of unit i as bits u_i, a row of ``by_unit`` (K, words), and their numbers ``fired`` int32 (K,),
+    ``popc(u_i & u_j) = (y - M) / 4 + (popc(u_i) + popc(u_j)) / 2`` of the binary product ``y = M - 2 popc(u_i ^ u_j)``.
+    """
+    y = ops.binary_matmul(by_unit[rows], by_unit[start:], m)
+    y += 2 * fired[rows, None] - m
+    y += 2 * fired[start:]
+    return y.bitwise_right_shift_(2)
+
+
+def add_pairs_(gram: Tensor, bits: Tensor, fired: Tensor) -> None:
+    """Adds to ``gram``, int32 (K, K), how many samples have both of two units, by rows that stay in the cache.
+
+    Codes, bits (M, words), of which ``fired`` int32 (K,) have each unit.
+    """
+    m, k = len(bits), len(gram)
+    if m == 0:
+        return
+    by_unit = ops.transpose_bits(bits, k)
+    for start in range(0, k, _PART):
+        end = min(start + _PART, k)
+        gram[start:end] += pairs_of(by_unit, slice(start, end), 0, m, fired)
 
 
 def _values(block: Tensor) -> Tensor:
@@ -213,4 +235,4 @@ def _floats(block: Tensor, dtype: torch.dtype) -> Tensor:
     return block.to(dtype)
 
 
-__all__ = ["SecondMoments"]
+__all__ = ["SecondMoments", "add_pairs_"]

@@ -43,10 +43,14 @@ __all__ = [
     "metaplastic_adam_",
     "pack_signs",
     "pack_window",
+    "packed_network",
+    "patch_excitability",
     "sample_engram",
     "set_isa",
     "sign_matmul",
     "sign_matmul_t",
+    "standardise",
+    "standardise_grad",
     "top_units",
     "transpose_bits",
     "unfold_bits",
@@ -179,6 +183,28 @@ def binary_threshold(
     return operators.binary_threshold(x_bits, w_bits, k, threshold, flip, gate_bits)
 
 
+def patch_excitability(images: Tensor, filters: Tensor, units: Tensor, floor: float, pool: int = 3) -> Tensor:
+    """How much random filters respond near their places: correlations with patches, by the contrast of the patch.
+
+    ``z[m,n] = max over pool x pool places of sum_ij w[f,i,j] x[m,r+i,c+j,channel] / (sqrt(sum (x - mean)^2) + floor)``
+
+    On the CPU alone. Shapes: ``images`` uint8 (M, height, width, channels), ``filters`` int8 (F, size, size) of -1, 0
+    and 1, up to 128 x 128, ``units`` rising int64 (N,) -> float32 (M, N). The number of a unit, whose place is the
+    first row r and column c of its pool, is ``((r * columns + c) * channels + channel) * F + f``, with
+    ``height - size - pool + 2`` rows and columns likewise. Local receptive fields with random shared filters and
+    pooling: Jarrett et al. 2009.
+
+    >>> image = torch.zeros(1, 4, 4, 1, dtype=torch.uint8)
+    >>> image[0, 1:, 1] = 200  # an upright stroke
+    >>> upright, level = [[1, -1], [1, -1]], [[1, 1], [-1, -1]]
+    >>> filters = torch.tensor([upright, level], dtype=torch.int8)
+    >>> z = ek.ops.patch_excitability(image, filters, torch.tensor([0, 1]), 1.0)
+    >>> [round(value, 2) for value in z[0].tolist()]
+    [1.99, 1.15]
+    """
+    return operators.patch_excitability(images, filters, units, floor, pool)
+
+
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K). Differentiable in ``a``.
 
@@ -222,6 +248,50 @@ def top_units(y: Tensor, count: int) -> Tensor:
     [[2, 0]]
     """
     return operators.top_units(y, count)
+
+
+def standardise(y: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """``z = (y - mean) / sqrt(variance + eps)`` of each row, and what :func:`standardise_grad` needs of it.
+
+    Floats (M, N) -> z (M, N) in the dtype of y, and the mean and the reciprocal deviation, float64 (M, 2). The same
+    bits on every processor. The sign of z is that of ``N y - sum(y)``, ties included.
+
+    >>> z, moments = ek.ops.standardise(torch.tensor([[1.0, 2.0, 2.0, 3.0]]))
+    >>> z.sign().tolist(), moments[0, 0].item()
+    ([[-1.0, 0.0, 0.0, 1.0]], 2.0)
+    """
+    return operators.standardise(y, eps)
+
+
+def standardise_grad(d: Tensor, y: Tensor, moments: Tensor) -> Tensor:
+    """Gradient of y through :func:`standardise`: ``(d - mean(d) - z mean(d z)) / sqrt(variance + eps)``.
+
+    Shapes: d (M, N), y (M, N), moments (M, 2) as :func:`standardise` gives them -> (M, N) in the dtype of y. The same
+    bits on every processor.
+
+    >>> y = torch.tensor([[1.0, 2.0, 2.0, 3.0]])
+    >>> ek.ops.standardise_grad(torch.ones(1, 4), y, ek.ops.standardise(y)[1]).tolist()  # a shift changes nothing
+    [[0.0, 0.0, 0.0, 0.0]]
+    """
+    return operators.standardise_grad(d, y, moments)
+
+
+def packed_network(
+    x: Tensor, gate_bits: Tensor | None, layout: list[int], factors: list[float], tensors: list[Tensor]
+) -> Tensor:
+    """The layers of a packed network from a product on, in one call. On the CPU.
+
+    uint8 (M, K) or bits (M, words) with their gate -> float32 (M, N), or the gate that the last stage chooses, bits
+    (M, words). ``layout``, ``factors`` and ``tensors`` say what the stages are:
+    :func:`engram_kernels.reference.packed_network`. :class:`engram_kernels.PackedModel` makes them.
+
+    >>> w_bits = ek.ops.pack_signs(torch.tensor([[1.0, -1.0, 1.0]]))
+    >>> x = torch.tensor([[1, 2, 4]], dtype=torch.uint8)
+    >>> groups = ek.reference.group_signs(w_bits, 3)
+    >>> ek.ops.packed_network(x, None, [0, 3, 1], [], [w_bits, groups]).tolist()
+    [[3.0]]
+    """
+    return operators.packed_network(x, gate_bits, layout, factors, tensors)
 
 
 def gated_input_grad(d: Tensor, w_bits: Tensor, x: Tensor, gate_bits: Tensor | None = None) -> Tensor:

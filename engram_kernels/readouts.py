@@ -29,6 +29,7 @@ from .engrams import StochasticEngram
 from .fused_backward import gradient_consumer
 from .hidden_weight import HiddenWeight
 from .layers import INIT_RANGE, HiddenWeightModule
+from .moments import add_pairs_
 
 
 def _outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -327,8 +328,7 @@ class RidgeReadout(_Readout):
         self.check_labels(len(gate_bits), y)
         if int(self.samples.sum()) + len(y) > torch.iinfo(torch.int32).max:
             raise ValueError("samples: expected at most 2**31 - 1 in all, since the Gram matrix is counted in int32")
-        _count(gate_bits, y, self.counts, self.samples)
-        self.gram += engram_gram(gate_bits, self.in_features)
+        add_pairs_(self.gram, gate_bits, _count(gate_bits, y, self.counts, self.samples))
 
     @_outside_of_graphs  # which can't tell whether the moments have changed
     @torch.inference_mode(False)
@@ -436,26 +436,13 @@ def pull_loss(activations: Tensor, y: Tensor, wins: Tensor, conscience: float, *
     return -own.gather(1, winner).sum() / max(1, len(y))
 
 
-def engram_gram(gate_bits: Tensor, k: int) -> Tensor:
-    """How many samples recruit both of two units: bits (M, words) -> int32 (k, k), the Gram matrix of the gates.
+def _count(gate_bits: Tensor, y: Tensor, counts: Tensor, samples: Tensor) -> Tensor:
+    """Adds to ``counts`` (C, K) how often each unit was recruited for each class, to ``samples`` (C,) the samples.
 
-    With the gates of unit i over all samples packed as bits, ``gram[i, j] = popc(u_i & u_j)``, and the binary product
-    ``y = M - 2 popc(u_i ^ u_j)`` gives it: ``(y - M) / 4 + (popc(u_i) + popc(u_j)) / 2``.
+    Returns how often each was recruited at all, int32 (K,).
     """
-    m = gate_bits.shape[0]
-    if m == 0:
-        return torch.zeros(k, k, dtype=torch.int32, device=gate_bits.device)
-    signs = ops.unpack_signs(gate_bits, k, torch.float32)
-    recruited = ((signs.sum(0) + m) / 2).to(torch.int32)
-    by_unit = ops.pack_signs(signs.T.contiguous())
-    y = ops.binary_matmul(by_unit, by_unit, m)
-    y += 2 * recruited[:, None] - m  # in place: k² numbers are the largest thing here
-    y += 2 * recruited
-    return y.bitwise_right_shift_(2)
-
-
-def _count(gate_bits: Tensor, y: Tensor, counts: Tensor, samples: Tensor) -> None:
-    """Adds to ``counts`` (C, K) how often each unit was recruited for each class, to ``samples`` (C,) the samples."""
     chosen = nn.functional.one_hot(y, len(samples)).float()
-    counts += ops.gated_weight_grad(chosen, gate_bits, counts.shape[1], gate_bits).round().to(torch.int64)
+    recruited = ops.gated_weight_grad(chosen, gate_bits, counts.shape[1], gate_bits).round()
+    counts += recruited.to(torch.int64)
     samples += chosen.sum(0).to(torch.int64)
+    return recruited.sum(0).to(torch.int32)

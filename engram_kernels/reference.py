@@ -16,7 +16,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 _WORD_BITS = 64
 _ROW_BITS = 128
 _LOW = 0xFFFFFFFF
-_GROUP, _GROUPED_ROWS = 6, 32
+_GROUP, _GROUPED_ROWS = 12, 32
+_PARTIAL_SUMS = 32
 
 
 def words_for(k: int) -> int:
@@ -100,21 +101,188 @@ def top_units(y: Tensor, count: int) -> Tensor:
     return _pack(torch.zeros_like(y, dtype=torch.bool).scatter_(1, order, True))
 
 
+def _mean_in_order(terms: Tensor) -> Tensor:
+    """Means of the rows of float64 (M, N) -> (M, 1), summed in the one order that all backends keep to.
+
+    Term n joins partial sum ``n mod 32``, one after the other; then the upper half of the partial sums is added to the
+    lower one until a single sum is left.
+    """
+    n = terms.shape[1]
+    groups = torch.nn.functional.pad(terms, (0, -n % _PARTIAL_SUMS)).unflatten(1, (-1, _PARTIAL_SUMS))
+    sums = torch.zeros_like(groups[:, 0])
+    for group in groups.unbind(1):
+        sums = sums + group
+    while sums.shape[1] > 1:
+        lower, upper = sums.chunk(2, dim=1)
+        sums = lower + upper
+    return sums / n
+
+
+def standardise(y: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """``z = (y - mean) / sqrt(variance + eps)`` of each row, and what the gradient needs of it. Exact in every bit.
+
+    Floats (M, N) -> z (M, N) in the dtype of y, and the mean and the reciprocal deviation, float64 (M, 2). The mean is
+    summed in float64, without error where y holds integers, and subtracted as two float32 numbers, so that the sign of
+    z is that of ``N y - sum(y)``, ties included.
+    """
+    mean = _mean_in_order(y.double())
+    centred = _centred(y, mean)
+    variance = _mean_in_order(centred.double().square())
+    reciprocal = (1 / (variance + eps).sqrt()).float()
+    return (centred * reciprocal).to(y.dtype), torch.cat([mean, reciprocal.double()], dim=1)
+
+
+def _centred(y: Tensor, mean: Tensor) -> Tensor:
+    """``y - mean`` in float32, of a float64 mean."""
+    high = mean.float()
+    return (y.float() - high) - (mean - high.double()).float()
+
+
+def standardise_grad(d: Tensor, y: Tensor, moments: Tensor) -> Tensor:
+    """Gradient of y through :func:`standardise`: ``(d - mean(d) - z mean(d z)) / sqrt(variance + eps)``.
+
+    d (M, N), y (M, N), moments (M, 2) -> (M, N) in the dtype of y. Exact in every bit.
+    """
+    mean, reciprocal = moments[:, :1], moments[:, 1:].float()
+    z, wide = _centred(y, mean) * reciprocal, d.float()
+    mean_d, mean_dz = _mean_in_order(wide.double()), _mean_in_order(wide.double() * z.double())
+    return (((wide - mean_d.float()) - z * mean_dz.float()) * reciprocal).to(y.dtype)
+
+
+# Stages of packed_network and the numbers that each has behind its own, which is its place here.
+PACKED_STAGES = {
+    "product": ("inputs", "real"),
+    "sign by mean": (),
+    "sign by threshold": (),
+    "recruit": ("recruited", "score"),
+    "gate": (),
+    "affine": ("factors", "scaled", "shifted"),
+    "dendritic": ("segments", "recruited"),
+    "prototype": ("recruited",),
+    "ridge": (),
+}
+PACKED_SCORES = ("value", "magnitude", "standardised", "distance")
+
+
+def packed_tensors(name: str, numbers: list[int]) -> int:
+    """How many tensors a stage of `packed_network` has, by its name and numbers."""
+    if name == "product":
+        return 1 + numbers[1]
+    if name == "affine":
+        return numbers[1] + numbers[2]
+    return {"sign by threshold": 2, "gate": 1, "dendritic": 2, "prototype": 3, "ridge": 4}.get(name, 0)
+
+
+def packed_network(
+    x: Tensor, gate_bits: Tensor | None, layout: list[int], factors: list[float], tensors: list[Tensor]
+) -> Tensor:
+    """The layers of a packed network from a product on, ``docs/packed-format.md``, in one call.
+
+    uint8 (M, K) where the first product is ``real``, else bits (M, words) with their gate -> the values that the last
+    stage leaves, float32 (M, N), or the gate that it chooses, bits (M, words).
+
+    ``layout`` has for each stage its place in `PACKED_STAGES` and the numbers that it has there; ``tensors`` are those
+    of the stages in order:
+
+        product             signs (N, words), and what group_signs makes of them where it is real
+        sign by threshold   int32 thresholds (N,), flips as bits (words,)
+        gate                bits (words,)
+        affine              float32 scale (N,) where it is scaled, shift (N,) where it is shifted; own ``factors``
+        dendritic           signs (C S, words), float32 rate times their sums (C S,)
+        prototype           prototypes, bits (C, words), float32 offset (C,), int64 samples (C,)
+        ridge               float32 weight (C, K), bias (C,), sums of the rows of weight (C,), int64 samples (C,)
+    """
+    numbers, own_factors, held = iter(layout), iter(factors), iter(tensors)
+    names = list(PACKED_STAGES)
+    y, bits, gate, units, name = x, x, gate_bits, 0, ""
+    for number in numbers:
+        name = names[number]
+        own = [next(numbers) for _ in PACKED_STAGES[name]]
+        if name == "product":
+            units, weight = own[0], next(held)
+            if own[1]:
+                y, _ = sign_matmul_t(y, weight, units), next(held)
+            else:
+                y = binary_matmul(bits, weight, units, gate)
+            gate, units = None, weight.shape[0]
+        elif name == "sign by mean":
+            bits = value_signs(y)
+        elif name == "sign by threshold":
+            bits = value_signs(y, next(held)) ^ next(held)
+        elif name == "recruit":
+            score = PACKED_SCORES[own[1]]
+            if score == "distance":
+                y_score = (y.to(torch.int64) * units - y.to(torch.int64).sum(1, keepdim=True)).abs()
+            else:
+                y_score = y.abs() if score == "magnitude" else y
+            gate = top_units(y_score, own[0])
+        elif name == "gate":
+            gate = next(held).expand(len(x), -1)
+        elif name == "affine":
+            y = y.float()
+            for _ in range(own[0]):
+                y = y * next(own_factors)
+            scale = next(held) if own[1] else None
+            if own[2]:
+                y = y + next(held) if scale is None else torch.addcmul(next(held), y, scale)
+        elif name == "dendritic":
+            assert gate is not None
+            y = binary_matmul(gate, next(held), units, gate).float() - next(held)
+            y = (y / own[1] ** 0.5).unflatten(1, (-1, own[0])).amax(2)
+        elif name == "prototype":
+            assert gate is not None
+            y = (binary_matmul(gate, next(held), units, gate) - next(held)) / own[0] ** 0.5
+            y = y.masked_fill(next(held) == 0, -torch.inf)
+        else:
+            assert gate is not None
+            products = sign_matmul_t(next(held), gate, units).T
+            bias, sums = next(held), next(held)
+            y = (0.5 * (products + sums) + bias).masked_fill(next(held) == 0, -torch.inf)
+    if name in ("recruit", "gate"):
+        assert gate is not None
+        return gate.contiguous()
+    return y.float()
+
+
+def patch_excitability(images: Tensor, filters: Tensor, units: Tensor, floor: float, pool: int = 3) -> Tensor:
+    """How much random filters respond near their places: correlations with patches, by the contrast of the patch.
+
+    ``z[m,n] = max over pool x pool places of sum_ij w[f,i,j] x[m,r+i,c+j,channel] / (sqrt(sum (x - mean)^2) + floor)``
+
+    uint8 (M, height, width, channels), int8 (F, size, size) of -1, 0 and 1, rising int64 (N,), numbers
+    ``((r * columns + c) * channels + channel) * F + f`` of the first place and the filter -> float32 (M, N).
+    """
+    m, height, width, channels = images.shape
+    size = filters.shape[1]
+    x = images.permute(0, 3, 1, 2).reshape(m * channels, 1, height, width).double()
+    patch = x.new_ones(1, 1, size, size)
+    sums, pixels, squares = (
+        torch.nn.functional.conv2d(a, w).round().float()  # integers
+        for a, w in ((x, filters[:, None].double()), (x, patch), (x.square(), patch))
+    )
+    spread = (squares - pixels * pixels * (1 / (size * size))).clamp(min=0)
+    contrast = spread.double().sqrt().float() + floor  # torch's root of float32 is not the nearest one everywhere
+    z = torch.nn.functional.max_pool2d(sums * (1 / contrast), pool, stride=1)
+    return z.unflatten(0, (m, channels)).permute(0, 3, 4, 1, 2).flatten(1)[:, units]
+
+
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K) in the dtype of ``a``."""
     return (a.double() @ unpack_signs(w_bits, k, torch.float64)).to(a.dtype)
 
 
 def group_signs(w_bits: Tensor, k: int) -> Tensor:
-    """Packed signs (N, words) in groups of 6 inputs: int16 (ceil(K / 6), N rounded up to a multiple of 32).
+    """Packed signs (N, words) in groups of 12 inputs: int16 (ceil(K / 12), N rounded up to a multiple of 32).
 
-    Bit i of number n of group g is that of ``W[n, 6 g + i]``. Layout: ``csrc/cpu/grouped_product.cpp``.
+    Bit i of number n of group g is that of ``W[n, 12 g + i]`` for i < 6, bit 8 + i that of ``W[n, 12 g + 6 + i]``.
+    Layout: ``csrc/cpu/grouped_product.cpp``.
     """
     n, groups = w_bits.shape[0], -(-k // _GROUP)
     padded = torch.nn.functional.pad(
         _unpack(w_bits, k).to(torch.int16), (0, groups * _GROUP - k, 0, -n % _GROUPED_ROWS)
     )
     place = torch.arange(_GROUP, dtype=torch.int16, device=w_bits.device)
+    place = torch.where(place < _GROUP // 2, place, place - _GROUP // 2 + 8)
     return (padded.unflatten(1, (groups, _GROUP)) << place).sum(2).to(torch.int16).T.contiguous()
 
 

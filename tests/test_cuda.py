@@ -1,5 +1,6 @@
 """Operators, layers and training on a CUDA device; tests/emulator runs the same kernels without one."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,10 +9,17 @@ from torch.library import opcheck
 
 import engram_kernels as ek
 from engram_kernels import ops, reference
+from engram_kernels.reference import Window
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (3, 5, 31), (8, 64, 300), (9, 7, 128), (33, 65, 127), (100, 512, 784), (257, 130, 1030)]
 GATES = ["none", "shared", "per sample"]
+WINDOWS = [  # of convolutions, and their outputs
+    (Window(7, 9, 3, 3, 3, 1, 1, 1, 1, 1, 1), 5),
+    (Window(9, 10, 20, 3, 3, 2, 2, 3, 3, 3, 3, 2, 2), 6),
+    (Window(4, 4, 128, 3, 3, 1, 1, 1, 1, 1, 1, groups=2), 34),
+    (Window(11, 6, 65, 5, 1, 2, 1, 2, 2), 17),
+]
 
 
 def bits_of(rows, k):
@@ -65,6 +73,17 @@ def test_packing_is_exact(k, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 31, 128, 1001, 4096])
+def test_standardised_samples_have_the_same_bits(n, dtype):
+    y, d = (torch.randn(37, n) + 1).to(dtype), torch.randn(37, n).to(dtype)
+    expected = ops.standardise(y)  # on the CPU, tested against the reference elsewhere
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ops.standardise(y.cuda()), expected, strict=True))
+    dy = ops.standardise_grad(*on_cuda(d, y, expected[1]))
+    assert torch.equal(dy.cpu(), ops.standardise_grad(d, y, expected[1]))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("m, n, k", [*SHAPES, (1024, 2048, 4096), (1, 4096, 4096), (8, 4096, 4096)])
 def test_binary_products_are_exact(m, n, k, gate):
@@ -97,6 +116,25 @@ def test_products_with_numbers_agree(m, n, k, dtype):
 def test_the_product_of_images_is_exact(m, n, k):
     images, w = torch.randint(0, 256, (m, k), dtype=torch.uint8), bits_of(n, k)
     assert torch.equal(ops.sign_matmul_t(*on_cuda(images, w, k)).cpu(), reference.sign_matmul_t(images, w, k))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("window, outputs", WINDOWS)
+def test_convolutions_are_those_of_the_cpu(window, outputs, gate):
+    """Bits and sums exact, gradients of whole numbers too."""
+    x, w = bits_of(3, window.units), bits_of(outputs, window.group_units)
+    gate_bits = gate_of(gate, 3, window.units)
+    mask = bits_of(3, window.units) if gate_bits is None else gate_bits
+    d = torch.randint(-8, 9, (3, window.out_height, window.out_width, outputs)).float()
+    for group in range(window.groups):
+        assert torch.equal(ops.unfold_bits(*on_cuda(x), window, group).cpu(), ops.unfold_bits(x, window, group))
+    for operator, arguments in (
+        (ops.binary_conv2d, (x, w, window, gate_bits)),
+        (ops.masked_conv2d_input_grad, (d, w, window, mask)),
+        (ops.gated_conv2d_weight_grad, (d, x, window, gate_bits)),
+    ):
+        assert torch.equal(operator(*on_cuda(*arguments)).cpu(), operator(*arguments)), operator.__name__
 
 
 @pytest.mark.gpu
@@ -195,6 +233,23 @@ def test_training_follows_the_cpu(settings):
             losses[device].append(loss.item())
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-2)
     assert losses["cuda"][-1] < losses["cuda"][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gates", ["channels", "units"])
+def test_convolutional_layers_follow_the_cpu(gates):
+    """Outputs of equal draws to the last bit, gradients but for the order of sums."""
+    layer = ek.BinaryEngramConv2d(32, 16, 3, padding=1, engram=ek.ContextEngram(2, 0.5), gates=gates)
+    layer.engram.context = 1
+    x, results = torch.randn(4, 32, 9, 8), []
+    for device in ("cpu", "cuda"):
+        own, inputs = copy.deepcopy(layer).to(device), x.to(device).requires_grad_()
+        y = own(inputs)
+        y.square().mean().backward()
+        results.append([t.detach().cpu() for t in (y, inputs.grad, own.weight.grad, own.bias.grad)])
+    assert torch.equal(results[0][0], results[1][0])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

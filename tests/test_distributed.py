@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import engram_kernels as ek
-from engram_kernels import continual, hidden_weight
+from engram_kernels import cli, continual, hidden_weight
 from engram_kernels.continual.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
@@ -558,3 +558,11 @@ def test_the_command_line_under_torchrun_writes_once(tmp_path):
     assert done.stdout.count(f"wrote {tmp_path / 'metrics.json'}") == 1
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["processes"] == 2 and metrics["completed"]
+
+
+def test_comparisons_are_no_work_for_torchrun(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert cli.main(["compare", "--output", str(tmp_path / "out")]) == 2
+    assert "compare: expected one process, got 3 of torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -149,9 +149,10 @@ def test_files_that_are_no_saved_estimator_are_refused_by_name(tmp_path):
     save_file({"a": torch.zeros(3)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.safetensors: expected a saved EngramClassifier"):
         ek.EngramClassifier.load(path)
-    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"9"'))
-    with pytest.raises(ValueError, match="version 1 of the file format at most, got 9"):
-        ek.EngramClassifier.load(path)
+    for version, age in ((b"9", "newer"), (b"1", "older")):
+        path.write_bytes(whole.replace(b'"version":"2"', b'"version":"' + version + b'"'))
+        with pytest.raises(ValueError, match=f"version 2 of the file format, got {version.decode()}; an? {age}"):
+            ek.EngramClassifier.load(path)
 
 
 def test_novelty_tells_unknown_classes_and_rejects_them():
@@ -303,6 +304,17 @@ def test_the_package_does_not_need_scikit_learn():
 
     code = "import sys, engram_kernels; assert 'sklearn' not in sys.modules; engram_kernels.EngramClassifier"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_probabilities_are_calibrated_where_classes_overlap():
+    rng = np.random.default_rng(0)
+    for shares in ([0.5, 0.5], [0.8, 0.2], [0.6, 0.3, 0.1]):
+        y = rng.choice(len(shares), 3000, p=shares)
+        X = rng.normal(size=(3000, 6)) + y[:, None] * 0.6
+        model = classifier().fit(X[:600], y[:600])
+        sure, right = model.predict_proba(X[600:]).max(axis=1), model.predict(X[600:]) == y[600:]
+        bins = np.minimum((sure * 10).astype(int), 9)
+        assert sum(abs((sure - right)[bins == b].sum()) for b in range(10)) / len(right) < 0.06
 
 
 def test_conjugate_gradients_find_what_a_factor_gives(monkeypatch):

@@ -80,6 +80,51 @@ def test_pack_window_is_exact(isa, k, gate):
         assert torch.equal(ops.pack_window(x, width, gate_bits), reference.pack_window(x, width, gate_bits))
 
 
+@pytest.mark.parametrize("n", [*SIZES, 32, 33, 784])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_standardising_is_exact(isa, n, dtype):
+    for m in (0, 1, 5):
+        wide = torch.randn(m, n) * 2.0 ** torch.randint(-20, 14, (m, n))  # so far apart that sums round
+        whole, zeros = torch.randint(-n, n + 1, (m, n)), torch.zeros(m, n)
+        for y in (torch.randn(m, n), wide, torch.randn(m, n) * 1e-20, whole, zeros):
+            y, d = y.to(dtype), torch.randn(m, n).to(dtype)
+            z, moments = ops.standardise(y, 1e-3)
+            expected = reference.standardise(y, 1e-3)
+            assert z.dtype == dtype and torch.equal(z, expected[0]) and torch.equal(moments, expected[1]), m
+            assert torch.equal(ops.standardise_grad(d, y, moments), reference.standardise_grad(d, y, moments)), m
+    y = torch.randn(n, 7).T
+    assert torch.equal(ops.standardise(y)[0], reference.standardise(y)[0])
+
+
+def test_standardised_samples_and_their_gradient_agree_with_layer_norm(isa):
+    y, d = torch.randn(6, 100, dtype=torch.float64) * 3 + 20, torch.randn(6, 100, dtype=torch.float64)
+    y.requires_grad_()
+    expected = torch.nn.functional.layer_norm(y, (100,), eps=1e-5)
+    expected.backward(d)
+    z, moments = ops.standardise(y.detach().float())
+    torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-5)
+    dy = ops.standardise_grad(d.float(), y.detach().float(), moments)
+    torch.testing.assert_close(dy.double(), y.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_signs_of_standardised_integers_are_those_of_the_integers(isa):
+    for n in (3, 100, 4096):
+        y = torch.randint(-3, 4, (50, n)).float() * 2 + 1001
+        z = ops.standardise(y)[0]
+        assert torch.equal(ops.pack_signs(z), reference.value_signs(y.int()))
+        exact = y.double() * n == y.double().sum(1, keepdim=True)
+        assert torch.equal(z == 0, exact)
+
+
+def test_what_is_no_number_stays_in_its_row(isa):
+    y = torch.randn(4, 50)
+    y[1, 3], y[2, 7] = math.nan, math.inf
+    z, moments = ops.standardise(y)
+    assert z[1:3].isnan().all() and moments[1].isnan().all()
+    for row in (0, 3):
+        assert torch.equal(z[row], ops.standardise(y[row : row + 1])[0][0])
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("k", SIZES)
 def test_binary_matmul_is_exact_over_the_sweep(isa, k, gate):
@@ -598,6 +643,8 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
             ops.gated_input_grad(d, w_bits, x * 0.1),
             ops.gated_weight_grad(d, x_bits, k, gate),
             ops.sample_engram(score, seed, 0.1),
+            *ops.standardise(score),
+            ops.standardise_grad(score, score, ops.standardise(score)[1]),
             *update,
         ]
 
@@ -620,6 +667,30 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
 # ---- torch.library
 
 
+def packed_network_cases(m, n, k):
+    """One of bytes that ends in an affine stage, one of signs with a gate that ends in its own gate, and read-outs."""
+    x, x_bits, w_bits = torch.randint(256, (m, k), dtype=torch.uint8), bits_of(m, k), bits_of(n, k)
+    sums, samples = torch.randn(4), torch.tensor([3, 0, 1, 2])
+    return [
+        (
+            x, None, [0, k, 1, 1, 0, n, 0, 5, 1, 1, 1], [0.5],
+            [w_bits, reference.group_signs(w_bits, k), bits_of(4, n), torch.randn(4), torch.randn(4)],
+        ),
+        (x_bits, gate_of("per sample", m, k), [0, k, 0, 3, 4, 3], [], [w_bits]),
+        (x_bits, None, [0, k, 0, 3, 4, 0, 6, 2, 4], [], [w_bits, bits_of(8, n), torch.randn(8)]),
+        (x_bits, None, [0, k, 0, 3, 4, 1, 7, 4], [], [w_bits, bits_of(4, n), sums, samples]),
+        (x_bits, None, [0, k, 0, 3, 4, 1, 8], [], [w_bits, torch.randn(4, n), sums, sums, samples]),
+    ]  # fmt: skip
+
+
+def patches(m, height, width, channels, *, size, filters, units, pool=3):
+    """Arguments of patch_excitability."""
+    images = torch.randint(0, 256, (m, height, width, channels)).to(torch.uint8)
+    taps = torch.randint(-1, 2, (filters, size, size)).to(torch.int8)
+    places = (height - size - pool + 2) * (width - size - pool + 2)
+    return images, taps, torch.randint(0, places * channels * filters, (units,)).sort().values, 25.5, pool
+
+
 def opcheck_cases():
     m, n, k = 5, 9, 70
     x, d = torch.randn(m, k), torch.randn(m, n)
@@ -640,8 +711,12 @@ def opcheck_cases():
             ((x.abs() * 50).to(torch.uint8), w_bits, k),
             ((x.abs() * 50).to(torch.uint8), w_bits, k, reference.group_signs(w_bits, k)),
         ],
+        "standardise": [(x,), (x.half(), 0.1)],
+        "standardise_grad": [(x, x, reference.standardise(x)[1]), (x, x.bfloat16(), reference.standardise(x)[1])],
         "value_signs": [((x * 9).int(),), ((x * 9).int(), threshold), ((x * 9).int(), threshold, threshold > 0)],
         "top_units": [((x * 9).int(), 3)],
+        "packed_network": packed_network_cases(m, n, k),
+        "patch_excitability": [patches(2, 9, 8, 2, size=3, filters=4, units=20)],
         "gated_input_grad": [(d, w_bits, x, gate), (d, w_bits, x)],
         "masked_input_grad": [(d, w_bits, k, gate)],
         "gated_weight_grad": [(d, x_bits, k, gate), (d, x_bits, k)],
@@ -677,6 +752,48 @@ def test_gradients_of_the_sign_products_agree_with_autograd_through_the_referenc
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("m", [0, 1, 5, 70, 300])
+def test_packed_networks(isa, m):
+    for x, gate, layout, factors, tensors in packed_network_cases(m, 131, 70):
+        expected = reference.packed_network(x, gate, layout, factors, tensors)
+        before = torch.get_num_threads()
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = ops.packed_network(x, gate, layout, factors, tensors)
+            torch.set_num_threads(before)
+            if layout[-1] == 8:  # sums of floats
+                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(y, expected), layout
+
+
+@pytest.mark.parametrize(
+    "layout, tensors, message",
+    [
+        ([], [], "layout: expected a product as the first stage, got nothing"),
+        ([1], [], "layout: expected a product as the first stage, got another"),
+        ([0, 70], [], "layout: expected more than 2 numbers"),
+        ([0, 70, 0], [], "tensors: expected more than 0, which the layout names"),
+        ([0, 70, 0], [(9, 70), (9, 70)], "tensors: expected 1, got 2"),
+        ([0, 71, 0], [(9, 71)], None),
+        ([0, 200, 0], [(9, 70)], r"tensors\[0\]: expected int64 of sizes -1 4 .*, got int64 \(9, 2\)"),
+        ([0, 70, 0, 0, 9, 0], [(9, 70), (3, 9)], "layout: expected signs before each product but the first, got none"),
+        ([0, 70, 0, 1, 0, 8, 0], [(9, 70), (3, 8)], "layout: expected a product of 9 inputs, got 8"),
+        ([0, 70, 0, 3, 10, 0], [(9, 70)], "layout: expected 1 to 9 as number 4, got 10"),
+        ([0, 70, 0, 7, 4], [(9, 70)], "layout: expected a gate before a read-out, got none"),
+        ([0, 70, 0, 9], [(9, 70)], "layout: expected 0 to 8 as number 3, got 9"),
+        ([0, 70, 0, 5, 1, 0, 0], [(9, 70)], "layout: expected 0 to 0 as number 4, got 1"),
+        ([0, 70, 0, 5, 0, 0, 0, 1], [(9, 70)], "layout: expected integers before a stage of signs, got float32"),
+    ],
+)
+def test_what_is_no_packed_network_is_named(layout, tensors, message):
+    x, held = bits_of(3, 70), [bits_of(*shape) for shape in tensors]
+    if message is None:
+        return ops.packed_network(x, None, layout, [], held)
+    with pytest.raises(RuntimeError, match=message):
+        ops.packed_network(x, None, layout, [], held)
+
+
 def test_grouped_signs_of_more_outputs_than_a_block(isa):
     k, n = 300, 4133
     w_bits, x = bits_of(n, k), torch.full((5, k), 255, dtype=torch.uint8)  # sums that 16 bits do not hold
@@ -697,6 +814,18 @@ def test_signs_and_most_excited_units_of_integers(isa, n):
                 assert torch.equal(ops.top_units(y, count), reference.top_units(y, count)), (m, count)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 9, 11, 12, 13, 40])  # up to 11, sums are held in 16 bits
+@pytest.mark.parametrize("pool", [1, 3, 4])
+def test_patches_respond_as_the_reference_says(isa, size, pool):
+    for m, channels, filters, units in [(0, 1, 1, 4), (1, 3, 5, 0), (33, 1, 32, 300), (70, 2, 7, 50)]:
+        height, width = size + pool - 1 + m % 5, size + pool - 1 + units % 7
+        x, w, *rest = patches(m, height, width, channels, size=size, filters=filters, units=units, pool=pool)
+        for images in (x, x // 128 * 255, torch.full_like(x, 255)):
+            for taps in (w, torch.ones_like(w), -torch.ones_like(w), w * 2 // 3 * 2 + 1):
+                z = ops.patch_excitability(images, taps, *rest)
+                assert torch.equal(z, reference.patch_excitability(images, taps, *rest))
+
+
 # ---- bad input: the message names the argument, what it got and what it needs
 
 
@@ -706,12 +835,25 @@ def bad_calls():
     seed = torch.tensor([0, 0])
     update = update_arguments(3, 5)
     nan = torch.full((2, 3), math.nan)
+    images, filters = torch.zeros(2, 9, 12, 1, dtype=torch.uint8), torch.zeros(4, 3, 3, dtype=torch.int8)
+    no_units = torch.zeros(0, dtype=torch.int64)
     return {
         "pack float64": (lambda: ops.pack_signs(x.double()), r"x: expected float32.*got float64 \(4, 70\)"),
         "groups": (
             lambda: ops.sign_matmul_t(x.byte(), w_bits, k, torch.zeros(12, 31, dtype=torch.int16)),
             r"w_groups: expected int16 of shape \(12, 32\) for k = 70 and 9 rows, got int16 \(12, 31\)",
         ),
+        "standardise integers": (lambda: ops.standardise(x.int()), r"y: expected float32, .*got int32 \(4, 70\)"),
+        "standardise nothing": (
+            lambda: ops.standardise(x[:, :0]),
+            r"y: expected 1 to .* units .* got float32 \(4, 0\)",
+        ),
+        "eps": (lambda: ops.standardise(x, -1.0), "eps: expected at least 0, got -1"),
+        "moments": (
+            lambda: ops.standardise_grad(x, x, torch.zeros(4, 2)),
+            r"moments: expected float64 \(4, 2\), .*got float32 \(4, 2\)",
+        ),
+        "gradient": (lambda: ops.standardise_grad(d, x, x), r"d: expected the shape of y, float32 \(4, 70\), got .*9"),
         "values": (lambda: ops.value_signs(x), r"y: expected int32 \(M, N\) .*got float32 \(4, 70\)"),
         "values threshold": (
             lambda: ops.value_signs(x.int(), torch.zeros(69, dtype=torch.int32)),
@@ -722,6 +864,27 @@ def bad_calls():
             r"flip: expected None without thresholds, got bool \(70,\)",
         ),
         "top count": (lambda: ops.top_units(x.int(), 71), "count: expected 1 to 70, the units of y, got 71"),
+        "patches": (
+            lambda: ops.patch_excitability(torch.zeros(2, 9, 9, 1), filters, no_units, 1.0),
+            r"images: expected uint8 \(M, height, width, channels\), got float32 \(2, 9, 9, 1\)",
+        ),
+        "patch filters": (
+            lambda: ops.patch_excitability(images, filters[:, :2], no_units, 1.0),
+            r"filters: expected int8 \(filters, size, size\) of 1 to 128 pixels, got int8 \(4, 2, 3\)",
+        ),
+        "patch taps": (
+            lambda: ops.patch_excitability(images, filters + 2, no_units, 1.0),
+            "filters: expected -1, 0 and 1, got 2",
+        ),
+        "patch size": (
+            lambda: ops.patch_excitability(images, filters, no_units, 1.0, 8),
+            "filters: expected at most 2 pixels for images of 9 x 12 and a pool of 8, got 3",
+        ),
+        "patch units": (
+            lambda: ops.patch_excitability(images, filters, no_units.new_tensor([3, 1]), 1.0),
+            "units: expected rising numbers from 0 to 159, got 1 at 1",
+        ),
+        "patch floor": (lambda: ops.patch_excitability(images, filters, no_units, 0.0), "floor: expected 1e-30 to"),
         "pack int": (lambda: ops.pack_signs(x.int()), r"x: expected float32.*got int32"),
         "pack scalar": (lambda: ops.pack_signs(torch.tensor(1.0)), "x: expected 1 to .* units in the last dim"),
         "pack nothing": (lambda: ops.pack_window(x[:, :0]), r"x: expected 1 to .* units .* got float32 \(4, 0\)"),
@@ -915,6 +1078,7 @@ def test_unaligned_arguments_give_the_same(isa):
         (ops.binary_threshold, x_bits, w_bits, k, threshold, flip, gate),
         (ops.sign_matmul, a, w_bits, k),
         (ops.sign_matmul_t, x, w_bits, k),
+        (ops.standardise_grad, x, x, ops.standardise(x)[1]),
         (ops.gated_input_grad, d, w_bits, x, gate),
         (ops.masked_input_grad, d, w_bits, k, gate),
         (ops.gated_weight_grad, d, x_bits, k, gate),
@@ -988,6 +1152,10 @@ def test_fakes_check_what_the_operators_check():
         (o.sign_matmul, "a", d.double(), w, k),
         (o.sign_matmul_t, "x", d, w, k),
         (o.sign_matmul_t, "x", torch.zeros(k, dtype=torch.uint8), w, k),
+        (o.standardise, "y", x[0]),
+        (o.standardise, "eps", x, -1.0),
+        (o.standardise_grad, "d", d, x, torch.zeros(m, 2, dtype=torch.float64)),
+        (o.standardise_grad, "moments", x, x, torch.zeros(m, 2)),
         (o.gated_input_grad, "x", d, w, x[:2]),
         (o.gated_input_grad, "d", x, w, x),
         (o.masked_input_grad, "mask_bits", d, w, k, bits[:2]),

@@ -21,6 +21,7 @@ from torch import nn
 
 import engram_kernels as ek
 from engram_kernels.cli import main
+from engram_kernels.continual.data import load
 from engram_kernels.encoding import SampleStandardisation
 from engram_kernels.packed.layers import KINDS, least_integer_that_reaches
 
@@ -127,6 +128,47 @@ def test_every_read_out_of_a_network(readout, sizes, encode):
     assert model.training and not packed.training
     assert_same(model.eval(), packed, x)
     assert_same(model, packed, torch.randn(40, sizes[0]))
+
+
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+def test_one_operator_gives_what_the_layers_give(readout, isa):
+    """From bytes, and from the signs that floats become."""
+    model = ek.EngramMLP((100, 300, 200, 10), readout=readout, engram=ek.StochasticEngram(0.2, score="magnitude"))
+    x = images(300, 100)
+    if readout in ("prototype", "ridge"):
+        model.observe(x, torch.randint(9, (300,)))
+    packed = ek.pack(model)
+    for y in (x, x.float(), x[:1], x[:0]):
+        state = packed._begin(y)
+        for layer in packed.layers:
+            state = layer(state)
+        assert torch.equal(packed(y), state.y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+def test_every_test_image_of_mnist_is_predicted_as_the_model_does(readout):
+    folder = Path(os.environ.get("ENGRAM_DATA_DIR", "nowhere"))
+    if not (folder / "mnist").is_dir():
+        pytest.skip("MNIST's four files are not in ENGRAM_DATA_DIR/mnist")
+    data = load("mnist", folder)
+    x, y = data.x_train[:5000], data.y_train[:5000].long()
+    model = ek.EngramMLP((784, 512, 512, 10), readout=readout)
+    model.encoding(x.float())
+    if readout in ("prototype", "ridge"):
+        model.observe(x, y)
+    packed = ek.pack(model)
+    assert len(data.x_test) == 10_000 and data.x_test.dtype == torch.uint8
+    assert_same(model.eval(), packed, data.x_test)
+
+
+def test_layers_without_a_stage_run_one_by_one():
+    """A normalisation of floats, whose rounding is torch's."""
+    norm = exact_norm(64)
+    model = sequential((60, 64, 10), lambda _: nn.Sequential(batch_norm(64), norm), "value", True, False)
+    packed = ek.pack(model)
+    assert [start for start, _ in packed._programs] == [len(packed.layers) - 2]
+    assert_same(model, packed, images(50, 60))
 
 
 def test_several_segments_speak_for_a_class():
@@ -350,7 +392,7 @@ def test_tensors_of_a_file_are_mapped(packed, tmp_path):
     del loaded
 
 
-def test_a_network_of_images_takes_less_than_800_kilobytes(tmp_path):
+def test_a_network_of_test_imagestakes_less_than_800_kilobytes(tmp_path):
     ek.pack(sequential((784, 2048, 2048, 10), batch_norm, "none", True, False)).save(tmp_path / "model")
     assert (tmp_path / "model").stat().st_size < 800_000
 
@@ -562,10 +604,28 @@ def test_compiled_and_exported_models_give_the_same_scores(readout, way, tmp_pat
     torch.testing.assert_close(scores, packed(x), rtol=1e-5, atol=1e-5)  # compiled sums round in another order
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["export", "aoti"])
+def test_a_process_that_lacks_the_package_is_told_which(way, tmp_path):
+    program = torch.export.export(ek.pack(ek.EngramMLP((64, 100, 10))), (images(3, 64),))
+    if way == "export":
+        torch.export.save(program, tmp_path / "model.pt2")
+    else:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.save(images(3, 64), tmp_path / "x")
+    without = FRESH.replace("import engram_kernels\n", "")
+    arguments = [tmp_path / "model.pt2", tmp_path / "x", way, tmp_path / "scores"]
+    done = subprocess.run(
+        [sys.executable, "-c", without, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and "engram_kernels" in done.stderr, done.stderr
+
+
 def test_a_program_holds_bits_and_packs_signs_of_values_alone():
     packed = ek.pack(sequential((64, 100, 50, 10), batch_norm, "value", False, False))
     program = torch.export.export(packed, (images(3, 64),))
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     called = [str(node.target) for graph in graphs for node in graph.nodes if "engram_kernels" in str(node.target)]
-    assert not any("pack_signs" in name or "kept_sign_bits" in name for name in called), called
-    assert sum("binary_matmul" in name for name in called) == 2
+    assert called == ["engram_kernels.packed_network.default"]
+    floats = [t for t in program.state_dict.values() if t.dtype.is_floating_point and t.dim() > 1]
+    assert not floats

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import engram_kernels as ek
 from engram_kernels.hidden_weight import HiddenWeight
-from engram_kernels.readouts import engram_gram
 
 sizes = st.integers(1, 70)
 
@@ -141,14 +140,16 @@ def test_conscience_shares_out_the_wins():
     assert torch.equal(readout.wins, before), "evaluation counts nothing"
 
 
-@given(st.integers(1, 90), st.integers(1, 140), st.floats(0.05, 1.0))
+@given(st.integers(1, 90), st.integers(1, 300), st.floats(0.05, 1.0))
 @settings(deadline=None, max_examples=40)
 def test_the_gram_matrix_is_counted_exactly(m, k, rate):
     torch.manual_seed(m)
-    engram = ek.StochasticEngram(rate, temperature=0.0)
-    x = torch.randn(m, k)
-    gates = gates_of(engram, x)
-    assert torch.equal(engram_gram(engram(x).gate_bits, k), (gates.T @ gates).to(torch.int32))
+    readout = ek.RidgeReadout(k, 2, engram=ek.StochasticEngram(rate, temperature=0.0))
+    x = torch.randn(2, m, k)
+    gates = gates_of(readout.engram, x.view(-1, k))
+    for part in x:
+        readout.observe(part, torch.arange(m) % 2)
+    assert torch.equal(readout.gram, (gates.T @ gates).to(torch.int32))
 
 
 def clusters(samples=240, classes=4, k=96, missing=()):

@@ -375,6 +375,39 @@ def test_a_program(build, tmp_path):
     assert short.returncode == 1 and b"expected 64 bytes each, got 3" in short.stderr
 
 
+AARCH64 = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64")
+
+
+@pytest.fixture(scope="module")
+def aarch64_program(tmp_path_factory):
+    for tool in AARCH64:
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is missing: apt-get install g++-aarch64-linux-gnu qemu-user")
+    folder = tmp_path_factory.mktemp("aarch64")
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DENGRAM_STATIC=ON"]
+    compilers = [f"-DCMAKE_C_COMPILER={AARCH64[0]}", f"-DCMAKE_CXX_COMPILER={AARCH64[1]}"]
+    cmake("-S", RUNTIME, "-B", folder, *target, *compilers)
+    cmake("--build", folder, "-j2", "--target", "engram_predict")
+    return folder / "engram_predict"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readout", ["linear", "dendritic", "prototype", "ridge"])
+def test_a_program_for_aarch64(aarch64_program, tmp_path, readout):
+    model = ek.EngramMLP((64, 300, 200, 10), readout=readout)
+    x = images(40, 64)
+    if readout in ("prototype", "ridge"):
+        model.observe(x, torch.randint(9, (40,)))
+    packed = ek.pack(model)
+    packed.save(tmp_path / "model.safetensors")
+    for options, samples in (([], x), (["--float"], x.float())):
+        done = subprocess.run(
+            ["qemu-aarch64", aarch64_program, *options, tmp_path / "model.safetensors"],
+            input=samples.numpy().tobytes(), capture_output=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.decode().split() == [str(label) for label in packed.predict(samples)]
+
+
 def test_the_library_adds_less_than_a_megabyte(build, tmp_path):
     """What is linked of it into a program, without the C library, of which glibc's takes 0.7 MB."""
     program = tmp_path / "program"

@@ -55,6 +55,7 @@ Window check_window(const std::vector<int64_t>& numbers, int64_t least_dilation 
   require_fit("height", w.height, w.top + w.bottom, w.dilation_h, w.kernel_h);
   require_fit("width", w.width, w.left + w.right, w.dilation_w, w.kernel_w);
   require_units("output pixels of a sample", out_height(w), out_width(w), 1);
+  require_units("padded pixels of a sample", w.height + w.top + w.bottom, w.width + w.left + w.right, 1);
   return w;
 }
 
@@ -70,6 +71,14 @@ void check_output_grad(const Tensor& d, const Window& w, int64_t outputs, const 
   check_floats("d", d, place);
   require(d.dim() == 4 && d.size(1) == out_height(w) && d.size(2) == out_width(w) && d.size(3) == outputs,
           "d: expected shape (B, ", out_height(w), ", ", out_width(w), ", ", outputs, "), got ", describe(d));
+}
+
+// Float32 gradients of the outputs, whose pixels or whose outputs lie side by side; `outputs_first`: the pixels.
+Tensor as_output_grad(const Tensor& d, bool& outputs_first) {
+  const int64_t width = d.size(2), pixels = d.size(1) * width;
+  outputs_first = d.scalar_type() == ScalarType::Float && !d.is_contiguous() && d.stride(2) == 1 &&
+                  d.stride(1) == width && d.stride(3) == pixels && d.stride(0) == pixels * d.size(3);
+  return outputs_first ? d : as_float32(d);
 }
 
 Tensor unfold_bits(const Tensor& bits, std::vector<int64_t> window, int64_t group) {
@@ -128,11 +137,13 @@ Tensor masked_conv2d_input_grad(const Tensor& d, const Tensor& w_bits, std::vect
   check_filters(w_bits, w, place);
   check_output_grad(d, w, w_bits.size(0), place);
   const int64_t stride = check_gate("mask_bits", mask_bits, d.size(0), units(w), place);
-  const Tensor in = as_float32(d), filters = as_packed(w_bits), mask = as_packed(mask_bits);
+  bool outputs_first = false;
+  const Tensor in = as_output_grad(d, outputs_first), filters = as_packed(w_bits), mask = as_packed(mask_bits);
   Tensor dx = new_tensor({d.size(0), w.height, w.width, w.channels}, ScalarType::Float, place);
   TorchRuntime rt;
-  cpu::masked_conv2d_input_grad(rt.get(), {float_data(in), packed_data(filters), packed_data(mask), stride, w,
-                                           d.size(0), w_bits.size(0), static_cast<float>(scale), data<float>(dx)});
+  cpu::masked_conv2d_input_grad(
+      rt.get(), {float_data(in), outputs_first, packed_data(filters), packed_data(mask), stride, w, d.size(0),
+                 w_bits.size(0), static_cast<float>(scale), data<float>(dx)});
   return as_dtype(dx, d.scalar_type());
 }
 
@@ -148,12 +159,13 @@ Tensor gated_conv2d_weight_grad(const Tensor& d, const Tensor& x_bits, std::vect
   check_packed("x_bits", x_bits, units(w), place);
   require(x_bits.size(0) == samples, "x_bits: expected ", samples, " samples like d, got ", describe(x_bits));
   const int64_t stride = gate_bits ? check_gate("gate_bits", *gate_bits, samples, units(w), place) : 0;
-  const Tensor in = as_float32(d), x = as_packed(x_bits);
+  bool outputs_first = false;
+  const Tensor in = as_output_grad(d, outputs_first), x = as_packed(x_bits);
   const OptionalBits gate(gate_bits);
   Tensor dw = new_tensor({outputs, group_units(w)}, ScalarType::Float, place);
   TorchRuntime rt;
-  cpu::gated_conv2d_weight_grad(rt.get(), {float_data(in), packed_data(x), gate.data(), stride, w, samples, outputs,
-                                           static_cast<float>(scale), data<float>(dw)});
+  cpu::gated_conv2d_weight_grad(rt.get(), {float_data(in), outputs_first, packed_data(x), gate.data(), stride, w,
+                                           samples, outputs, static_cast<float>(scale), data<float>(dw)});
   return as_dtype(dw, d.scalar_type());
 }
 

@@ -26,9 +26,12 @@ namespace engram {
 constexpr int64_t kWordBits = 64;
 constexpr int64_t kRowBits = 128;
 
-// Of signs in groups, which subsets of so many numbers are looked up by; rows of groups are padded to kGroupedRows.
-constexpr int64_t kGroup = 6;
+// Of signs in groups, which subsets of half as many numbers are looked up by; rows are padded to kGroupedRows.
+constexpr int64_t kGroup = 12;
 constexpr int64_t kGroupedRows = 32;
+
+// Where the bit of number i of a group lies: each half has a byte.
+ENGRAM_FUNCTION constexpr int64_t place_in_group(int64_t i) { return i < kGroup / 2 ? i : i - kGroup / 2 + 8; }
 
 // Number of 64-bit words in a packed row of k units.
 ENGRAM_FUNCTION constexpr int64_t words_for(int64_t k) {

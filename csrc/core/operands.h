@@ -77,10 +77,11 @@ struct SignProduct {
 
 // y[m,n] = sum_k x[m,k] s(w[n,k]), from the signs in groups of kGroup inputs
 struct GroupedProduct {
-  const uint8_t* x;        // [M, K]
-  const uint16_t* groups;  // [ceil(K / kGroup), stride]: bit i of number n of row g is that of w[n, kGroup g + i]
-  int64_t stride;          // N rounded up to kGroupedRows
-  int32_t* y;              // [M, N]
+  const uint8_t* x;  // [M, K]
+  const uint16_t*
+      groups;      // [ceil(K / kGroup), stride]: bit place_in_group(i) of number n of row g is w[n, kGroup g + i]
+  int64_t stride;  // N rounded up to kGroupedRows
+  int32_t* y;      // [M, N]
   int64_t M, N, K;
 };
 
@@ -98,6 +99,22 @@ struct TopUnits {
   const int32_t* y;  // [M, K]
   int64_t M, K, count;
   uint64_t* gate;  // [M, words_for(K)]
+};
+
+// z[m,n] = max over the pool x pool places from that of unit n on of
+//          sum_ij w[f,i,j] x[m,r+i,c+j,channel] / (sqrt(sum over the patch of (x - mean)^2) + floor)
+// with unit numbers ((row * columns + column) * channels + channel) * F + f, of rows = height - size - pool + 2 and
+// columns likewise.
+struct PatchExcitability {
+  const uint8_t* images;  // [M, height, width, channels]
+  int64_t M, height, width, channels;
+  const int8_t* filters;  // [F, size, size] of -1, 0, 1
+  int64_t F, size;        // size up to 128
+  const int64_t* units;   // [N], rising
+  int64_t N;
+  int64_t pool;
+  float floor;  // above 0
+  float* z;     // [M, N]
 };
 
 // Of a convolution, whose taps window.h places: M = samples * out_pixels rows, K = group_units.
@@ -129,7 +146,8 @@ struct BinaryConv2d {
 };
 
 struct MaskedConv2dInputGrad {
-  const float* d;        // [M, outputs]
+  const float* d;        // [M, outputs], or of each sample [outputs, out_pixels]
+  bool outputs_first;    // the latter
   const uint64_t* w;     // [outputs, words_for(K)]
   const uint64_t* mask;  // [samples or 1, words_for(units)]
   int64_t mask_stride;
@@ -140,7 +158,8 @@ struct MaskedConv2dInputGrad {
 };
 
 struct GatedConv2dWeightGrad {
-  const float* d;     // [M, outputs]
+  const float* d;  // as in MaskedConv2dInputGrad
+  bool outputs_first;
   const uint64_t* x;  // as in BinaryConv2d
   const uint64_t* gate;
   int64_t gate_stride;
@@ -148,6 +167,27 @@ struct GatedConv2dWeightGrad {
   int64_t samples, outputs;
   float scale;
   float* dw;  // [outputs, K]
+};
+
+// Partial sums of a mean, whose order `_mean_in_order` of reference.py states: the same for every backend.
+constexpr int kPartialSums = 32;
+
+// z[m,n] = (y[m,n] - mean[m]) * reciprocal[m]
+struct Standardise {
+  const float* y;  // [M, N]
+  double eps;
+  int64_t M, N;
+  float* z;         // [M, N]
+  double* moments;  // [M, 2]: the mean, and 1 / sqrt(variance + eps) rounded to float32
+};
+
+// dy[m,n] = (d[m,n] - mean(d[m]) - z[m,n] mean(d[m] z[m])) * reciprocal[m]
+struct StandardiseGrad {
+  const float* d;  // [M, N]
+  const float* y;
+  const double* moments;
+  int64_t M, N;
+  float* dy;
 };
 
 struct SampleEngram {
@@ -161,7 +201,8 @@ struct SampleEngram {
   uint64_t seed;
   uint32_t offset;
   uint64_t first_row, row_step;  // sample m has the draws of row first_row + m row_step
-  uint32_t* keys;      // scratch for Gumbel-top-k: [M, key_stride] on CUDA, K on the CPU, for each share of the samples
+  uint32_t*
+      keys;  // scratch for Gumbel-top-k: [M, key_stride] on CUDA, 64 words(K) on the CPU, for each share of the samples
   int64_t key_stride;  // K rounded up to a multiple of 4
   int32_t* nan;
 };

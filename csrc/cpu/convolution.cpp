@@ -1,10 +1,9 @@
-// What convolutions of bits add to the products of matrices: taps into rows and back (core/window.h).
+// What convolutions of bits add to the products of matrices: taps into rows (core/window.h). convolution_grad.cpp has
+// the gradients.
 //
 //   unfold_bits      rows[m] = the taps of output pixel m, 0 where they are padding
 //   tap_sums         sums[t,n] = sum_c s(W[n,t,c])
 //   finish_pixels    y[m,n] = scale (sums[m,n] + sum over the taps t of m in the padding of tap_sums[t,n])
-//   fold_taps        dx[tap t of m, c] += scale z[m,t,c]
-//   add_padding      padded[n] += d[m,n] for the pixels m whose tap t is padding
 //   interleave_bits  bit i * rows + r of a sample = bit i of its row r
 //
 // A product takes a padded tap, whose bits are 0, for -1 and counts -s(W) for it: finish_pixels takes that back,
@@ -12,27 +11,12 @@
 // a row of the kernel are one run of bits. All are bound by memory or by the few additions that they name.
 #include <cstring>
 
-#include "cpu/simd.h"
+#include "cpu/bit_runs.h"
 #include "cpu/tables.h"
 
 namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
-
-// `count` bits, 1 to 64, from bit `at` on.
-ENGRAM_INLINE uint64_t bits_at(const uint64_t* bits, int64_t at, int64_t count) {
-  const int64_t word = at / kWordBits, shift = at % kWordBits;
-  uint64_t value = bits[word] >> shift;
-  if (shift + count > kWordBits) value |= bits[word + 1] << (kWordBits - shift);
-  return value & valid_bits(0, count);
-}
-
-// Puts them into bits that are 0.
-ENGRAM_INLINE void put_bits(uint64_t* bits, int64_t at, int64_t count, uint64_t value) {
-  const int64_t word = at / kWordBits, shift = at % kWordBits;
-  bits[word] |= value << shift;
-  if (shift + count > kWordBits) bits[word + 1] |= value >> (kWordBits - shift);
-}
 
 ENGRAM_INLINE void copy_bits(const uint64_t* from, int64_t from_bit, uint64_t* to, int64_t to_bit, int64_t count) {
   if ((from_bit | to_bit | count) % kWordBits == 0) {
@@ -116,42 +100,6 @@ void finish_pixels(const FinishPixels& p, Range pixels) {
     float* out = p.y + (pixels.begin + m) * p.y_stride;
     for (int64_t n = 0; n < p.N; ++n) out[n] = static_cast<float>(own[n]) * p.scale;
   });
-}
-
-void fold_taps(const FoldTaps& p, Range pixels) {
-  const Window& w = p.window;
-  const bool join = taps_join(w, p.channels);
-  const int64_t row = taps(w) * p.channels;
-  for_pixels(w, pixels, [&](const Pixel& pixel, int64_t m) {
-    for_taps(w, pixel, join, [&](int64_t tap, int64_t at, int64_t count) {
-      const float* from = p.z + m * row + tap * p.channels;
-      float* to = p.dx + at * w.channels;
-      int64_t i = 0;
-      for (; i + kLanes <= count * p.channels; i += kLanes)
-        store(to + i, add(load(to + i), load(from + i) * all(p.scale)));
-      for (; i < count * p.channels; ++i) to[i] += from[i] * p.scale;
-    });
-  });
-}
-
-void add_padding(const AddPadding& p, Range taps) {
-  const Window& w = p.window;
-  const int64_t out_h = out_height(w), out_w = out_width(w);
-  for (int64_t tap = taps.begin; tap < taps.end; ++tap) {
-    const int64_t i = tap / w.kernel_w, j = tap % w.kernel_w;
-    float* padded = p.padded + tap * p.N;
-    for (int64_t n = 0; n < p.N; ++n) padded[n] = 0.0f;
-    for (int64_t line = 0; line < p.samples * out_h; ++line) {
-      const Taps rows = taps_of_row(w, line % out_h);
-      const bool whole = i < rows.first || i >= rows.last;
-      for (int64_t x = 0; x < out_w; ++x) {
-        const Taps columns = taps_of_column(w, x);
-        if (!whole && j >= columns.first && j < columns.last) continue;
-        const float* own = p.d + (line * out_w + x) * p.d_stride;
-        for (int64_t n = 0; n < p.N; ++n) padded[n] += own[n];
-      }
-    }
-  }
 }
 
 void interleave_bits(const InterleaveBits& p, Range samples) {

@@ -6,6 +6,7 @@
 
 #include "core/compact.h"
 #include "core/operands.h"
+#include "cpu/planes.h"
 
 namespace engram::cpu {
 
@@ -53,6 +54,18 @@ struct PreparedSigns : ValueSigns {
   const uint64_t* flip_bits;  // [words_for(N)], flip packed, or null
 };
 
+// y = (number times each factor in turn) scale[n] + shift[n], the last two rounded once, or without scale + shift[n]
+struct ScaleValues {
+  const int32_t* whole;  // [M, N] the numbers, or null
+  const float* real;     // [M, N] the numbers where `whole` is null
+  const float* factors;
+  int64_t factor_count;
+  const float* scale;  // [N] or null
+  const float* shift;  // [N], null only without a scale
+  int64_t M, N;
+  float* y;  // [M, N]; the numbers themselves may lie there
+};
+
 // y[r,v] = sum_i a[r,i] s(plus[v,i]), or with minus sum_i a[r,i] (plus[v,i] - minus[v,i]).
 struct StridedSignProduct {
   const void* a;    // a[r,i] lies at a[r * r_stride + i * i_stride]
@@ -91,6 +104,31 @@ struct GatedWeightGrad {
   int64_t dw_stride;
 };
 
+// Samples are taken kPatchSamples at a time. The taps of each row of a filter are looked up in windows of kPatchTaps.
+constexpr int64_t kPatchSamples = 32, kPatchTaps = 4, kPatchEntries = 1 << kPatchTaps;
+// A filter that some units need at a place.
+struct PatchFilter {
+  int32_t filter, units;
+};
+struct PreparedPatches : PatchExcitability {
+  int64_t windows;            // in a row
+  const uint16_t* look_ups;   // [F, size, windows] where, in bytes from the tables of the row, the taps' entry begins:
+                              // bit i of its number is 1 where tap i of the window is at least 0
+  const int32_t* zero_begin;  // [F + 1] of each filter in zero_taps
+  const int32_t* zero_taps;   // row * size + column of the taps that are 0
+  // In the order of visits, by channel, column and row of the image: how many filters each place needs, which these
+  // are, and the units of each of them.
+  const int32_t* needed;
+  const PatchFilter* visits;
+  const int32_t* visited_units;
+  char* scratch;  // of patch_scratch_bytes, for each share of the samples
+};
+constexpr int64_t patch_scratch_bytes(const PatchExcitability& p, int64_t windows) {
+  const int64_t shorts = p.height * p.width * p.channels + p.size * windows * kPatchEntries;
+  const int64_t words = 2 * p.height + p.N;
+  return (2 * shorts + 4 * words) * kPatchSamples;
+}
+
 // sums[t,n] = sum_c s(W[n,t,c]), of rows of w without padding to 128 bits
 struct TapSums {
   const uint64_t* w;  // [N, words]
@@ -110,21 +148,74 @@ struct FinishPixels {
   int64_t y_stride;
 };
 
-// dx[tap t of m, c] += scale z[m,t,c], within one sample
-struct FoldTaps {
-  Window window;
-  const float* z;  // [pixels of the range, taps, channels]
-  int64_t channels;
-  float scale;
-  float* dx;  // the first of these channels
+// any = the channels that a pixel of a sample recruits; true if its pixels differ in that.
+struct ChannelsOfPixels {
+  const uint64_t* bits;  // [samples, stride], pixel by pixel
+  int64_t stride, pixels, channels;
+  uint64_t* any;  // [samples, ceil(channels / 64)]
 };
 
-// padded[t,n] = sum of d[m,n] over the pixels m whose tap t is padding
-struct AddPadding {
+// Of the outputs; pixels follow each other, or outputs do.
+struct OutputGrad {
+  const float* data;
+  int64_t sample, pixel, output;  // strides
+};
+// Where the signs of a column lie, and the sums that its look-ups are added to.
+struct SignColumn {
+  int64_t signs, sums;
+};
+
+// Into some channels of a group of a sample.
+struct Conv2dInputGrad {
   Window window;
-  const float* d;  // pixel m of all samples lies at d[m * d_stride]
-  int64_t d_stride, N, samples;
-  float* padded;  // [taps, N]
+  Planes planes;
+  OutputGrad d;
+  int64_t sample, group, outputs;  // outputs of the group
+  const uint64_t* w_t;             // [channels of all groups' taps, words_for(outputs)]
+  const uint64_t* any;             // channels that take part
+  float scale;
+  float* dx;            // of all samples
+  float* gradient;      // scratch [outputs rounded up to fours, gradient_stride]
+  float* sums;          // scratch [planes, channels, plane_stride]
+  float* tile;          // scratch [taps * channels, kGradTile]
+  SignColumn* columns;  // scratch [taps * channels]
+  int64_t gradient_stride, plane_stride;
+};
+
+// planes_bits[plane, c] = the bits of channel c of the pixels of a plane (tap_plane), 0 outside the image
+struct TapPlanes {
+  const uint64_t* bits;  // [samples, stride]
+  int64_t stride;
+  Window window;
+  Planes planes;
+  uint64_t* planes_bits;  // [samples, planes.down * kernel_w, channels, words]
+  int64_t words;
+};
+
+// sums[tile][t,c][n] of tiles of kGradTile outputs of a group, over some samples, kGradPixels pixels at a time.
+constexpr int64_t kGradTile = 16, kGradPixels = 1024;
+struct Conv2dWeightGrad {
+  Window window;
+  Planes planes;
+  OutputGrad d;
+  int64_t group, first, outputs;  // the first output, and how many
+  const uint64_t* planes_bits;
+  int64_t words;
+  const uint64_t* channels;  // [samples or 1, ceil(channels / 64)] that take part, or null: all
+  bool shared, pads;         // one row of channels for all samples; there is padding
+  float* gradient;           // scratch [kGradPixels, kGradTile]
+  float* padded;             // scratch [taps, kGradTile]
+  int64_t* places;           // scratch [group_units]
+  uint64_t* signs;           // scratch [kGradPixels / 64 or fewer, group_units]
+  float* sums;               // [tiles, group_units, kGradTile]
+};
+
+// dw[n,k] = scale sum over the parts of the sums of its block, which are added to the first part
+struct AddParts {
+  float* sums;  // [groups, blocks, parts, stride]
+  int64_t blocks, parts, stride, K, outputs;
+  float scale;
+  float* dw;  // [groups * outputs, K]
 };
 
 // How the moments are kept: core/compact.h.
@@ -149,10 +240,11 @@ struct MetaplasticAdam {
 };
 
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
-// where a weight could not be updated. transpose_bits and list_samples work on words of units, split_gates on words,
-// metaplastic_adam on words of weights, row-major; tap_sums and add_padding on taps, interleave_bits on samples;
-// unfold_bits, finish_pixels and fold_taps on output pixels, of which the first of the range lies first in rows, sums
-// and terms.
+// where a weight could not be updated; of channels_of_pixels if pixels differ. transpose_bits and list_samples work on
+// words of units, split_gates on words, metaplastic_adam on words of weights, row-major; tap_sums on taps,
+// interleave_bits, channels_of_pixels, tap_planes and conv2d_weight_grad on samples, conv2d_input_grad on channels,
+// add_parts on blocks, patch_excitability on kPatchSamples samples each; unfold_bits and finish_pixels on output
+// pixels, of which the first of the range lies first in rows and sums.
 #define ENGRAM_PREDICTION_KERNELS(KERNEL)               \
   KERNEL(bool, pack_signs, PackSigns, Range)            \
   KERNEL(void, pack_window, PackWindow, Range)          \
@@ -164,20 +256,27 @@ struct MetaplasticAdam {
   KERNEL(void, sign_product, StridedSignProduct, Block) \
   KERNEL(bool, sample_engram, SampleEngram, Range)      \
   KERNEL(void, value_signs, PreparedSigns, Range)       \
+  KERNEL(void, scale_values, ScaleValues, Range)        \
   KERNEL(void, top_units, TopUnits, Range)
 // Those that the runtime (csrc/runtime) does without: gradients, the update and convolutions.
-#define ENGRAM_TRAINING_KERNELS(KERNEL)                   \
-  KERNEL(void, zero_unrecruited, ZeroUnrecruited, Range)  \
-  KERNEL(void, gated_input_grad, GatedInputGrad, Range)   \
-  KERNEL(void, list_samples, GatedWeightGrad, Range)      \
-  KERNEL(void, gated_weight_grad, GatedWeightGrad, Block) \
-  KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)  \
-  KERNEL(void, unfold_bits, UnfoldBits, Range)            \
-  KERNEL(void, tap_sums, TapSums, Range)                  \
-  KERNEL(void, finish_pixels, FinishPixels, Range)        \
-  KERNEL(void, fold_taps, FoldTaps, Range)                \
-  KERNEL(void, add_padding, AddPadding, Range)            \
-  KERNEL(void, interleave_bits, InterleaveBits, Range)
+#define ENGRAM_TRAINING_KERNELS(KERNEL)                     \
+  KERNEL(void, standardise, Standardise, Range)             \
+  KERNEL(void, standardise_grad, StandardiseGrad, Range)    \
+  KERNEL(void, zero_unrecruited, ZeroUnrecruited, Range)    \
+  KERNEL(void, gated_input_grad, GatedInputGrad, Range)     \
+  KERNEL(void, list_samples, GatedWeightGrad, Range)        \
+  KERNEL(void, gated_weight_grad, GatedWeightGrad, Block)   \
+  KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)    \
+  KERNEL(void, unfold_bits, UnfoldBits, Range)              \
+  KERNEL(void, tap_sums, TapSums, Range)                    \
+  KERNEL(void, finish_pixels, FinishPixels, Range)          \
+  KERNEL(bool, channels_of_pixels, ChannelsOfPixels, Range) \
+  KERNEL(void, conv2d_input_grad, Conv2dInputGrad, Range)   \
+  KERNEL(void, tap_planes, TapPlanes, Range)                \
+  KERNEL(void, conv2d_weight_grad, Conv2dWeightGrad, Range) \
+  KERNEL(void, add_parts, AddParts, Range)                  \
+  KERNEL(void, interleave_bits, InterleaveBits, Range)      \
+  KERNEL(void, patch_excitability, PreparedPatches, Range)
 #define ENGRAM_CPU_KERNELS(KERNEL)  \
   ENGRAM_PREDICTION_KERNELS(KERNEL) \
   ENGRAM_TRAINING_KERNELS(KERNEL)

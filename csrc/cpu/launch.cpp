@@ -323,20 +323,38 @@ void value_signs(const Runtime& rt, const ValueSigns& p) {
   pack_values(rt, *active().load(), {p, packed_flips(rt, p.flip, p.N)});
 }
 
+void prepared_signs(const Runtime& rt, const PreparedSigns& p) { pack_values(rt, *active().load(), p); }
+
+void scale_values(const Runtime& rt, const ScaleValues& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.M, p.N * (p.factor_count + 2) / 8, [&](Range rows) { kernels.scale_values(p, rows); });
+}
+
 void top_units(const Runtime& rt, const TopUnits& p) {
   const Kernels& kernels = *active().load();
   share(rt, p.M, p.K, [&](Range rows) { kernels.top_units(p, rows); });
 }
 
+void standardise(const Runtime& rt, const Standardise& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.M, p.N, [&](Range rows) { kernels.standardise(p, rows); });
+}
+
+void standardise_grad(const Runtime& rt, const StandardiseGrad& p) {
+  const Kernels& kernels = *active().load();
+  share(rt, p.M, p.N, [&](Range rows) { kernels.standardise_grad(p, rows); });
+}
+
 bool sample_engram(const Runtime& rt, SampleEngram p) {
   const Kernels& kernels = *active().load();
   const int64_t shares = rt.threads < p.M ? rt.threads : p.M;
-  p.keys = p.bernoulli ? nullptr : workspace<uint32_t>(rt, shares * p.K);
+  const int64_t keys = ceil_div(p.K, kWordBits) * kWordBits;  // made by words of units
+  p.keys = p.bernoulli ? nullptr : workspace<uint32_t>(rt, shares * keys);
   std::atomic<bool> nan{false};
   share(rt, shares, shares == 0 ? 1 : p.M * p.K * 16 / shares, [&](Range part) {
     for (int64_t i = part.begin; i < part.end; ++i) {
       SampleEngram own = p;
-      if (!p.bernoulli) own.keys += i * p.K;
+      if (!p.bernoulli) own.keys += i * keys;
       if (kernels.sample_engram(own, {p.M * i / shares, p.M * (i + 1) / shares})) nan.store(true);
     }
   });

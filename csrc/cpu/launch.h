@@ -38,7 +38,12 @@ void sign_product(const Runtime&, const SignProduct&);
 // `signs` are those of the groups: [N, words_for(K)].
 void grouped_product(const Runtime&, const GroupedProduct&, const uint64_t* signs);
 void value_signs(const Runtime&, const ValueSigns&);
+void prepared_signs(const Runtime&, const PreparedSigns&);  // the same with flips packed
+void scale_values(const Runtime&, const ScaleValues&);
 void top_units(const Runtime&, const TopUnits&);
+void standardise(const Runtime&, const Standardise&);
+void standardise_grad(const Runtime&, const StandardiseGrad&);
+void patch_excitability(const Runtime&, const PatchExcitability&);
 bool sample_engram(const Runtime&, SampleEngram);  // keys are made here
 void unfold_bits(const Runtime&, const UnfoldBits&);
 void interleave_bits(const Runtime&, const InterleaveBits&);

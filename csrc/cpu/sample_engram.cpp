@@ -4,10 +4,11 @@
 //   Gumbel-top-k the `count` units of largest score / temperature + Gumbel draw: sampling without replacement with
 //                probabilities softmax(score / temperature) (Vieira 2014; Kool et al. 2019); ties go to the lower index
 //
-// Draws are those of core/philox.h. Keys are ordered integers, so that the count-th largest is found by bisection
-// and no sort: at most 32 counting passes over keys in the first-level cache. This file is compiled without fused
-// multiply-add: every backend computes the same bits.
+// Draws are those of core/philox.h. Keys are ordered integers, so that the count-th largest is found by counting passes
+// over keys in the first-level cache, and no sort. This file is compiled without fused multiply-add: every backend
+// computes the same bits.
 #include "cpu/draws.h"
+#include "cpu/selection.h"
 #include "cpu/tables.h"
 
 namespace engram::cpu::ENGRAM_ISA {
@@ -30,20 +31,19 @@ void bernoulli_row(const SampleEngram& p, const Draws& source, int64_t m) {
   }
 }
 
-// keys[k] = ordered_key(score / temperature + gumbel); true if a score is NaN.
-bool make_keys(const SampleEngram& p, const Draws& source, int64_t m) {
+// keys[k]: signed integers in the order of score / temperature + gumbel; true if a score is NaN.
+bool make_keys(const SampleEngram& p, const Draws& source, int64_t m, int32_t* keys) {
   const float* score = p.score + m * p.K;
   const bool noisy = p.inverse_temperature >= 0.0f, scored = p.inverse_temperature != 0.0f;
-  bool nan = false;
+  int32_t nan = 0;
   for (int64_t first = 0; first < p.K; first += kDrawGroup) {
     const int64_t units = smaller(kDrawGroup, p.K - first);
     float value[kDrawGroup] = {};
-    if (scored) {
-      for (int64_t i = 0; i < units; ++i) {
-        value[i] = score[first + i];
-        nan |= value[i] != value[i];
-      }
-    }
+    if (scored && units == kDrawGroup)
+      memcpy(value, score + first, sizeof value);
+    else if (scored)
+      memcpy(value, score + first, static_cast<size_t>(units) * sizeof(float));
+    for (int64_t i = 0; i < kDrawGroup; ++i) nan |= value[i] != value[i];
     if (noisy) {
       uint32_t draws[kDrawGroup];
       source.group<kDrawGroup>(row_number(p, m), first, draws);
@@ -52,46 +52,10 @@ bool make_keys(const SampleEngram& p, const Draws& source, int64_t m) {
       else
         for (int64_t i = 0; i < kDrawGroup; ++i) value[i] = gumbel(draws[i]);
     }
-    for (int64_t i = 0; i < units; ++i) p.keys[first + i] = ordered_key(value[i]);
+    for (int64_t i = 0; i < kDrawGroup; ++i)
+      keys[first + i] = static_cast<int32_t>(ordered_key(value[i]) ^ 0x80000000u);
   }
-  return nan;
-}
-
-// A threshold such that the keys above it, and the first `of_equal` of those equal to it, are the `count` largest.
-uint32_t find_threshold(const uint32_t* keys, int64_t k, int64_t count, int64_t& of_equal) {
-  uint32_t threshold = 0;
-  int64_t above = 0;  // keys above the threshold; right at the end, when the next larger candidate has been counted
-  for (uint32_t bit = uint32_t{1} << 31; bit != 0; bit >>= 1) {
-    const uint32_t candidate = threshold | bit;
-    int32_t reached = 0;
-    for (int64_t i = 0; i < k; ++i) reached += keys[i] >= candidate;
-    if (reached == count) {
-      of_equal = 0;
-      return candidate - 1;
-    }
-    if (reached > count)
-      threshold = candidate;
-    else
-      above = reached;
-  }
-  of_equal = count - above;
-  return threshold;
-}
-
-void gate_from_keys(const SampleEngram& p, int64_t m) {
-  int64_t of_equal = 0;
-  const uint32_t threshold = find_threshold(p.keys, p.K, p.count, of_equal);
-  uint64_t* gate = p.gate + m * p.words;
-  for (int64_t word = 0; word < p.words; ++word) {
-    const int64_t first = word * kWordBits, units = smaller(kWordBits, p.K - first);
-    uint64_t above = 0, equal = 0;
-    for (int64_t i = 0; i < units; ++i) {
-      above |= static_cast<uint64_t>(p.keys[first + i] > threshold) << i;
-      equal |= static_cast<uint64_t>(p.keys[first + i] == threshold) << i;
-    }
-    for (; equal != 0 && of_equal > 0; equal &= equal - 1, --of_equal) above |= equal & (~equal + 1);
-    gate[word] = above;
-  }
+  return nan != 0;
 }
 
 }  // namespace
@@ -103,8 +67,9 @@ bool sample_engram(const SampleEngram& p, Range samples) {
     if (p.bernoulli) {
       bernoulli_row(p, source, m);
     } else {
-      nan |= make_keys(p, source, m);
-      gate_from_keys(p, m);
+      auto* keys = reinterpret_cast<int32_t*>(p.keys);
+      nan |= make_keys(p, source, m, keys);
+      top_of_row(keys, p.K, p.count, p.gate + m * p.words);
     }
   }
   return nan;

@@ -25,7 +25,9 @@ struct ValidGate {
   KERNEL(unfold_bits, UnfoldBits)     \
   KERNEL(binary_matmul, BinaryMatmul) \
   KERNEL(sign_product, SignProduct)   \
-  KERNEL(sample_engram, SampleEngram)
+  KERNEL(sample_engram, SampleEngram) \
+  KERNEL(standardise, Standardise)    \
+  KERNEL(standardise_grad, StandardiseGrad)
 
 #define ENGRAM_DECLARE_LAUNCHER(name, Arguments) int launch_##name(const Arguments& p, void* stream);
 ENGRAM_CUDA_KERNELS(ENGRAM_DECLARE_LAUNCHER)

@@ -6,6 +6,7 @@
 #include "cuda/pack.cuh"
 #include "cuda/sample_engram.cuh"
 #include "cuda/sign_product.cuh"
+#include "cuda/standardise.cuh"
 #include "cuda/unfold.cuh"
 #include "cuda/unpack.cuh"
 #include "cuda/valid_gate.cuh"

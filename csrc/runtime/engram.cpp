@@ -124,7 +124,7 @@ bool engram_predict(const engram_model* model, const void* x, engram_type type, 
     const int64_t classes = model->network.classes();
     std::vector<float> own;
     if (scores == nullptr) own.resize(static_cast<size_t>(samples * classes)), scores = own.data();
-    model->network.predict(x, input, samples, scores, {runtime_of(model->pool, workspace), workspace});
+    model->network.predict(x, input, samples, scores, runtime_of(model->pool, workspace));
     for (int64_t i = 0; class_numbers != nullptr && i < samples; ++i) {
       const float* row = scores + i * classes;
       class_numbers[i] = std::max_element(row, row + classes) - row;
@@ -136,7 +136,7 @@ bool engram_learn(engram_model* model, const void* x, engram_type type, int64_t 
   return guarded("", [&] {
     const Type input = check_input(model, x, type, samples);
     require(class_numbers != nullptr || samples == 0, "class_numbers: expected numbers, got a null pointer");
-    model->network.learn(x, input, samples, class_numbers, {runtime_of(model->pool, workspace), workspace});
+    model->network.learn(x, input, samples, class_numbers, {runtime_of(model->pool, workspace), workspace, nullptr});
   });
 }
 

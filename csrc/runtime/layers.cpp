@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <iterator>
+#include <type_traits>
+#include <vector>
 
 #include "core/bits.h"
 #include "runtime/error.h"
@@ -11,7 +13,6 @@
 namespace engram::runtime {
 namespace {
 
-constexpr int64_t kMostExact = int64_t{1} << 24;      // integers up to here are exact in float32
 constexpr int64_t kMostInputs = INT32_MAX / 255 / 4;  // of bytes: twice their distance from a mean is an int32
 
 // Of `Flow`: units of the values, and signs and gate where a layer needs them.
@@ -24,39 +25,30 @@ float* floats(const Call& call, const State& state, int64_t units) {
   return call.memory.get<float>(state.samples * units);
 }
 
-// Values as float32, which holds all that occur exactly: sums of up to 2^24 signs, and bytes.
-const float* as_floats(const State& state, const Call& call) {
-  if (state.y.type == Type::kFloat32) return static_cast<const float*>(state.y.data);
-  const int64_t count = state.samples * state.y.units;
-  float* out = floats(call, state, state.y.units);
-  if (state.y.type == Type::kInt32)
-    std::copy_n(static_cast<const int32_t*>(state.y.data), count, out);
-  else
-    std::copy_n(static_cast<const uint8_t*>(state.y.data), count, out);
-  return out;
-}
+// A layer that is a stage.
+template <typename S>
+class StageLayer : public Layer {
+ public:
+  StageLayer(const Json& fields, const std::string& name)
+      : name_(name), units_(size_field(fields, "units", name)), stage_{} {
+    stage_.units = units_;
+  }
 
-const int32_t* as_integers(const State& state, const Call& call) {
-  if (state.y.type == Type::kInt32) return static_cast<const int32_t*>(state.y.data);
-  int32_t* out = call.memory.get<int32_t>(state.samples * state.y.units);
-  std::copy_n(static_cast<const uint8_t*>(state.y.data), state.samples * state.y.units, out);
-  return out;
-}
+  Flow flow(const Flow& before) const override {
+    require_units(before, units_, name_);
+    Flow after = before;
+    after.bits |= std::is_same_v<S, Sign>;
+    after.gate |= std::is_same_v<S, Recruit> || std::is_same_v<S, Gate>;
+    return after;
+  }
+  int64_t steps() const override { return stage_.steps(); }
+  void run(State& state, const Call& call) const override { stage_.run(state, call); }
 
-int64_t sum_of(const int32_t* y, int64_t units) {
-  int64_t sum = 0;
-  for (int64_t n = 0; n < units; ++n) sum += y[n];
-  return sum;
-}
-
-int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
-
-// The mean of float32 values, summed in their order.
-double mean_of(const float* y, int64_t units) {
-  double sum = 0;
-  for (int64_t n = 0; n < units; ++n) sum += y[n];
-  return sum / static_cast<double>(units);
-}
+ protected:
+  std::string name_;
+  int64_t units_;
+  S stage_;
+};
 
 class Encode : public Layer {
  public:
@@ -81,6 +73,7 @@ class Encode : public Layer {
     return after;
   }
 
+  int64_t steps() const override { return inputs_; }
   void run(State& state, const Call& call) const override {
     const bool one_each = inputs_ == features_;
     if (state.y.type == Type::kUint8 && one_each) return;
@@ -121,6 +114,7 @@ class Standardise : public Layer {
     return before;
   }
 
+  int64_t steps() const override { return features_; }
   void run(State& state, const Call& call) const override {
     const float* x = as_floats(state, call);
     float* out = floats(call, state, features_);
@@ -147,287 +141,114 @@ class Standardise : public Layer {
   int64_t features_;
 };
 
-class Product : public Layer {
+class ProductLayer : public Layer {
  public:
-  Product(const Json& fields, const std::string& name, File& file)
-      : name_(name),
-        inputs_(size_field(fields, "inputs", name)),
-        outputs_(size_field(fields, "outputs", name)),
-        real_(fields.at("real", name).flag(name)) {
-    require(!real_ || inputs_ <= kMostInputs, name, ": expected at most ", kMostInputs, " inputs, got ", inputs_);
-    weight_ = packed_weight(file, name, outputs_, inputs_);
-  }
-
-  static const uint64_t* packed_weight(File& file, const std::string& name, int64_t rows, int64_t units) {
-    return reinterpret_cast<const uint64_t*>(file.tensor<int64_t>(name + ".weight", "I64", {rows, words_for(units)}));
+  ProductLayer(const Json& fields, const std::string& name, File& file) : name_(name), stage_{} {
+    stage_.inputs = size_field(fields, "inputs", name);
+    stage_.outputs = size_field(fields, "outputs", name);
+    stage_.real = fields.at("real", name).flag(name);
+    require(!stage_.real || stage_.inputs <= kMostInputs, name, ": expected at most ", kMostInputs, " inputs, got ",
+            stage_.inputs);
+    stage_.weight = reinterpret_cast<const uint64_t*>(
+        file.tensor<int64_t>(name + ".weight", "I64", {stage_.outputs, words_for(stage_.inputs)}));
+    if (!stage_.real) return;
+    group();
+    stage_.groups = groups_.data();
   }
 
   Flow flow(const Flow& before) const override {
-    require_units(before, inputs_, name_);
-    require(real_ ? before.input : before.bits, name_, ": expected ",
-            real_ ? "real inputs at the first product" : "a sign layer before it");
-    return {outputs_, false, false, false, false};
+    require_units(before, stage_.inputs, name_);
+    require(stage_.real ? before.input : before.bits, name_, ": expected ",
+            stage_.real ? "real inputs at the first product" : "a sign layer before it");
+    return {stage_.outputs, false, false, false, false};
   }
-
-  void run(State& state, const Call& call) const override {
-    void* y = call.memory.get<int32_t>(state.samples * outputs_);
-    Type type = Type::kInt32;
-    if (real_) {
-      const bool exact = state.y.type != Type::kFloat32;
-      SignProduct p{};
-      p.a = state.y.data, p.element = exact ? Element::kUint8 : Element::kFloat32;
-      p.signs = weight_, p.y = y;
-      p.R = state.samples, p.I = inputs_, p.V = outputs_;
-      cpu::sign_product(call.kernels, p);
-      type = exact ? Type::kInt32 : Type::kFloat32;
-    } else {
-      BinaryMatmul p{};
-      p.x = state.bits, p.w = weight_, p.gate = state.gate, p.gate_stride = state.gate_stride;
-      p.y = static_cast<int32_t*>(y);
-      p.M = state.samples, p.N = outputs_, p.K = inputs_, p.words = words_for(inputs_);
-      cpu::binary_matmul(call.kernels, p);
-    }
-    state = {state.samples, {y, type, outputs_, real_ ? 255 * inputs_ : inputs_}, nullptr, nullptr, 0};
-  }
+  int64_t steps() const override { return stage_.steps(); }
+  void run(State& state, const Call& call) const override { stage_.run(state, call); }
 
  private:
+  void group() {
+    const int64_t inputs = stage_.inputs, outputs = stage_.outputs;
+    const int64_t stride = ceil_div(outputs, kGroupedRows) * kGroupedRows;
+    groups_.assign(static_cast<size_t>(ceil_div(inputs, kGroup) * stride), 0);
+    for (int64_t n = 0; n < outputs; ++n)
+      for (int64_t k = 0; k < inputs; ++k) {
+        const uint64_t bit = stage_.weight[n * words_for(inputs) + k / kWordBits] >> k % kWordBits & 1;
+        groups_[static_cast<size_t>(k / kGroup * stride + n)] |=
+            static_cast<uint16_t>(bit << place_in_group(k % kGroup));
+      }
+  }
+
   std::string name_;
-  int64_t inputs_, outputs_;
-  bool real_;
-  const uint64_t* weight_;
+  Product stage_;
+  std::vector<uint16_t> groups_;
 };
 
-class Sign : public Layer {
+class SignLayer : public StageLayer<Sign> {
  public:
-  Sign(const Json& fields, const std::string& name, File& file)
-      : name_(name), units_(size_field(fields, "units", name)) {
+  SignLayer(const Json& fields, const std::string& name, File& file) : StageLayer(fields, name) {
     const std::string& by = fields.at("by", name).string(name);
     require(by == "threshold" || by == "mean", name, ": expected by threshold or by mean, got ", by);
-    by_mean_ = by == "mean";
-    if (by_mean_) {
-      flip_.assign(static_cast<size_t>(units_), 0);
-      return;
-    }
+    stage_.by_mean = by == "mean";
+    if (stage_.by_mean) return;
     const auto* flip = file.tensor<uint8_t>(name + ".flip", "U8", {units_});
-    for (int64_t n = 0; n < units_; ++n) require(flip[n] <= 1, name, ".flip: expected 0 or 1, got ", int{flip[n]});
-    flip_.assign(flip, flip + units_);
+    flip_bits_.assign(static_cast<size_t>(words_for(units_)), 0);
+    for (int64_t n = 0; n < units_; ++n) {
+      require(flip[n] <= 1, name, ".flip: expected 0 or 1, got ", int{flip[n]});
+      flip_bits_[static_cast<size_t>(n / kWordBits)] |= uint64_t{flip[n]} << n % kWordBits;
+    }
+    stage_.flip_bits = flip_bits_.data();
     if (file.has_dtype(name + ".threshold", "I32")) {
-      const auto* threshold = file.tensor<int32_t>(name + ".threshold", "I32", {units_});
-      whole_.assign(threshold, threshold + units_);
+      stage_.threshold = file.tensor<int32_t>(name + ".threshold", "I32", {units_});
       return;
     }
-    const auto* threshold = file.tensor<float>(name + ".threshold", "F32", {units_});
+    stage_.real = file.tensor<float>(name + ".threshold", "F32", {units_});
     for (int64_t n = 0; n < units_; ++n) {
-      require(!std::isnan(threshold[n]), name, ".threshold: expected numbers, got NaN");
-      const double least = std::ceil(static_cast<double>(threshold[n]));
+      require(!std::isnan(stage_.real[n]), name, ".threshold: expected numbers, got NaN");
+      const double least = std::ceil(static_cast<double>(stage_.real[n]));
       whole_.push_back(static_cast<int32_t>(std::min<double>(INT32_MAX, std::max<double>(INT32_MIN, least))));
     }
-    real_.assign(threshold, threshold + units_);
-  }
-
-  Flow flow(const Flow& before) const override {
-    require_units(before, units_, name_);
-    Flow after = before;
-    after.bits = true;
-    return after;
-  }
-
-  void run(State& state, const Call& call) const override {
-    const int64_t words = words_for(units_);
-    auto* bits = call.memory.get<uint64_t>(state.samples * words);
-    state.bits = bits;
-    const bool rounded = !real_.empty() && state.y.largest > kMostExact;  // float32 may reach what integers do not
-    if (state.y.type == Type::kFloat32 || rounded) {
-      pack_floats(as_floats(state, call), state.samples, bits);
-      return;
-    }
-    const int32_t* y = as_integers(state, call);
-    const bool means = by_mean_;
-    cpu::value_signs(call.kernels,
-                     {y, means ? nullptr : whole_.data(), means ? nullptr : flip_.data(), state.samples, units_, bits});
+    stage_.threshold = whole_.data();
   }
 
  private:
-  void pack_floats(const float* y, int64_t samples, uint64_t* bits) const {
-    const int64_t words = words_for(units_);
-    std::fill_n(bits, samples * words, 0);
-    for (int64_t i = 0; i < samples; ++i, y += units_, bits += words) {
-      const double mean = by_mean_ ? mean_of(y, units_) : 0;
-      for (int64_t n = 0; n < units_; ++n) {
-        require(!std::isnan(y[n]), "x: expected numbers whose products are numbers, got NaN");
-        const bool reached = by_mean_ ? static_cast<double>(y[n]) >= mean
-                                      : (y[n] >= threshold(n)) != (flip_[static_cast<size_t>(n)] != 0);
-        bits[n / kWordBits] |= uint64_t{reached} << n % kWordBits;
-      }
-    }
-  }
-
-  float threshold(int64_t n) const {
-    const auto i = static_cast<size_t>(n);
-    return real_.empty() ? static_cast<float>(whole_[i]) : real_[i];
-  }
-
-  std::string name_;
-  int64_t units_;
-  bool by_mean_;
-  std::vector<int32_t> whole_;  // thresholds of integers
-  std::vector<float> real_;     // and of float32, where the file has those
-  std::vector<uint8_t> flip_;
+  std::vector<int32_t> whole_;  // thresholds of integers, where the file has those of float32
+  std::vector<uint64_t> flip_bits_;
 };
 
-class Recruit : public Layer {
+class RecruitLayer : public StageLayer<Recruit> {
  public:
-  Recruit(const Json& fields, const std::string& name)
-      : name_(name), units_(size_field(fields, "units", name)), count_(size_field(fields, "recruited", name)) {
-    require(count_ <= units_, name, ": expected at most ", units_, " recruited units, got ", count_);
+  RecruitLayer(const Json& fields, const std::string& name) : StageLayer(fields, name) {
+    stage_.count = size_field(fields, "recruited", name);
+    require(stage_.count <= units_, name, ": expected at most ", units_, " recruited units, got ", stage_.count);
     const std::string& score = fields.at("score", name).string(name);
     const char* const names[] = {"value", "magnitude", "standardised", "distance"};
     const auto found = std::find(std::begin(names), std::end(names), score);
     require(found != std::end(names), name, ": expected score value, magnitude, standardised or distance, got ", score);
-    score_ = static_cast<Score>(found - names);
+    stage_.score = static_cast<Score>(found - names);
   }
-
-  Flow flow(const Flow& before) const override {
-    require_units(before, units_, name_);
-    Flow after = before;
-    after.gate = true;
-    return after;
-  }
-
-  void run(State& state, const Call& call) const override {
-    auto* gate = call.memory.get<uint64_t>(state.samples * words_for(units_));
-    state.gate_stride = words_for(units_);
-    state.gate = gate;
-    if (state.y.type != Type::kFloat32) {
-      const int32_t* keys = integer_keys(as_integers(state, call), state.samples, call);
-      return cpu::top_units(call.kernels, {keys, state.samples, units_, count_, gate});
-    }
-    SampleEngram p{};
-    p.score = scores(state, call), p.gate = gate;
-    p.M = state.samples, p.K = units_, p.words = words_for(units_);
-    p.count = count_, p.inverse_temperature = -1.0f, p.row_step = 1;
-    require(!cpu::sample_engram(call.kernels, p), "x: expected numbers whose products are numbers, got NaN");
-  }
-
- private:
-  enum class Score { kValue, kMagnitude, kStandardised, kDistance };
-  // Numbers in the order of the scores, equal where those are.
-  const float* scores(const State& state, const Call& call) const {
-    const auto* y = static_cast<const float*>(state.y.data);
-    if (score_ == Score::kValue) return y;
-    float* out = floats(call, state, units_);
-    for (int64_t i = 0; i < state.samples; ++i, y += units_) {
-      float* row = out + i * units_;
-      std::copy_n(y, units_, row);
-      if (score_ != Score::kMagnitude) standardise(row, units_);
-      for (int64_t n = 0; n < units_ && !has_sign(); ++n) row[n] = std::fabs(row[n]);
-    }
-    return out;
-  }
-
-  // The same of integers. |N y - sum| may need 64 bits; its rank among all that are possible needs one more than y.
-  // With sum = q N + r and v = y - q it is N v - r where v > 0, and r - N v elsewhere.
-  const int32_t* integer_keys(const int32_t* y, int64_t samples, const Call& call) const {
-    if (has_sign()) return y;
-    auto* out = call.memory.get<int32_t>(samples * units_);
-    for (int64_t i = 0; i < samples; ++i, y += units_) {
-      int64_t q = 0, r = 0;
-      if (score_ == Score::kDistance) {
-        const int64_t sum = sum_of(y, units_);
-        q = floor_div(sum, units_), r = sum - q * units_;
-      }
-      const bool level = r == 0 || 2 * r == units_;  // each distance above 0 occurs on both sides
-      const int32_t scale = level ? 1 : 2;
-      const int32_t above = r == 0 ? 0 : 2 * r < units_ || level ? 1 : 2, below = 2 * r > units_ ? 1 : 0;
-      for (int64_t n = 0; n < units_; ++n) {
-        const auto v = static_cast<int32_t>(y[n] - q);
-        out[i * units_ + n] = v > 0 ? scale * v - above : below - scale * v;
-      }
-    }
-    return out;
-  }
-
-  bool has_sign() const { return score_ == Score::kValue || score_ == Score::kStandardised; }
-
-  // As engram_kernels.ExactLayerNorm rounds, which makes close values equal ones.
-  static void standardise(float* y, int64_t units) {
-    const double mean = mean_of(y, units);
-    const auto high = static_cast<float>(mean), low = static_cast<float>(mean - high);
-    double squares = 0;
-    for (int64_t n = 0; n < units; ++n) {
-      y[n] = (y[n] - high) - low;
-      squares += static_cast<double>(y[n]) * static_cast<double>(y[n]);
-    }
-    const auto variance = static_cast<float>(squares / static_cast<double>(units));
-    const float reciprocal = 1.0f / std::sqrt(variance + 1e-5f);
-    for (int64_t n = 0; n < units; ++n) y[n] *= reciprocal;
-  }
-
-  std::string name_;
-  int64_t units_, count_;
-  Score score_;
 };
 
-class Gate : public Layer {
+class GateLayer : public StageLayer<Gate> {
  public:
-  Gate(const Json& fields, const std::string& name, File& file)
-      : name_(name),
-        units_(size_field(fields, "units", name)),
-        gate_(reinterpret_cast<const uint64_t*>(file.tensor<int64_t>(name + ".gate", "I64", {words_for(units_)}))) {}
-
-  Flow flow(const Flow& before) const override {
-    require_units(before, units_, name_);
-    Flow after = before;
-    after.gate = true;
-    return after;
+  GateLayer(const Json& fields, const std::string& name, File& file) : StageLayer(fields, name) {
+    stage_.gate = reinterpret_cast<const uint64_t*>(file.tensor<int64_t>(name + ".gate", "I64", {words_for(units_)}));
   }
-
-  void run(State& state, const Call&) const override { state.gate = gate_, state.gate_stride = 0; }
-
- private:
-  std::string name_;
-  int64_t units_;
-  const uint64_t* gate_;
 };
 
-class Affine : public Layer {
+class AffineLayer : public StageLayer<Affine> {
  public:
-  Affine(const Json& fields, const std::string& name, File& file)
-      : name_(name), units_(size_field(fields, "units", name)) {
+  AffineLayer(const Json& fields, const std::string& name, File& file) : StageLayer(fields, name) {
     for (const Json& factor : fields.at("factors", name).list(name))
       factors_.push_back(static_cast<float>(factor.number(name)));
-    if (file.has(name + ".scale")) scale_ = file.tensor<float>(name + ".scale", "F32", {units_});
-    if (file.has(name + ".shift")) shift_ = file.tensor<float>(name + ".shift", "F32", {units_});
-    require(scale_ == nullptr || shift_ != nullptr, name, ".shift: expected a tensor beside a scale, got none");
-  }
-
-  Flow flow(const Flow& before) const override {
-    require_units(before, units_, name_);
-    return before;
-  }
-
-  void run(State& state, const Call& call) const override {
-    const float* y = as_floats(state, call);
-    float* out = floats(call, state, units_);
-    for (int64_t i = 0; i < state.samples; ++i) {
-      for (int64_t n = 0; n < units_; ++n) {
-        float value = y[i * units_ + n];
-        for (const float factor : factors_) value *= factor;
-        if (scale_ != nullptr)
-          value = std::fma(value, scale_[n], shift_[n]);
-        else if (shift_ != nullptr)
-          value += shift_[n];
-        out[i * units_ + n] = value;
-      }
-    }
-    state.y = {out, Type::kFloat32, units_, 0};
+    stage_.factors = factors_.data(), stage_.factor_count = static_cast<int64_t>(factors_.size());
+    if (file.has(name + ".scale")) stage_.scale = file.tensor<float>(name + ".scale", "F32", {units_});
+    if (file.has(name + ".shift")) stage_.shift = file.tensor<float>(name + ".shift", "F32", {units_});
+    require(stage_.scale == nullptr || stage_.shift != nullptr, name,
+            ".shift: expected a tensor beside a scale, got none");
   }
 
  private:
-  std::string name_;
-  int64_t units_;
   std::vector<float> factors_;
-  const float *scale_ = nullptr, *shift_ = nullptr;
 };
 
 }  // namespace
@@ -442,11 +263,11 @@ std::unique_ptr<Layer> make_layer(const Json& description, const std::string& na
   const std::string& kind = description.at("kind", name).string(name + ".kind");
   if (kind == "encode") return std::make_unique<Encode>(description, name, file);
   if (kind == "standardise") return std::make_unique<Standardise>(description, name);
-  if (kind == "product") return std::make_unique<Product>(description, name, file);
-  if (kind == "sign") return std::make_unique<Sign>(description, name, file);
-  if (kind == "recruit") return std::make_unique<Recruit>(description, name);
-  if (kind == "gate") return std::make_unique<Gate>(description, name, file);
-  if (kind == "affine") return std::make_unique<Affine>(description, name, file);
+  if (kind == "product") return std::make_unique<ProductLayer>(description, name, file);
+  if (kind == "sign") return std::make_unique<SignLayer>(description, name, file);
+  if (kind == "recruit") return std::make_unique<RecruitLayer>(description, name);
+  if (kind == "gate") return std::make_unique<GateLayer>(description, name, file);
+  if (kind == "affine") return std::make_unique<AffineLayer>(description, name, file);
   std::unique_ptr<Layer> readout = make_readout(description, name, file);
   require(readout != nullptr, name, ": expected a kind of layer of this version, got ", kind);
   return readout;

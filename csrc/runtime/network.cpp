@@ -8,18 +8,15 @@
 #include "runtime/layers.h"
 
 namespace engram::runtime {
-namespace {
-
-constexpr int64_t kSamples = 256;  // whose activations are held at a time
-
-}  // namespace
-
 Network::Network(int64_t features, const Json& layers, File& file) : features_(features) {
   Flow flow{features, true, false, false, false};
   int64_t number = 0;
   for (const Json& description : layers.list("layers")) {
+    readout_units_ = flow.units;
     layers_.push_back(make_layer(description, std::to_string(number), file));
     flow = layers_.back()->flow(flow);
+    widest_ = std::max(widest_, flow.units);
+    steps_ += layers_.back()->steps();
     ++number;
   }
   require(!layers_.empty(), "layers: expected at least one, got none");
@@ -28,15 +25,15 @@ Network::Network(int64_t features, const Json& layers, File& file) : features_(f
   readout_ = dynamic_cast<CountedReadout*>(layers_.back().get());
 }
 
-State Network::run(const void* x, Type type, int64_t samples, size_t layers, const Call& call) const {
-  State state{samples, {x, type, features_, type == Type::kUint8 ? 255 : 0}, nullptr, nullptr, 0};
-  for (size_t i = 0; i < layers; ++i) layers_[i]->run(state, call);
-  return state;
-}
-
-static const void* rows_from(const void* x, Type type, int64_t row, int64_t features) {
-  const int64_t size = type == Type::kUint8 ? 1 : 4;
-  return static_cast<const uint8_t*>(x) + row * features * size;
+void Network::run(const void* x, Type type, int64_t samples, size_t layers, const cpu::Runtime& runtime,
+                  const std::function<void(int64_t begin, const State&)>& take) const {
+  const int64_t row = features_ * (type == Type::kUint8 ? 1 : 4);
+  share_samples(runtime, samples, steps_, widest_, [&](int64_t begin, int64_t count, const Call& call) {
+    const uint8_t* from = static_cast<const uint8_t*>(x) + begin * row;
+    State state{count, {from, type, features_, type == Type::kUint8 ? 255 : 0}, nullptr, nullptr, 0};
+    for (size_t i = 0; i < layers; ++i) layers_[i]->run(state, call);
+    take(begin, state);
+  });
 }
 
 void Network::check_input(const void* x, Type type, int64_t samples) const {
@@ -49,20 +46,18 @@ void Network::check_input(const void* x, Type type, int64_t samples) const {
             i % features_);
 }
 
-void Network::predict(const void* x, Type type, int64_t samples, float* scores, const Call& call) const {
+void Network::predict(const void* x, Type type, int64_t samples, float* scores, const cpu::Runtime& runtime) const {
   check_input(x, type, samples);
-  for (int64_t begin = 0; begin < samples; begin += kSamples) {
-    call.memory.clear();
-    const int64_t count = std::min(kSamples, samples - begin);
-    const State state = run(rows_from(x, type, begin, features_), type, count, layers_.size(), call);
+  run(x, type, samples, layers_.size(), runtime, [&](int64_t begin, const State& state) {
     float* out = scores + begin * classes_;
+    const int64_t count = state.samples * classes_;
     if (state.y.type == Type::kFloat32)
-      std::copy_n(static_cast<const float*>(state.y.data), count * classes_, out);
+      std::copy_n(static_cast<const float*>(state.y.data), count, out);
     else if (state.y.type == Type::kInt32)
-      std::copy_n(static_cast<const int32_t*>(state.y.data), count * classes_, out);
+      std::copy_n(static_cast<const int32_t*>(state.y.data), count, out);
     else
-      std::copy_n(static_cast<const uint8_t*>(state.y.data), count * classes_, out);
-  }
+      std::copy_n(static_cast<const uint8_t*>(state.y.data), count, out);
+  });
 }
 
 void Network::learn(const void* x, Type type, int64_t samples, const int64_t* classes, const Call& call) {
@@ -71,17 +66,13 @@ void Network::learn(const void* x, Type type, int64_t samples, const int64_t* cl
   for (int64_t i = 0; i < samples; ++i)
     require(classes[i] >= 0 && classes[i] < classes_, "class_numbers: expected 0 to ", classes_ - 1, ", got ",
             classes[i]);
-  std::vector<uint64_t> gates;  // of all samples, so that whatever fails does so before the first is counted
-  for (int64_t begin = 0; begin < samples; begin += kSamples) {
-    call.memory.clear();
-    const int64_t count = std::min(kSamples, samples - begin);
-    const State state = run(rows_from(x, type, begin, features_), type, count, layers_.size() - 1, call);
-    const int64_t words = words_for(state.y.units);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint64_t* gate = state.gate + i * state.gate_stride;
-      gates.insert(gates.end(), gate, gate + words);
-    }
-  }
+  // of all samples, so that whatever fails does so before the first is counted
+  const int64_t words = words_for(readout_units_);
+  std::vector<uint64_t> gates(static_cast<size_t>(samples * words));
+  run(x, type, samples, layers_.size() - 1, call.kernels, [&](int64_t begin, const State& state) {
+    for (int64_t i = 0; i < state.samples; ++i)
+      std::copy_n(state.gate + i * state.gate_stride, words, gates.data() + (begin + i) * words);
+  });
   readout_->count(gates.data(), classes, samples, call);
   readout_->derive();
 }

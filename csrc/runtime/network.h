@@ -2,39 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "runtime/file.h"
-#include "runtime/threads.h"
+#include "runtime/stages.h"
 
 namespace engram::runtime {
-
-enum class Type { kFloat32, kInt32, kUint8 };
-
-// Numbers of a batch, (samples, units).
-struct Values {
-  const void* data;
-  Type type;
-  int64_t units;
-  int64_t largest;  // magnitude that integers may have
-};
-
-// What layers read and write. Signs and gate are of as many units as the values.
-struct State {
-  int64_t samples;
-  Values y;
-  const uint64_t* bits;
-  const uint64_t* gate;
-  int64_t gate_stride;  // in words, 0 for one gate of all samples
-};
-
-// Threads and memory of a call.
-struct Call {
-  cpu::Runtime kernels;
-  Workspace& memory;
-};
 
 // What is known of the state before a network has run.
 struct Flow {
@@ -47,6 +23,7 @@ class Layer {
   virtual ~Layer() = default;
   // Raises: Error where the layer cannot stand there.
   virtual Flow flow(const Flow& before) const = 0;
+  virtual int64_t steps() const = 0;  // as Stage's
   virtual void run(State& state, const Call& call) const = 0;
 };
 
@@ -68,19 +45,22 @@ class Network {
   int64_t features() const { return features_; }
   int64_t classes() const { return classes_; }
   // x [samples, features], float32 or uint8; scores [samples, classes].
-  void predict(const void* x, Type type, int64_t samples, float* scores, const Call& call) const;
+  void predict(const void* x, Type type, int64_t samples, float* scores, const cpu::Runtime& runtime) const;
   // Classes [samples].
   void learn(const void* x, Type type, int64_t samples, const int64_t* classes, const Call& call);
 
  private:
-  State run(const void* x, Type type, int64_t samples, size_t layers, const Call& call) const;
-
+  // Calls `take` with what the first layers make of samples [begin, begin + its samples).
+  void run(const void* x, Type type, int64_t samples, size_t layers, const cpu::Runtime& runtime,
+           const std::function<void(int64_t begin, const State&)>& take) const;
   void check_input(const void* x, Type type, int64_t samples) const;
 
   int64_t features_, classes_ = 0;
+  int64_t widest_ = 0, steps_ = 0;  // units of the widest values; of all layers
   bool takes_bytes_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
   CountedReadout* readout_ = nullptr;  // the last layer, if it is one
+  int64_t readout_units_ = 0;          // that come into the last layer
 };
 
 }  // namespace engram::runtime

@@ -12,27 +12,6 @@
 namespace engram::runtime {
 namespace {
 
-constexpr float kNoClass = -std::numeric_limits<float>::infinity();  // score of a class without samples
-
-// The gates of all samples, one each.
-const uint64_t* own_gates(const State& state, int64_t words, const Call& call) {
-  if (state.gate_stride != 0) return state.gate;
-  auto* out = call.memory.get<uint64_t>(state.samples * words);
-  for (int64_t i = 0; i < state.samples; ++i) std::copy_n(state.gate, words, out + i * words);
-  return out;
-}
-
-// y[i, row] = sum over the recruited units k of s(W[row, k]).
-int32_t* recruited_products(const State& state, const uint64_t* weight, int64_t rows, int64_t units, const Call& call) {
-  auto* y = call.memory.get<int32_t>(state.samples * rows);
-  BinaryMatmul p{};
-  p.x = own_gates(state, words_for(units), call), p.w = weight;
-  p.gate = state.gate, p.gate_stride = state.gate_stride, p.y = y;
-  p.M = state.samples, p.N = rows, p.K = units, p.words = words_for(units);
-  cpu::binary_matmul(call.kernels, p);
-  return y;
-}
-
 int64_t popcount(const uint64_t* bits, int64_t units) {
   int64_t count = 0;
   for (int64_t word = 0; word < words_for(units); ++word)
@@ -58,61 +37,33 @@ class Readout : public Layer {
     return {classes_, false, false, false, true};
   }
 
-  void run(State& state, const Call& call) const override {
-    float* out = call.memory.get<float>(state.samples * classes_);
-    score(state, out, call);
-    state = {state.samples, {out, Type::kFloat32, classes_, 0}, nullptr, nullptr, 0};
-  }
-
  protected:
-  virtual void score(const State& state, float* scores, const Call& call) const = 0;
-
   std::string name_;
   int64_t inputs_, classes_, recruited_;
 };
 
-class Dendritic : public Readout {
+class DendriticLayer : public Readout {
  public:
-  Dendritic(const Json& fields, const std::string& name, File& file)
-      : Readout(fields, name),
-        segments_(size_field(fields, "segments", name)),
-        top_segments_(size_field(fields, "top_segments", name)) {
-    require(top_segments_ <= segments_, name, ": expected at most ", segments_, " top segments, got ", top_segments_);
+  DendriticLayer(const Json& fields, const std::string& name, File& file) : Readout(fields, name), stage_{} {
+    const int64_t segments = size_field(fields, "segments", name), top = size_field(fields, "top_segments", name);
+    require(top <= segments, name, ": expected at most ", segments, " top segments, got ", top);
     int64_t rows;
-    require(!__builtin_mul_overflow(classes_, segments_, &rows), name, ": expected fewer segments, got ", segments_);
-    weight_ =
+    require(!__builtin_mul_overflow(classes_, segments, &rows), name, ": expected fewer segments, got ", segments);
+    const auto* weight =
         reinterpret_cast<const uint64_t*>(file.tensor<int64_t>(name + ".weight", "I64", {rows, words_for(inputs_)}));
     const auto rate = static_cast<float>(fields.at("rate", name).number(name + ".rate"));
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t sum = 2 * popcount(weight_ + row * words_for(inputs_), inputs_) - inputs_;
+      const int64_t sum = 2 * popcount(weight + row * words_for(inputs_), inputs_) - inputs_;
       mean_product_.push_back(rate * static_cast<float>(sum));
     }
+    stage_ = {inputs_, classes_, segments, top, recruited_, weight, mean_product_.data()};
   }
 
- protected:
-  void score(const State& state, float* scores, const Call& call) const override {
-    const int64_t rows = classes_ * segments_;
-    const int32_t* y = recruited_products(state, weight_, rows, inputs_, call);
-    const auto root = static_cast<float>(std::sqrt(static_cast<double>(recruited_)));
-    float* own = call.memory.get<float>(segments_);
-    for (int64_t i = 0; i < state.samples; ++i) {
-      for (int64_t c = 0; c < classes_; ++c) {
-        for (int64_t j = 0; j < segments_; ++j) {
-          const int64_t row = c * segments_ + j;
-          own[j] = (static_cast<float>(y[i * rows + row]) - mean_product_[static_cast<size_t>(row)]) / root;
-        }
-        if (top_segments_ > 1) std::nth_element(own, own + (top_segments_ - 1), own + segments_, std::greater<float>());
-        float sum = 0;
-        for (int64_t j = 0; j < top_segments_; ++j) sum += own[j];
-        scores[i * classes_ + c] =
-            top_segments_ == 1 ? *std::max_element(own, own + segments_) : sum / static_cast<float>(top_segments_);
-      }
-    }
-  }
+  int64_t steps() const override { return stage_.steps(); }
+  void run(State& state, const Call& call) const override { stage_.run(state, call); }
 
  private:
-  int64_t segments_, top_segments_;
-  const uint64_t* weight_;
+  Dendritic stage_;
   std::vector<float> mean_product_;  // rate times the sum of a segment's signs
 };
 
@@ -151,9 +102,9 @@ class Counts : public Readout, public CountedReadout {
   int32_t* counts_ = nullptr;
 };
 
-class Prototype : public Counts {
+class PrototypeLayer : public Counts {
  public:
-  Prototype(const Json& fields, const std::string& name, File& file) : Counts(fields, name, file) {
+  PrototypeLayer(const Json& fields, const std::string& name, File& file) : Counts(fields, name, file) {
     require(counts_ != nullptr, name, ".counts: expected a tensor, got none");
     derive();
   }
@@ -177,25 +128,19 @@ class Prototype : public Counts {
     offset_.assign(offset.begin(), offset.end());
   }
 
- protected:
-  void score(const State& state, float* scores, const Call& call) const override {
-    const int32_t* y = recruited_products(state, bits_.data(), classes_, inputs_, call);
-    const auto root = static_cast<float>(std::sqrt(static_cast<double>(recruited_)));
-    for (int64_t i = 0; i < state.samples; ++i)
-      for (int64_t c = 0; c < classes_; ++c) {
-        const float score = (static_cast<float>(y[i * classes_ + c]) - offset_[static_cast<size_t>(c)]) / root;
-        scores[i * classes_ + c] = samples_[c] == 0 ? kNoClass : score;
-      }
-  }
+  int64_t steps() const override { return stage().steps(); }
+  void run(State& state, const Call& call) const override { stage().run(state, call); }
 
  private:
+  Prototype stage() const { return {inputs_, classes_, recruited_, bits_.data(), offset_.data(), samples_}; }
+
   std::vector<uint64_t> bits_;
   std::vector<float> offset_;
 };
 
-class Ridge : public Counts {
+class RidgeLayer : public Counts {
  public:
-  Ridge(const Json& fields, const std::string& name, File& file)
+  RidgeLayer(const Json& fields, const std::string& name, File& file)
       : Counts(fields, name, file), penalty_(fields.at("penalty", name).number(name + ".penalty")) {
     require(penalty_ > 0, name, ".penalty: expected above 0");
     weight_ = file.tensor<float>(name + ".weight", "F32", {classes_, inputs_});
@@ -247,21 +192,8 @@ class Ridge : public Counts {
     sum_weights();
   }
 
- protected:
-  void score(const State& state, float* scores, const Call& call) const override {
-    const int64_t words = words_for(inputs_), M = state.samples;
-    const uint64_t* gates = own_gates(state, words, call);
-    float* y = call.memory.get<float>(classes_ * M);  // a gate is half the sum of its sign and 1
-    SignProduct p{};
-    p.a = weight_, p.signs = gates, p.y = y;
-    p.R = classes_, p.I = inputs_, p.V = M;
-    cpu::sign_product(call.kernels, p);
-    for (int64_t i = 0; i < M; ++i)
-      for (int64_t c = 0; c < classes_; ++c) {
-        const float score = 0.5f * (y[c * M + i] + weight_sums_[static_cast<size_t>(c)]) + bias_[c];
-        scores[i * classes_ + c] = samples_[c] == 0 ? kNoClass : score;
-      }
-  }
+  int64_t steps() const override { return stage().steps(); }
+  void run(State& state, const Call& call) const override { stage().run(state, call); }
 
  private:
   static constexpr int64_t kCountedTogether = 4096;  // samples: each product is of all pairs of units
@@ -285,6 +217,8 @@ class Ridge : public Counts {
         gram_[i * inputs_ + k] += (y[i * inputs_ + k] - m + 2 * (own[i] + own[k])) / 4;
   }
 
+  Ridge stage() const { return {inputs_, classes_, weight_, bias_, weight_sums_.data(), samples_}; }
+
   void sum_weights() {
     weight_sums_.clear();
     for (int64_t c = 0; c < classes_; ++c) {
@@ -304,9 +238,9 @@ class Ridge : public Counts {
 
 std::unique_ptr<Layer> make_readout(const Json& description, const std::string& name, File& file) {
   const std::string& kind = description.at("kind", name).string(name + ".kind");
-  if (kind == "dendritic") return std::make_unique<Dendritic>(description, name, file);
-  if (kind == "prototype") return std::make_unique<Prototype>(description, name, file);
-  if (kind == "ridge") return std::make_unique<Ridge>(description, name, file);
+  if (kind == "dendritic") return std::make_unique<DendriticLayer>(description, name, file);
+  if (kind == "prototype") return std::make_unique<PrototypeLayer>(description, name, file);
+  if (kind == "ridge") return std::make_unique<RidgeLayer>(description, name, file);
   return nullptr;
 }
 

@@ -1,15 +1,14 @@
-// Threads and memory for the kernels, without torch.
+// Threads for the kernels, without torch.
 #pragma once
 
 #include <condition_variable>
-#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "cpu/launch.h"
+#include "runtime/workspace.h"
 
 namespace engram::runtime {
 
@@ -40,24 +39,6 @@ class Pool {
   int64_t running_ = 0;
   bool stops_ = false;
   std::vector<std::thread> workers_;
-};
-
-// Memory of one call, given back all at once and kept for the next call.
-class Workspace {
- public:
-  template <typename T>
-  T* get(int64_t elements) {
-    return static_cast<T*>(allocate(static_cast<size_t>(elements) * sizeof(T)));
-  }
-  void* allocate(size_t bytes);
-  void clear();
-
- private:
-  struct Chunk {
-    std::unique_ptr<std::byte[]> data;
-    size_t bytes, used;
-  };
-  std::vector<Chunk> chunks_;
 };
 
 // What kernels need while `pool` and `workspace` live; for calls from this thread only.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..continual import compare, folders
+from ..continual import compare, folders, processes
 from ..continual.methods import METHODS
 from ..continual.streams import readable, terminal_width
 from .console import EXIT_FAILURES, EXIT_INTERRUPTED, PROGRAM, Parser, one_line, warn
@@ -53,6 +53,11 @@ def run(options: argparse.Namespace) -> int:
     """Compares; returns the exit code."""
     if options.jobs < 1:
         raise ValueError(f"jobs: expected an integer >= 1, got {options.jobs}")
+    if (started := processes.launched()) > 1:
+        raise ValueError(
+            f"compare: expected one process, got {started} of torchrun; its runs are independent of each other, and "
+            f"--jobs {started} makes {started} of them at a time"
+        )
     plans = plans_of(options)
     first = next(iter(plans.values()))
     planned = Path(vars(options).get("output", Path("runs") / f"compare-{first.dataset}-{options.scenario}"))

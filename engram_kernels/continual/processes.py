@@ -16,10 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def launched() -> int:
+    """How many processes torchrun has started, this one included; 1 without it."""
+    by_torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    return int(os.environ["WORLD_SIZE"]) if by_torchrun else 1
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """The group of all processes that torchrun has started with this one; nothing where it has started none."""
-    if not dist.is_available() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if launched() == 1:
         yield
         return
     dist.init_process_group("gloo")

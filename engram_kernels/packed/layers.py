@@ -7,7 +7,7 @@ values (M, N), the latest signs (M, words) and the recruited units (M, words) or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ..encoding import as_inputs, inputs_of, standardize
 from ..engrams import StochasticEngram
 from ..norms import standardise
 from ..readouts import PrototypeReadout, RidgeReadout, regression_scores, segment_scores
-from ..reference import group_signs, top_units, words_for
+from ..reference import PACKED_SCORES, PACKED_STAGES, group_signs, top_units, words_for
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Fields = dict[str, Callable[[Any], bool]]
@@ -40,6 +40,18 @@ class Flow(NamedTuple):
     bits: bool = False
     gate: bool = False
     scores: bool = False
+
+
+class Stage(NamedTuple):
+    """A layer as a stage of `ops.packed_network`: its numbers, its factors, and the names of its tensors."""
+
+    numbers: list[int]
+    tensors: tuple[str, ...] = ()
+    factors: tuple[float, ...] = ()
+
+
+def _stage(name: str, numbers: Sequence[int], tensors: Sequence[str] = (), factors: Sequence[float] = ()) -> Stage:
+    return Stage([list(PACKED_STAGES).index(name), *numbers], tuple(tensors), tuple(factors))
 
 
 class PackedLayer(nn.Module):
@@ -101,6 +113,10 @@ class PackedLayer(nn.Module):
     def forward(self, state: State) -> State:
         """The state after the layer."""
         raise NotImplementedError
+
+    def stage(self, whole: bool) -> Stage | None:
+        """What does the same, bit for bit, where values are integers, or floats without ``whole``; None if nothing."""
+        return None
 
     def extra_repr(self) -> str:
         """The fields, for ``print``."""
@@ -215,6 +231,10 @@ class Product(PackedLayer):
         assert state.bits is not None
         return State(ops.binary_matmul(state.bits, self.weight, self.inputs, state.gate))
 
+    def stage(self, whole: bool) -> Stage | None:
+        """A product of bits or bytes."""
+        return _stage("product", (self.inputs, int(self.real)), ("weight", "groups") if self.real else ("weight",))
+
 
 class Sign(PackedLayer):
     """Signs of values: by a threshold a unit, or by the mean of the sample."""
@@ -254,6 +274,7 @@ class Sign(PackedLayer):
         self.register_buffer("flipped", self.flip.bool(), persistent=False)
         whole = self.threshold if self._dtype == torch.int32 else least_integer_that_reaches(self.threshold)
         self.register_buffer("whole_threshold", whole, persistent=False)
+        self.register_buffer("flip_bits", ops.pack_signs(self.flip.float() - 0.5), persistent=False)
 
     def flow(self, before: Flow) -> Flow:
         """After any layer that makes values."""
@@ -272,6 +293,14 @@ class Sign(PackedLayer):
         assert self.threshold is not None
         signs = torch.where((y >= self.threshold) != self.flipped, 1.0, -1.0)
         return state._replace(bits=ops.pack_signs(torch.where(y.isnan(), y, signs)))  # which packing refuses
+
+    def stage(self, whole: bool) -> Stage | None:
+        """Of integers."""
+        if not whole:
+            return None
+        if self.by == "mean":
+            return _stage("sign by mean", ())
+        return _stage("sign by threshold", (), ("whole_threshold", "flip_bits"))
 
 
 class Recruit(PackedLayer):
@@ -314,6 +343,12 @@ class Recruit(PackedLayer):
             gate = ops.sample_engram(y, seed, self.recruited / self.units, temperature=0.0)
         return state._replace(gate=gate)
 
+    def stage(self, whole: bool) -> Stage | None:
+        """But for standardised floats, whose rounding is torch's own."""
+        if not whole and self.score in ("standardised", "distance"):
+            return None
+        return _stage("recruit", (self.recruited, PACKED_SCORES.index(self.score)))
+
 
 def _from_mean(y: Tensor) -> Tensor:
     """How far integers, int64 (M, N), lie from their mean, times N."""
@@ -340,6 +375,10 @@ class Gate(PackedLayer):
     def forward(self, state: State) -> State:
         """The same values, with the gate."""
         return state._replace(gate=self.gate)
+
+    def stage(self, whole: bool) -> Stage | None:
+        """The gate."""
+        return _stage("gate", (), ("gate",))
 
 
 class Affine(PackedLayer):
@@ -381,6 +420,12 @@ class Affine(PackedLayer):
         elif self.shift is not None:
             y = y + self.shift
         return state._replace(y=y)
+
+    def stage(self, whole: bool) -> Stage | None:
+        """The same operations, fused alike."""
+        numbers = (len(self.factors), int(self.scale is not None), int(self.shift is not None))
+        tensors = [name for name in ("scale", "shift") if getattr(self, name) is not None]
+        return _stage("affine", numbers, tensors, self.factors)
 
 
 class _Readout(PackedLayer):
@@ -439,13 +484,19 @@ class Dendritic(_Readout):
             raise self.fault("top_segments", f"at most {self.segments}", str(self.top_segments))
         ones = ops.pack_signs(torch.ones(1, self.inputs, device=self.weight.device))
         every = ops.binary_matmul(ones, self.weight, self.inputs)
-        self.register_buffer("mean_product", self.rate * every.float(), persistent=False)
+        self.register_buffer("mean_product", self.rate * every[0].float(), persistent=False)
 
     def scores(self, gate: Tensor) -> Tensor:
         """As `DendriticReadout.scores`, rounded alike."""
         y = ops.binary_matmul(gate, self.weight, self.inputs, gate).float() - self.mean_product
         y = (y / math.sqrt(self.recruited)).reshape(-1, self.classes, self.segments)
         return segment_scores(y, self.top_segments)
+
+    def stage(self, whole: bool) -> Stage | None:
+        """Of one segment a class; torch adds up several in an order of its own."""
+        if self.top_segments > 1:
+            return None
+        return _stage("dendritic", (self.segments, self.recruited), ("weight", "mean_product"))
 
 
 class Prototype(_Readout):
@@ -480,6 +531,10 @@ class Prototype(_Readout):
         """As `PrototypeReadout`."""
         return self._counted.engram_scores(gate, self.prototype_bits, self.offset)
 
+    def stage(self, whole: bool) -> Stage | None:
+        """The prototypes."""
+        return _stage("prototype", (self.recruited,), ("prototype_bits", "offset", "samples"))
+
     def observe(self, gate: Tensor, y: Tensor) -> None:
         """Counts."""
         self._counted.observe_engrams(gate, y)
@@ -510,7 +565,8 @@ class Ridge(_Readout):
         }  # fmt: skip
 
     def check(self) -> None:
-        """Derives the moments that learning goes on from."""
+        """Derives sums, and the moments that learning goes on from."""
+        self.register_buffer("weight_sums", self.weight.sum(1), persistent=False)
         self._moments: RidgeReadout | None = None
         if (self.counts is None) != (self.gram is None):
             raise self.fault("gram", "counts and gram, or neither", "one of them")
@@ -523,6 +579,10 @@ class Ridge(_Readout):
         """As `RidgeReadout`."""
         return regression_scores(gate, self.weight, self.bias).masked_fill(self.samples == 0, -math.inf)
 
+    def stage(self, whole: bool) -> Stage | None:
+        """The solution."""
+        return _stage("ridge", (), ("weight", "bias", "weight_sums", "samples"))
+
     def observe(self, gate: Tensor, y: Tensor) -> None:
         """Counts, and solves anew."""
         if self._moments is None:
@@ -530,6 +590,7 @@ class Ridge(_Readout):
         self._moments.observe_engrams(gate, y)
         self.gram, self.counts = self._moments.gram, self._moments.counts.int()
         self.weight, self.bias = self._moments.solve()
+        self.weight_sums = self.weight.sum(1)
 
 
 KINDS: dict[str, type[PackedLayer]] = {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .layers import Encode, Flow, PackedLayer, Product, Standardise, State, _Readout
 
 
@@ -55,15 +56,23 @@ class PackedModel(nn.Module):
                 raise ValueError(f"labels: expected {self.classes}, one for each class, got {len(labels)}")
         self.labels = None if labels is None else list(labels)
         self.settings = {} if settings is None else settings
+        self._order = tuple(layers)
+        whole_inputs = isinstance(layers[0], Encode) and layers[0].inputs == layers[0].features
+        self._skipped = 1 if whole_inputs else 0  # layers that leave bytes as they are
+        # from each product that may take what came before to the end, and to the gate of the read-out
+        readout = isinstance(layers[-1], _Readout)
+        self._programs = {
+            (start, end): program
+            for end in (len(layers), len(layers) - 1)[: 1 + readout]
+            for start, layer in enumerate(layers)
+            if isinstance(layer, Product) and (program := _program(layers[start:end])) is not None
+        }
         self.eval()
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Scores, float32 (M, classes)."""
-        state = self._begin(x)
-        for layer in self.layers:
-            state = layer(state)
-        return state.y.float()
+        return self._run(self._begin(x), len(self._order)).y.float()
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> list[int | str]:
@@ -82,10 +91,7 @@ class PackedModel(nn.Module):
         readout = self.layers[-1]
         if not isinstance(readout, _Readout):
             raise TypeError(f"partial_fit: expected a prototype or ridge read-out, got {readout.kind}")
-        state = self._begin(x)
-        for layer in self.layers[:-1]:
-            state = layer(state)
-        gate = state.gate
+        gate = self._run(self._begin(x), len(self._order) - 1).gate
         assert gate is not None
         readout.observe(gate if gate.dim() == 2 else gate.expand(len(x), -1).contiguous(), y)
         return self
@@ -103,6 +109,21 @@ class PackedModel(nn.Module):
         """The settings, for ``print``."""
         return f"features={self.features}, classes={self.classes}"
 
+    def _run(self, state: State, end: int) -> State:
+        """The state after the first ``end`` layers: one operator from the first product on that it can begin with."""
+        exact = state.y.dtype == torch.uint8
+        for i in range(self._skipped if exact else 0, end):
+            layer = self._order[i]
+            if isinstance(layer, Product) and layer.real is exact and state.y.device.type == "cpu":
+                if (program := self._programs.get((i, end))) is not None:
+                    return program.run(state)
+                last = self._programs.get((i, end - 1)) if end == len(self._order) else None
+                if last is not None:
+                    return self._order[-1](last.run(state))
+            state = layer(state)
+            exact = state.y.dtype == torch.uint8
+        return state
+
     def _begin(self, x: Tensor) -> State:
         if x.dtype not in (torch.uint8, torch.float32):
             raise RuntimeError(f"input: expected uint8 or float32, got {x.dtype}")
@@ -113,3 +134,39 @@ class PackedModel(nn.Module):
         if x.dtype == torch.uint8 and not isinstance(self.layers[0], (Encode, Standardise, Product)):
             raise RuntimeError("input: expected float32, of which the first layer takes the signs, got uint8")
         return State(x)
+
+
+class _Program(NamedTuple):
+    """Layers as one call of `ops.packed_network`."""
+
+    real: bool
+    gives_gate: bool
+    layout: list[int]
+    factors: list[float]
+    held: list[tuple[PackedLayer, str]]  # the tensors: buffers, so that those in use are found after a change
+
+    def run(self, state: State) -> State:
+        """The state after the layers, of which only that is told which the last one makes."""
+        tensors = [layer._buffers[name] for layer, name in self.held]
+        x = state.y if self.real else state.bits
+        out = ops.packed_network(x, state.gate, self.layout, self.factors, tensors)  # type: ignore[arg-type]
+        return State(state.y, None, out) if self.gives_gate else State(out)
+
+
+def _program(layers: Sequence[PackedLayer]) -> _Program | None:
+    """Layers from a product on as one operator; None where one of them is none of its stages."""
+    whole = True
+    layout: list[int] = []
+    factors: list[float] = []
+    held: list[tuple[PackedLayer, str]] = []
+    for layer in layers:
+        stage = layer.stage(whole)
+        if stage is None:
+            return None
+        whole = isinstance(layer, Product) or (whole and layer.kind != "affine")
+        layout += stage.numbers
+        factors += stage.factors
+        held += [(layer, name) for name in stage.tensors]
+    first = layers[0]
+    assert isinstance(first, Product)
+    return _Program(first.real, layers[-1].kind in ("recruit", "gate"), layout, factors, held)

@@ -23,8 +23,8 @@ correctly.
 
 Tile: 4 rows x 128 units, a packed row of 128 bits, so that padding words come out as 0 by themselves. A warp takes a
 row, a thread a quad of 4 units: 128 bits of float32, whole sectors for a warp in every format, and four draws or two
-that nobody else needs. What belongs to a word or a block of scales is reduced by shuffles and held by every quad of it. Nothing needs shared memory
-or a barrier. Where 4 does not divide K, elements are read and written one by one.
+that nobody else needs. What belongs to a word or a block of scales is reduced by shuffles and held by every quad of
+it. Nothing needs shared memory or a barrier. Where 4 does not divide K, elements are read and written one by one.
 
 Bound by memory: 28 bytes and one bit a weight for float32, 16 with 8-bit moments, 10 where the weight is bfloat16 too;
 against about 110, 170 and 180 instructions a weight, root and quotient among them 28. So 8-bit moments are bound by
@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

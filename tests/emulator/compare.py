@@ -318,6 +318,20 @@ def sample_engram_of_nan(ops: EmulatedOps, k: int, offset: int = 0) -> None:
         ops.sample_engram(score, seed, 0.3, "bernoulli")
 
 
+# ---- standardising
+
+
+def standardise(ops: EmulatedOps, m: int, n: int, eps: float = 2.0**-17, whole: bool = False) -> None:
+    y, d = (torch.randn(m, n) * 2.0 ** torch.randint(-20, 20, (m, n)) for _ in range(2))  # so far apart that sums round
+    if whole:
+        y = y.round()
+    z, moments = ops.standardise(y, eps)
+    expected = reference.standardise(y, eps)
+    assert_same(moments, expected[1], m, n, eps)
+    assert_same(z, expected[0], m, n, eps)
+    assert_same(ops.standardise_grad(d, y, moments), reference.standardise_grad(d, y, moments), m, n, eps)
+
+
 # ---- a few shapes that reach every line, for builds that are slow to run
 
 
@@ -340,6 +354,10 @@ COMPACT = {
     + [partial(unpack_signs_to_an_unaligned_tensor, dtype=dtype) for dtype in PATTERNS],
     "unfold.cuh": [partial(unfold_bits, window=window, samples=2) for window in WINDOWS],
     "valid_gate.cuh": [partial(valid_gate, rows=rows, k=k) for rows in (1, 5) for k in (1, 64, 131, 300)],
+    "standardise.cuh": [
+        *(partial(standardise, m=m, n=n) for m in (1, 11) for n in (1, 33, 200)),
+        partial(standardise, m=3, n=100, eps=0.5, whole=True),
+    ],
     "sample_engram.cuh": [
         partial(sample_engram, rows=3, k=260, rate=0.3, rule="bernoulli"),
         partial(sample_engram, rows=2, k=131, rate=1.0, rule="bernoulli"),

@@ -4,6 +4,7 @@
 #include "cuda/pack.cuh"
 #include "cuda/sample_engram.cuh"
 #include "cuda/sign_product.cuh"
+#include "cuda/standardise.cuh"
 #include "cuda/unfold.cuh"
 #include "cuda/unpack.cuh"
 #include "cuda/valid_gate.cuh"
@@ -69,4 +70,13 @@ ENGRAM_EXPORT run_sample_engram(const float* score, uint64_t* gate, int64_t m, i
                         inverse_temperature, static_cast<uint64_t>(seed), static_cast<uint32_t>(offset),
                         static_cast<uint64_t>(first_row), static_cast<uint64_t>(row_step), keys, key_stride, nan},
                        nullptr);
+}
+
+ENGRAM_EXPORT run_standardise(const float* y, float eps, int64_t m, int64_t n, float* z, double* moments) {
+  return standardise({y, eps, m, n, z, moments}, nullptr);
+}
+
+ENGRAM_EXPORT run_standardise_grad(const float* d, const float* y, const double* moments, int64_t m, int64_t n,
+                                   float* dy) {
+  return standardise_grad({d, y, moments, m, n, dy}, nullptr);
 }

@@ -175,6 +175,18 @@ class EmulatedOps:
     def gated_weight_grad(self, d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | None = None) -> Tensor:
         return self._sign_product(d, (d.shape[1], k), x_bits, d.shape[0], transposed=True, gate_bits=gate_bits)
 
+    def standardise(self, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        m, n = y.shape
+        z, moments = torch.full((m, n), 77.0), torch.full((m, 2), 77.0, dtype=torch.float64)
+        self._call("run_standardise", y=Read(y), eps=eps, m=m, n=n, z=Write(z), moments=Write(moments))
+        return z, moments
+
+    def standardise_grad(self, d: Tensor, y: Tensor, moments: Tensor) -> Tensor:
+        m, n = y.shape
+        dy = torch.full((m, n), 77.0)
+        self._call("run_standardise_grad", d=Read(d), y=Read(y), moments=Read(moments), m=m, n=n, dy=Write(dy))
+        return dy
+
     def sample_engram(self, score, seed, rate, rule="gumbel_top_k", temperature=1.0, first_row=0, row_step=1) -> Tensor:
         rows, k = score.shape
         bernoulli, stride = rule == "bernoulli", -(-k // 4) * 4

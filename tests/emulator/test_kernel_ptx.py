@@ -95,6 +95,20 @@ def test_pack_window(module, k, gated):
     assert torch.equal(out, reference.pack_window(x, 0.7, gate))
 
 
+@pytest.mark.parametrize("n", [1, 77, 132])
+def test_standardise(module, n):
+    y, d = torch.randn(19, n) + 3, torch.randn(19, n)
+    z, moments, dy = garbage(19, n, dtype=y.dtype), garbage(19, 2, dtype=torch.float64), garbage(19, n, dtype=y.dtype)
+    launch = Launch(module)
+    results = launch.write(z, "z"), launch.write(moments, "moments")
+    launch("standardise_kernel", 2, BLOCK, packed("QdqqQQ", launch.read(y, "y"), 1e-5, 19, n, *results))
+    expected = reference.standardise(y)
+    assert torch.equal(z, expected[0]) and torch.equal(moments, expected[1])
+    addresses = launch.read(d, "d"), launch.read(y, "y again"), launch.read(moments.clone(), "moments again")
+    launch("standardise_grad_kernel", 2, BLOCK, packed("QQQqqQ", *addresses, 19, n, launch.write(dy, "dy")))
+    assert torch.equal(dy, reference.standardise_grad(d, y, moments))
+
+
 @pytest.mark.parametrize(
     ("dtype", "letter", "plus", "minus"),
     [(torch.int8, "h", 1, 0xFF), (torch.bfloat16, "t", 0x3F80, 0xBF80), (torch.float32, "j", 0x3F800000, 0xBF800000),

@@ -70,6 +70,12 @@ def test_pack_window(ops, gate):
             compare.pack_window(ops, 3, k, gate, width, offset=k % 3)
 
 
+def test_standardise(ops):
+    for n in SIZES:
+        compare.standardise(ops, 9, n, whole=n % 2 == 0)
+    compare.standardise(ops, 0, 5)
+
+
 @pytest.mark.parametrize("dtype", PATTERNS, ids=str)
 def test_unpack_signs(ops, dtype):
     for k in (*SIZES, 2, 4, 8, 16, 144, 1000):

@@ -199,6 +199,67 @@ def top_units(draw: Draw) -> dict[str, Any]:
     return {"y": draw.integers(-width, width, m, k).int(), "count": draw.randint(1, k)}
 
 
+def packed_network(draw: Draw) -> dict[str, Any]:
+    """Products with signs, gates and scales between them. The sums of ridge read-outs have an order of their own."""
+    m, n, k = draw.sizes(3)
+    n = max(1, n)
+    real = draw.chance(0.5)
+    x = draw.integers(0, 256, m, k).to(torch.uint8) if real else draw.words(m, k)
+    weight = draw.words(n, k)
+    layout, factors, tensors = [0, k, int(real)], [], [weight]
+    tensors += [reference.group_signs(weight, k)] if real else []
+    for _ in range(draw.randint(0, 2)):
+        layout.append(draw.choice([1, 2]))
+        tensors += [draw.integers(-k, k, n).int(), draw.words(1, n)[0] & valid_bits(n)] if layout[-1] == 2 else []
+        gate = draw.choice(["none", "recruit", "gate"])
+        if gate == "recruit":
+            layout += [3, draw.randint(1, n), draw.randint(0, 3)]
+        elif gate == "gate":
+            layout.append(4)
+            tensors.append(draw.gate(1, n).reshape(-1))
+        rows = draw.randint(1, 70)
+        layout += [0, n, 0]
+        tensors.append(draw.words(rows, n))
+        n = rows
+    end = draw.choice(["values", "affine", "gate", "dendritic", "prototype"])
+    if end == "affine":
+        layout += [5, 1, 1, 1]
+        factors.append(draw.choice([1.0, 0.5, 3.0]))
+        tensors += [draw.normal_of(n), draw.normal_of(n)]
+    elif end != "values":
+        layout += [3, draw.randint(1, n), draw.randint(0, 3)]
+        if end == "dendritic":
+            layout += [6, 3, layout[-2]]
+            tensors += [draw.words(6, n), draw.normal_of(6)]
+        elif end == "prototype":
+            layout += [7, layout[-2]]
+            tensors += [draw.words(5, n), draw.normal_of(5), draw.integers(0, 2, 5)]
+    gate_bits = None if real else draw.optional_gate(m, k)
+    return {"x": x, "gate_bits": gate_bits, "layout": layout, "factors": factors, "tensors": tensors}
+
+
+def standardise(draw: Draw) -> dict[str, Any]:
+    return {"y": draw.floats(*draw.sizes()), "eps": draw.choice([1e-5, 1e-3, 1.0, 1e-300, INF])}
+
+
+def standardise_grad(draw: Draw) -> dict[str, Any]:
+    m, n = draw.sizes()
+    moments = torch.stack([draw.normal_of(m), draw.uniform_of(m)], dim=1).double()
+    return {"d": draw.floats(m, n), "y": draw.floats(m, n), "moments": moments}
+
+
+def patch_excitability(draw: Draw) -> dict[str, Any]:
+    size, pool, channels = draw.choice([1, 2, 3, 4, 5, 6, 8, 11, 12, 17]), draw.randint(1, 4), draw.randint(1, 3)
+    height, width = (size + pool - 1 + draw.randint(0, 6) for _ in range(2))
+    filters = draw.integers(-1, 2, draw.choice([1, 2, 5, 33]), size, size).to(torch.int8)
+    images = draw.integers(0, 256, draw.choice([0, 1, 2, 31, 33, 65]), height, width, channels).to(torch.uint8)
+    if draw.chance(0.3):
+        images = images // 128 * 255
+    everything = (height - size - pool + 2) * (width - size - pool + 2) * channels * len(filters)
+    units = draw.integers(0, everything, draw.choice([0, 1, 3, 40, 200])).sort().values
+    return {"images": images, "filters": filters, "units": units, "floor": draw.choice([0.5, 25.5]), "pool": pool}
+
+
 def gated_input_grad(draw: Draw) -> dict[str, Any]:
     m, n, k = draw.sizes(3)
     gate = draw.optional_gate(m, k)
@@ -439,6 +500,8 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     "metaplasticity": lambda v: v >= 0,
     "step": lambda v: v >= 1,
     "weight_bound": lambda v: v >= 1e-44,
+    "floor": lambda v: 1e-30 <= v <= 1e30,
+    "pool": lambda v: 1 <= v < 2**31,
 }
 BAD_NUMBERS: dict[str, list[Any]] = {
     "k": [0, -1, -(2**63), 2**31, 2**40, 2**63 - 1],
@@ -472,10 +535,12 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "metaplasticity": [-1.0, NAN],
     "step": [0, -1, -(2**63)],
     "weight_bound": [0.0, -1.0, NAN, 1e-50],
+    "floor": [0.0, -1.0, NAN, INF, 1e-50],
+    "pool": [0, -1, 2**31, 2**40],
 }
 KINDS: dict[str, Any] = {
     "k": int, "window": (tuple, list), "group": int, "rows": int, "first_row": int, "row_step": int, "count": int,
-    "step": int, "rule": str, "dtype": torch.dtype,
+    "step": int, "pool": int, "rule": str, "dtype": torch.dtype,
 }  # fmt: skip
 
 
@@ -614,6 +679,9 @@ class Call:
 def shapes_agree(call: Call) -> bool:
     """Whether one value for each symbol fits all shapes."""
     sizes: dict[str, int] = {}
+    if "layout" in call.arguments:
+        k, real = call.arguments["layout"][1:3]
+        sizes |= {"units": k if real else words_for(k), "words": words_for(k)}
     if "window" in call.arguments:
         w = Window(*call.arguments["window"])
         sizes |= {"units": words_for(w.units), "words": words_for(w.group_units)}
@@ -652,9 +720,29 @@ def shapes_agree(call: Call) -> bool:
             return False
     if "window" in call.arguments and "N" in sizes and (sizes["N"] < 1 or sizes["N"] % w.groups):
         return False
+    if call.name == "patch_excitability" and not patches_fit(sizes, call.arguments["pool"]):
+        return False
     if call.name == "interleave_bits" and sizes.get("M", 0) % call.arguments["rows"]:
         return False
     return sizes.get("K", 1) >= 1 and (call.name != "binary_threshold" or sizes.get("N", 1) >= 1)
+
+
+def patches_fit(sizes: dict[str, int], pool: int) -> bool:
+    """Of the sizes that are known: an argument may be no tensor at all."""
+    least = min(sizes.get("height", 1), sizes.get("width", 1))
+    known = min(least, *(sizes.get(name, 1) for name in ("channels", "F", "size"))) >= 1
+    fits = not {"height", "size"} <= sizes.keys() or sizes["size"] <= least - pool + 1
+    return known and fits and sizes.get("size", 1) <= 128
+
+
+def wrong_patches(filters: Tensor, units: Tensor, images: Tensor, pool: int) -> set[str]:
+    """The arguments with numbers that are no taps, or no units of these shapes."""
+    _, height, width, channels = images.shape
+    f, size, _ = filters.shape
+    everything = (height - size - pool + 2) * (width - size - pool + 2) * channels * f
+    outside = bool((units < 0).any() or (units >= everything).any() or (units[1:] < units[:-1]).any())
+    taps = bool((filters > 1).any() or (filters < -1).any())
+    return {name for name, wrong in (("filters", taps), ("units", outside)) if wrong}
 
 
 def blamed(call: Call) -> set[str]:
@@ -682,7 +770,9 @@ def blamed(call: Call) -> set[str]:
         and arguments["count"] > arguments["y"].shape[1]
     ):
         names.add("count")
-    if (names and call.faults > 1) or (call.strided and not names & {"k", "window", "rows"} and not shapes_agree(call)):
+    if (names and call.faults > 1) or (
+        call.strided and not names & {"k", "window", "rows", "pool"} and not shapes_agree(call)
+    ):
         return set(arguments)
     strided = {name: t for name, t in call.tensors().items() if t.layout == torch.strided}
     if len({t.device for name, t in strided.items() if name != "seed"}) > 1:
@@ -694,6 +784,8 @@ def blamed(call: Call) -> set[str]:
     for name in call.operator.no_nan:
         if name in strided and strided[name].isnan().any() and reads_scores(arguments):
             names.add(name)
+    if call.name == "patch_excitability" and not names:
+        names |= wrong_patches(**{name: arguments[name] for name in ("filters", "units", "images", "pool")})
     written = {name: t for name, t in strided.items() if name in call.operator.written}
     names |= {name for name, t in written.items() if not updatable(t)}
     return names | sharing(call, written)
@@ -778,7 +870,8 @@ def change_units(call: Call, draw: Draw) -> None:
 
 
 def change_type(call: Call, draw: Draw) -> None:
-    name = draw.choice([name for name in call.arguments if name not in ("rule", "dtype")])
+    fixed = ("rule", "dtype", "layout", "factors", "tensors")
+    name = draw.choice([name for name in call.arguments if name not in fixed])
     call.arguments[name] = draw.choice([None, "7", [1.5], {}])
 
 
@@ -889,6 +982,12 @@ def check_exact(a: Arguments, actual: Any, expected: Any) -> None:
     if not torch.equal(actual, expected):
         where = (actual != expected).nonzero()[0].tolist()
         raise WrongCallError(f"element {where}: expected {expected[tuple(where)]}, got {actual[tuple(where)]}")
+
+
+def check_same_numbers(a: Arguments, actual: Any, expected: Any) -> None:
+    """Exact, NaN where the expected number is."""
+    check_exact(a, actual.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
+    check_exact(a, actual.isnan(), expected.isnan())
 
 
 def check_near(actual: Tensor, expected: Tensor, bound: Tensor | float, what: str = "element") -> None:
@@ -1060,7 +1159,30 @@ OPERATORS = {
         },
         check_exact,
     ),
+    "packed_network": Operator(
+        packed_network,
+        {
+            "x": TensorRule("M units", lambda a: (torch.uint8 if a["layout"][2] else torch.int64,)),
+            "gate_bits": TensorRule("words | M words", BITS, optional=always, allowed=lambda a: not a["layout"][2]),
+        },
+        check_exact,
+    ),
     "top_units": Operator(top_units, {"y": TensorRule("M K", either(torch.int32))}, check_exact),
+    "standardise": Operator(standardise, {"y": TensorRule("M K")}, check_same_numbers),
+    "standardise_grad": Operator(
+        standardise_grad,
+        {"d": TensorRule("M K"), "y": TensorRule("M K"), "moments": TensorRule("M 2", either(torch.float64))},
+        check_same_numbers,
+    ),
+    "patch_excitability": Operator(
+        patch_excitability,
+        {
+            "images": TensorRule("M height width channels", either(torch.uint8)),
+            "filters": TensorRule("F size size", either(torch.int8)),
+            "units": TensorRule("N", either(torch.int64)),
+        },
+        check_exact,
+    ),
     "gated_input_grad": Operator(
         gated_input_grad,
         {"d": TensorRule("M N"), "w_bits": W_BITS, "x": TensorRule("M K"), "gate_bits": GATE},
@@ -1192,11 +1314,16 @@ def check(call: Call) -> bool:
         call.operator.check(before, actual, None)
         return True
     expected = function_of(reference, call.name)(**before)
-    check_form(actual, expected)
-    require(actual.is_meta == call.on_meta, f"expected a result where the arguments are, got one on {actual.device}")
-    if not call.on_meta:
-        call.operator.check(before, actual, expected)
+    for own, wanted in zip(results_of(actual), results_of(expected), strict=True):
+        check_form(own, wanted)
+        require(own.is_meta == call.on_meta, f"expected a result where the arguments are, got one on {own.device}")
+        if not call.on_meta:
+            call.operator.check(before, own, wanted)
     return True
+
+
+def results_of(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def check_updated(call: Call, before: Arguments, error: str | None) -> None:

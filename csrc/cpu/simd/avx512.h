@@ -228,14 +228,18 @@ struct SubsetSums {
 ENGRAM_INLINE Shorts shorts_load(const uint16_t* p) { return _mm512_loadu_si512(p); }
 ENGRAM_INLINE void shorts_store(uint16_t* p, Shorts v) { _mm512_storeu_si512(p, v); }
 ENGRAM_INLINE Shorts shorts_add(Shorts a, Shorts b) { return _mm512_add_epi16(a, b); }
+ENGRAM_INLINE Shorts shorts_high_bytes(Shorts v) { return _mm512_srli_epi16(v, 8); }
 ENGRAM_INLINE SubsetSums subset_sums(uint64_t numbers) {
-  const auto number = [numbers](int i) { return static_cast<int16_t>(numbers >> (8 * i) & 0xFF); };
-  Shorts low = _mm512_maskz_set1_epi16(0xAAAAAAAA, number(0));
-  low = _mm512_mask_add_epi16(low, 0xCCCCCCCC, low, _mm512_set1_epi16(number(1)));
-  low = _mm512_mask_add_epi16(low, 0xF0F0F0F0, low, _mm512_set1_epi16(number(2)));
-  low = _mm512_mask_add_epi16(low, 0xFF00FF00, low, _mm512_set1_epi16(number(3)));
-  low = _mm512_mask_add_epi16(low, 0xFFFF0000, low, _mm512_set1_epi16(number(4)));
-  return {low, _mm512_add_epi16(low, _mm512_set1_epi16(number(5)))};
+  // Number i counts where bit i of the lane's own number is 1. Two numbers in the bytes of a lane, times bytes of 0 and
+  // 1, are added in one operation.
+  const auto pair = [numbers](int i) { return _mm512_set1_epi16(static_cast<int16_t>(numbers >> (16 * i))); };
+  const auto chosen = [](uint64_t bytes) { return _mm512_maskz_set1_epi8(bytes, 1); };
+  const Shorts of01 = _mm512_maddubs_epi16(pair(0), chosen(0xE4E4E4E4E4E4E4E4));
+  const Shorts of23 = _mm512_maddubs_epi16(pair(1), chosen(0xFFAA5500FFAA5500));
+  const Shorts of4 = _mm512_maddubs_epi16(pair(2), chosen(0x5555555500000000));
+  const Shorts of5 = _mm512_maddubs_epi16(pair(2), chosen(0xAAAAAAAAAAAAAAAA));
+  const Shorts low = _mm512_add_epi16(_mm512_add_epi16(of01, of23), of4);
+  return {low, _mm512_add_epi16(low, of5)};
 }
 ENGRAM_INLINE Shorts look_up_subset(const SubsetSums& table, Shorts indices) {
   return _mm512_permutex2var_epi16(table.low, indices, table.high);
