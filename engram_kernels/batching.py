@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .library import operators
 
-Batched = tuple[Any, int | None]  # a result and the dimension of its batch
+Batched = tuple[Any, Any]  # a result and the dimension of its batch, or several and theirs
 
 
 def _loop(
@@ -96,6 +96,7 @@ _register_rows("value_signs", (0,))
 _register_rows("top_units", (0,))
 _register_loop("packed_network")
 _register_loop("transpose_bits")
+_register_loop("patch_excitability")
 _register_loop("gated_weight_grad")
 _register_loop("unfold_bits")
 _register_loop("interleave_bits")

@@ -17,13 +17,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import ops
-from .reference import philox, words_for
+from .reference import group_signs, philox, words_for
 
 _FILTERS = 32  # of each size at least: more of them were no better
 _POOL = 3  # places in each direction
+_MOST_PIXELS = 128  # of a side that the operator takes
+_LEAST_IMAGES = 128  # of a call, so that looking up which places need which filters takes little of it
 _CONTRAST_FLOOR = 0.1 * 255  # below it a patch is as good as empty
 _CHUNK_VALUES = 1 << 23  # of the largest temporary, so that memory does not grow with the batch
 
@@ -36,8 +37,12 @@ def seed_tensor(seed: int, stream: int) -> Tensor:
 def to_bytes(X: np.ndarray) -> Tensor:
     """Rows of numbers (M, K) -> uint8 (M, K): 0 at the least of a row, 255 at the greatest, all 0 if they are equal."""
     low, high = X.min(axis=1, keepdims=True), X.max(axis=1, keepdims=True)
-    if X.dtype == np.uint8 and not low.any() and (high == 255).all():
-        return torch.from_numpy(np.ascontiguousarray(X))
+    if X.dtype == np.uint8:  # most images are bytes of the whole range already
+        rest = ((low != 0) | (high != 255))[:, 0]
+        out = torch.from_numpy(X.copy() if rest.any() else np.ascontiguousarray(X))
+        if rest.any():
+            out[torch.from_numpy(rest)] = to_bytes(X[rest].astype(np.float64))
+        return out
     low, span = low / 4.0, high / 4.0 - low / 4.0  # a difference cannot overflow
     span[span == 0] = math.inf
     return torch.from_numpy(np.floor((X / 4.0 - low) / span * 255.0 + 0.5).astype(np.uint8))
@@ -75,21 +80,21 @@ class ProjectionCode:
             bits.append(ops.pack_signs(torch.where(signs >= 0, 1.0, -1.0)))  # the 0 counts as +1 until excitability
             middle.append((signs == 0).int().argmax(dim=1))
         self._bits, self._middle = torch.cat(bits), torch.cat(middle)
-        self._no_noise = seed_tensor(0, 0)
+        self._groups = group_signs(self._bits, n_features)
 
     def excitability(self, x: Tensor) -> Tensor:
-        """uint8 (M, K) -> float32 (M, N), integers exactly."""
-        z = ops.sign_matmul_t(x, self._bits, self.n_features)
+        """uint8 (M, K) -> int32 (M, N)."""
+        z = ops.sign_matmul_t(x, self._bits, self.n_features, self._groups)
         if self.n_features % 2:
             z -= x[:, self._middle]
-        return z.float()
+        return z
 
     def encode(self, X: np.ndarray) -> Tensor:
         """Rows of numbers (M, K) -> bits (M, words)."""
         return _in_parts(X, max(1, _CHUNK_VALUES // self.n_units), self.n_units, self._recruit)
 
     def _recruit(self, x: Tensor) -> Tensor:
-        return ops.sample_engram(self.excitability(x), self._no_noise, self.rate, temperature=0.0)
+        return ops.top_units(self.excitability(x), max(1, round(self.rate * self.n_units)))
 
 
 class PatchCode:
@@ -102,7 +107,7 @@ class PatchCode:
 
     so that a stroke counts wherever exactly it runs, and a faint texture as a strong one. Filters are shared by all
     places (weight sharing and pooling: LeCun et al. 1998; random filters: Jarrett et al. 2009; units of several
-    channels look at one of them). All sums are of integers and exact.
+    channels look at one of them). All sums are of integers and exact: :func:`engram_kernels.ops.patch_excitability`.
 
     Args:
         image_shape: height and width, or height, width and channels, of the images whose pixels are the features.
@@ -120,6 +125,8 @@ class PatchCode:
         self.n_features, self.n_units, self.rate = math.prod(image_shape), n_units, rate
         self._no_noise = seed_tensor(0, 0)
         sizes = tuple(size for size in sizes if size + _POOL - 1 <= min(height, width))
+        if max(sizes, default=0) > _MOST_PIXELS:
+            raise ValueError(f"patch: expected at most {_MOST_PIXELS} pixels, got {max(sizes)}")
         if not sizes:
             raise ValueError(f"patch: expected at most {min(height, width) - _POOL + 1} pixels, for {height}x{width}")
         self._groups = []
@@ -130,45 +137,16 @@ class PatchCode:
             signs = _balanced_signs(seed_tensor(seed, 2 * i), filters, size * size)
             draws = philox(seed_tensor(seed, 2 * i + 1), 1, places * filters)[0]
             chosen = (draws * len(draws) + torch.arange(len(draws))).argsort()[:units]
-            filter_images = signs.float().reshape(filters, 1, size, size).contiguous(memory_format=torch.channels_last)
-            self._groups.append((size, filter_images, chosen.sort().values))
+            self._groups.append((signs.reshape(filters, size, size), chosen.sort().values))
 
     def encode(self, X: np.ndarray) -> Tensor:
         """Rows of pixels (M, features) -> bits (M, words)."""
-        largest = self.n_features * max(len(filters) for _, filters, _ in self._groups)
-        return _in_parts(X, max(1, _CHUNK_VALUES // 8 // largest), self.n_units, self._recruit)
+        return _in_parts(X, max(_LEAST_IMAGES, _CHUNK_VALUES // 8 // self.n_units), self.n_units, self._recruit)
 
     def _recruit(self, x: Tensor) -> Tensor:
-        images = x.float().reshape(len(x), *self.image, self.channels).permute(0, 3, 1, 2).reshape(-1, *self.image)
-        z = torch.cat([self._excitability(images, *group) for group in self._groups], dim=1)
-        return ops.sample_engram(z, self._no_noise, self.rate, temperature=0.0)
-
-    def _excitability(self, images: Tensor, size: int, filters: Tensor, chosen: Tensor) -> Tensor:
-        """Of the units ``chosen``; images (M channels, height, width) -> (M, units)."""
-        z = functional.conv2d(images[:, None], filters).permute(0, 2, 3, 1)  # filters last, in memory as well
-        contrast = _squares(images.square(), size).sub_(_squares(images, size).square().div_(size * size))
-        z = z.div_(contrast.clamp_(min=0).sqrt_().add_(_CONTRAST_FLOOR)[..., None])
-        for dim in (1, 2):
-            z = _over_neighbours(torch.maximum, z, dim, _POOL)
-        m, h, w, n = z.shape
-        z = z.view(-1, self.channels, h, w, n).permute(0, 2, 3, 1, 4)
-        return z.reshape(m // self.channels, -1).index_select(1, chosen)
-
-
-def _squares(x: Tensor, size: int) -> Tensor:
-    """Sums of all squares of ``size`` pixels, (M, height, width) -> (M, height - size + 1, width - size + 1)."""
-    return _over_neighbours(torch.add, _over_neighbours(torch.add, x, 1, size), 2, size)
-
-
-def _over_neighbours(combine: Callable[..., Tensor], x: Tensor, dim: int, count: int) -> Tensor:
-    """Combines each element with the ``count`` - 1 after it along a dimension."""
-    first, *others = (x.narrow(dim, i, x.shape[dim] - count + 1) for i in range(count))
-    if not others:
-        return first
-    out = combine(first, others[0])
-    for other in others[1:]:
-        combine(out, other, out=out)
-    return out
+        images = x.reshape(len(x), *self.image, self.channels)
+        z = [ops.patch_excitability(images, filters, units, _CONTRAST_FLOOR) for filters, units in self._groups]
+        return ops.sample_engram(torch.cat(z, dim=1), self._no_noise, self.rate, temperature=0.0)
 
 
 class TableCode:

@@ -391,6 +391,32 @@ def _(x, gate_bits, layout, factors, tensors):
     return x.new_empty((x.shape[0], units), dtype=torch.float32)
 
 
+@torch.library.register_fake("engram_kernels::patch_excitability")
+def _(images, filters, units, floor, pool=3):
+    for name, tensor in (("images", images), ("filters", filters), ("units", units)):
+        _check_tensor(name, tensor)
+    _check_same_device(images=images, filters=filters, units=units)
+    _require(images.dtype == torch.uint8, "images", "uint8 (M, height, width, channels)", images)
+    _require(images.dim() == 4, "images", "uint8 (M, height, width, channels)", images)
+    _, height, width, channels = images.shape
+    for size in (height, width, channels):
+        _require(size >= 1, "images", "uint8 (M, height, width, channels)", images)
+    expected = "int8 (filters, size, size) of 1 to 128 pixels"
+    _require(filters.dtype == torch.int8 and filters.dim() == 3, "filters", expected, filters)
+    size = filters.shape[1]
+    _require(filters.shape[0] >= 1, "filters", expected, filters)
+    _require(filters.shape[2] == size, "filters", expected, filters)
+    _require(size >= 1, "filters", expected, filters)
+    _require(size <= 128, "filters", expected, filters)
+    _require(units.dtype == torch.int64 and units.dim() == 1, "units", "int64 (N,)", units)
+    _require(1e-30 <= floor <= 1e30, "floor", "1e-30 to 1e30", floor)
+    for right in (pool >= 1, pool <= 2**31 - 1):
+        _require(right, "pool", "1 to 2^31 - 1", pool)
+    for side in (height, width):
+        _require(size + pool - 1 <= side, "filters", f"at most {side - pool + 1} pixels", size)
+    return images.new_empty((images.shape[0], units.shape[0]), dtype=torch.float32)
+
+
 @torch.library.register_fake("engram_kernels::sample_engram")
 def _(score, seed, rate, bernoulli=False, temperature=1.0, first_row=0, row_step=1):
     _check_matrix("score", score)

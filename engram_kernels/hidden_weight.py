@@ -155,14 +155,25 @@ class HiddenWeight(nn.Parameter):
     def updated_in_place(self, update: Callable[[Tensor], None]) -> None:
         """Calls ``update(bits)``, which changes the weights in place and writes their fresh signs to ``bits``."""
         with torch._C.DisableTorchFunctionSubclass():
-            shape = (self.shape[0], words_for(row_shape(self)[1]))
-            if self._bits is None or self._bits.shape != shape or self._bits.device != self.device:
-                with torch.inference_mode(False):
-                    self._bits = self.new_empty(shape, dtype=torch.int64)
-            self._bits_version = -1  # until the update has come to its end
-            self._exposed = False
-            update(self._bits)
-            self._mark_fresh(self._writes())
+            update(self.begin_update())
+            self.end_update()
+
+    def begin_update(self) -> Tensor:
+        """Where an update in place writes the fresh signs; until :meth:`end_update` there are none.
+
+        Both within ``DisableTorchFunctionSubclass``.
+        """
+        shape = (self.shape[0], words_for(row_shape(self)[1]))
+        if self._bits is None or self._bits.shape != shape or self._bits.device != self.device:
+            with torch.inference_mode(False):
+                self._bits = self.new_empty(shape, dtype=torch.int64)
+        self._bits_version = -1
+        self._exposed = False
+        return self._bits
+
+    def end_update(self) -> None:
+        """Notes that the signs are those of the weights."""
+        self._mark_fresh(self._writes())
 
     def _mark_fresh(self, version: int) -> None:
         self._bits_version = version
@@ -222,7 +233,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def is_hidden_weight(parameter: Tensor) -> bool:
     """Whether a parameter is a hidden weight, or a DTensor that stands in the place of one."""
-    if isinstance(parameter, HiddenWeight):
+    if type(parameter) is HiddenWeight or isinstance(parameter, HiddenWeight):  # the latter takes ten times as long
         return True
     if not is_sharded(parameter):
         return False

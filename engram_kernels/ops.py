@@ -44,6 +44,7 @@ __all__ = [
     "pack_signs",
     "pack_window",
     "packed_network",
+    "patch_excitability",
     "sample_engram",
     "set_isa",
     "sign_matmul",
@@ -180,6 +181,28 @@ def binary_threshold(
     [[1, 0]]
     """
     return operators.binary_threshold(x_bits, w_bits, k, threshold, flip, gate_bits)
+
+
+def patch_excitability(images: Tensor, filters: Tensor, units: Tensor, floor: float, pool: int = 3) -> Tensor:
+    """How much random filters respond near their places: correlations with patches, by the contrast of the patch.
+
+    ``z[m,n] = max over pool x pool places of sum_ij w[f,i,j] x[m,r+i,c+j,channel] / (sqrt(sum (x - mean)^2) + floor)``
+
+    On the CPU alone. Shapes: ``images`` uint8 (M, height, width, channels), ``filters`` int8 (F, size, size) of -1, 0
+    and 1, up to 128 x 128, ``units`` rising int64 (N,) -> float32 (M, N). The number of a unit, whose place is the
+    first row r and column c of its pool, is ``((r * columns + c) * channels + channel) * F + f``, with
+    ``height - size - pool + 2`` rows and columns likewise. Local receptive fields with random shared filters and
+    pooling: Jarrett et al. 2009.
+
+    >>> image = torch.zeros(1, 4, 4, 1, dtype=torch.uint8)
+    >>> image[0, 1:, 1] = 200  # an upright stroke
+    >>> upright, level = [[1, -1], [1, -1]], [[1, 1], [-1, -1]]
+    >>> filters = torch.tensor([upright, level], dtype=torch.int8)
+    >>> z = ek.ops.patch_excitability(image, filters, torch.tensor([0, 1]), 1.0)
+    >>> [round(value, 2) for value in z[0].tolist()]
+    [1.99, 1.15]
+    """
+    return operators.patch_excitability(images, filters, units, floor, pool)
 
 
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:

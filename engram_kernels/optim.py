@@ -16,6 +16,7 @@ from torch.optim.adam import adam
 from . import ops, shards
 from .fused_backward import FusedBackward, gradient_consumer
 from .hidden_weight import HiddenWeight, from_rows, is_hidden_weight, is_sharded, lies_in_rows, row_shape, rows_of
+from .library import operators
 from .reference import SCALE_BLOCK
 
 _SECOND_MOMENT = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.uint8}
@@ -39,7 +40,7 @@ def _seed_of(weight: Tensor, position: int) -> Tensor:
     if is_sharded(rows):  # the first rows may lie in other processes
         rows = rows.full_tensor()  # type: ignore[attr-defined]
     rows = rows_of(rows)
-    values = rows.contiguous().cpu().view(torch.uint8).numpy()
+    values = rows.contiguous().cpu().clone().view(torch.uint8).numpy()  # NumPy marks the memory that it sees as shared
     digest = hashlib.blake2b(values.tobytes(), digest_size=8, salt=position.to_bytes(8, "little")).digest()
     return torch.tensor([int.from_bytes(digest, "little") >> 1, 0], dtype=torch.int64, device="cpu")
 
@@ -53,6 +54,17 @@ def _shard_kind(parameter: Tensor) -> str | None:
     if isinstance(parameter, HiddenWeight) and parameter.dim() not in (2, 4):
         return "a hidden weight that is neither a matrix nor filters, as FullyShardedDataParallel (FSDP1) makes it"
     return None
+
+
+def _takes_list(parameter: Tensor) -> bool:
+    """Whether the operator that updates lists of weights takes a parameter and its gradient."""
+    values: Any = shards.local(parameter)
+    grad: Any = shards.local(parameter.grad)
+    if isinstance(parameter, HiddenWeight):
+        in_place = lies_in_rows(parameter)
+    else:
+        in_place = values.is_contiguous() and not is_hidden_weight(parameter)
+    return in_place and values.is_cpu and values.dtype == grad.dtype == torch.float32
 
 
 def _apply_gradient(grad: Tensor, weight: Tensor, *state: Tensor, **settings: Any) -> None:
@@ -191,25 +203,46 @@ class MetaplasticAdam(Optimizer):
 
     def _step(self) -> None:
         consumed = {id(parameter) for parameter in self._parameters() if self._ends_consuming(parameter)}
-        to_update = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for parameter in (parameter for _, parameters in to_update for parameter in parameters):
-            if id(parameter) in consumed:
-                raise RuntimeError(
-                    "grad: a hidden weight got a gradient besides the one that its layer consumed, from a penalty "
-                    f"on it perhaps, which needs fuse_backward=False ({self._place_of(parameter)})"
-                )
-            if parameter.grad.is_sparse:
-                raise RuntimeError(f"grad: expected a dense gradient, got a sparse one ({self._place_of(parameter)})")
-            self._check_updatable(parameter)
-        if not consumed and not any(parameters for _, parameters in to_update):
+        to_update = []
+        for group in self.param_groups:
+            hidden: list[Tensor] = []
+            others: list[Tensor] = []
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is None:
+                    continue
+                if id(parameter) in consumed:
+                    raise RuntimeError(
+                        "grad: a hidden weight got a gradient besides the one that its layer consumed, from a penalty "
+                        f"on it perhaps, which needs fuse_backward=False ({self._place_of(parameter)})"
+                    )
+                if grad.is_sparse:
+                    place = self._place_of(parameter)
+                    raise RuntimeError(f"grad: expected a dense gradient, got a sparse one ({place})")
+                self._check_updatable(parameter)
+                (hidden if is_hidden_weight(parameter) else others).append(parameter)
+            to_update.append((group, hidden, others))
+        if not consumed and not any(hidden or others for _, hidden, others in to_update):
             self._warn_of_replaced_parameters()
-        for group, parameters in to_update:
-            for parameter in parameters:
-                if is_hidden_weight(parameter):
-                    assert parameter.grad is not None
-                    self._update_hidden(parameter, group, functools.partial(_apply_gradient, parameter.grad))
-        for group, parameters in to_update:  # last, since the hidden weights may find that gradients are NaN
-            self._update_others([p for p in parameters if not is_hidden_weight(p)], group)
+        for group, hidden, others in to_update:  # first, since these may find that gradients are NaN
+            # with those of a single group in one call
+            self._update_group(hidden, others if len(to_update) == 1 else [], group)
+        if len(to_update) > 1:
+            for group, _, others in to_update:
+                self._update_group([], others, group)
+
+    def _update_group(self, hidden: list[Tensor], others: list[Tensor], group: dict[str, Any]) -> None:
+        """Updates parameters of a group, hidden weights first: in one call what :func:`_takes_list`."""
+        together = [parameter for parameter in others if _takes_list(parameter)]
+        if self.state_dtype == torch.float32 and all(map(_takes_list, hidden)):
+            self._update_list(hidden, together, group)
+        else:
+            for parameter in hidden:
+                assert parameter.grad is not None
+                self._update_hidden(parameter, group, functools.partial(_apply_gradient, parameter.grad))
+            self._update_list([], together, group)
+        if len(together) < len(others):
+            self._update_by_torch([parameter for parameter in others if not _takes_list(parameter)], group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. Raises: RuntimeError if a gradient has been consumed since the last step."""
@@ -217,7 +250,11 @@ class MetaplasticAdam(Optimizer):
             if isinstance(parameter, HiddenWeight) and parameter.fused_backward is not None:
                 parameter.fused_backward.refuse_access_to_gradient()
         with torch._C.DisableTorchFunctionSubclass():
-            super().zero_grad(set_to_none)
+            if not set_to_none:
+                super().zero_grad(set_to_none)
+                return
+            for parameter in self._parameters():  # torch's reports to the profiler, which takes longer
+                parameter.grad = None
 
     def consume(self, weight: HiddenWeight, update: Callable[..., None]) -> None:
         """Applies a gradient during the backward pass that makes it.
@@ -261,6 +298,8 @@ class MetaplasticAdam(Optimizer):
 
     def _check_updatable(self, parameter: Tensor) -> None:
         """Raises: NotImplementedError for a shard; RuntimeError for a hidden weight whose dtype has no kernel."""
+        if type(parameter) is HiddenWeight and parameter.dim() == 2 and parameter.dtype == torch.float32:
+            return
         kind = _shard_kind(parameter)
         if kind is not None:
             raise NotImplementedError(
@@ -289,10 +328,10 @@ class MetaplasticAdam(Optimizer):
             )
 
     def _ends_consuming(self, parameter: Tensor) -> bool:
-        if not isinstance(parameter, HiddenWeight):
+        if not isinstance(parameter, HiddenWeight) or parameter.fused_backward is None:
             return False
         consumer = gradient_consumer(parameter)
-        if parameter.fused_backward is None or getattr(consumer, "__self__", None) is not self:
+        if getattr(consumer, "__self__", None) is not self:
             return False
         return parameter.fused_backward.end()
 
@@ -416,7 +455,46 @@ class MetaplasticAdam(Optimizer):
         if seed is not None:
             state["seed"] = seed
 
-    def _update_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _update_list(self, hidden: list[Tensor], others: list[Tensor], group: dict[str, Any]) -> None:
+        """Updates parameters of the CPU in float32 by one call."""
+        parameters = hidden + others
+        if not parameters:
+            return
+        states = [self._state_of(parameter) for parameter in parameters]
+        lr = float(group["lr"])
+        weights: list[Any] = [*map(rows_of, hidden), *map(shards.local, others)]
+        grads = [*(rows_of(weight.grad) for weight in hidden), *(shards.local(other.grad) for other in others)]  # type: ignore[arg-type]
+        moments: list[Any] = [[shards.local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        sign_bits = [weight.begin_update() for weight in hidden]  # type: ignore[attr-defined]
+        failed = operators._update_all(
+            weights,
+            grads,
+            *moments,
+            sign_bits,
+            [int(state["step"]) + 1 for state in states],
+            lr,
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["metaplasticity"],
+            group["weight_bound"] if lr > 0 else float("inf"),  # as in _update_hidden
+        )
+        torch.autograd.graph.increment_version([*weights, *moments[0], *moments[1], *sign_bits])
+        updated = len(parameters) if failed < 0 else failed
+        for weight in hidden[:updated]:
+            weight.end_update()  # type: ignore[attr-defined]
+        if updated:
+            torch._foreach_add_([state["step"] for state in states[:updated]], 1)
+        if failed >= 0:
+            for parameter in parameters[failed + 1 :]:
+                if self.state[parameter]["step"] == 0:  # made for this step
+                    del self.state[parameter]
+            raise RuntimeError(
+                "grad: expected finite steps, got NaN or infinity; those weights were left as they were "
+                f"({self._place_of(parameters[failed])})"
+            )
+
+    def _update_by_torch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not parameters:
             return
         states = [self._state_of(parameter) for parameter in parameters]

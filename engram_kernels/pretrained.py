@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .convolution import BinaryEngramConv2d
 from .encoding import InputEncoding
 from .engrams import BernoulliEngram, ContextEngram, StochasticEngram
 from .files import write_atomically, write_tensors
@@ -30,10 +31,11 @@ _CLASSIFIER = "EngramClassifier"
 _PARTS = {
     kind.__name__: kind
     for kind in (
-        BernoulliEngram, BinaryEngramLinear, ContextEngram, DendriticReadout, EngramMLP, InputEncoding,
-        PrototypeReadout, RidgeReadout, StochasticEngram,
-        nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.GELU, nn.GroupNorm,
-        nn.Hardtanh, nn.Identity, nn.LayerNorm, nn.Linear, nn.MaxPool2d, nn.ReLU, nn.Sequential, nn.Tanh,
+        BernoulliEngram, BinaryEngramConv2d, BinaryEngramLinear, ContextEngram, DendriticReadout, EngramMLP,
+        InputEncoding, PrototypeReadout, RidgeReadout, StochasticEngram,
+        nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.GELU,
+        nn.GroupNorm, nn.Hardtanh, nn.Identity, nn.LayerNorm, nn.Linear, nn.MaxPool2d, nn.ReLU, nn.Sequential, nn.Tanh,
+        nn.Unflatten,
     )
 }  # fmt: skip
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}

@@ -244,6 +244,28 @@ def packed_network(
     return y.float()
 
 
+def patch_excitability(images: Tensor, filters: Tensor, units: Tensor, floor: float, pool: int = 3) -> Tensor:
+    """How much random filters respond near their places: correlations with patches, by the contrast of the patch.
+
+    ``z[m,n] = max over pool x pool places of sum_ij w[f,i,j] x[m,r+i,c+j,channel] / (sqrt(sum (x - mean)^2) + floor)``
+
+    uint8 (M, height, width, channels), int8 (F, size, size) of -1, 0 and 1, rising int64 (N,), numbers
+    ``((r * columns + c) * channels + channel) * F + f`` of the first place and the filter -> float32 (M, N).
+    """
+    m, height, width, channels = images.shape
+    size = filters.shape[1]
+    x = images.permute(0, 3, 1, 2).reshape(m * channels, 1, height, width).double()
+    patch = x.new_ones(1, 1, size, size)
+    sums, pixels, squares = (
+        torch.nn.functional.conv2d(a, w).round().float()  # integers
+        for a, w in ((x, filters[:, None].double()), (x, patch), (x.square(), patch))
+    )
+    spread = (squares - pixels * pixels * (1 / (size * size))).clamp(min=0)
+    contrast = spread.double().sqrt().float() + floor  # torch's root of float32 is not the nearest one everywhere
+    z = torch.nn.functional.max_pool2d(sums * (1 / contrast), pool, stride=1)
+    return z.unflatten(0, (m, channels)).permute(0, 3, 4, 1, 2).flatten(1)[:, units]
+
+
 def sign_matmul(a: Tensor, w_bits: Tensor, k: int) -> Tensor:
     """``y = a @ s(W)``. Floats (M, N), bits (N, words) -> (M, K) in the dtype of ``a``."""
     return (a.double() @ unpack_signs(w_bits, k, torch.float64)).to(a.dtype)
@@ -528,6 +550,26 @@ def round_to_bfloat16(x: Tensor, random16: Tensor) -> Tensor:
     return (_bits(x) + random16 >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+def _mixed(x: Tensor, key: Tensor) -> Tensor:
+    """Integers in [0, 2^32), mixed as in ``csrc/core/compact.h``."""
+    x = (x ^ x >> 16) * 0x7FEB352D & _LOW
+    x = (x ^ x >> 15 ^ key) * 0x846CA68B & _LOW
+    return x ^ x >> 16
+
+
+def rounding_draws(seed: Tensor, rows: int, k: int, first_row: int = 0) -> Tensor:
+    """Draws that compact numbers are rounded with: 32 random bits each, int64 (rows, k) in [0, 2^32).
+
+    ``seed`` is that of :func:`philox`. A draw is a counter that the golden ratio steps, mixed (the constants are those
+    of Wellons' lowbias32, 2018); its start and key are mixed from the row and :func:`philox` draws of the step.
+    """
+    step = philox(seed, 1, 4)[0]
+    row = (first_row + torch.arange(rows)).unsqueeze(1)
+    low, high = row & _LOW, row >> 32
+    start, key = (_mixed(step[i] + low & _LOW, step[i + 1] + high & _LOW) for i in (0, 2))
+    return _mixed(start + torch.arange(k) * 0x9E3779B9 & _LOW, key)
+
+
 def _moment_noise(random16: Tensor) -> Tensor:
     """What to add to bits of which ``_DROPPED`` are cut off: the middle of one of 2^16 steps."""
     return (random16 << (_DROPPED - 16)) + (1 << (_DROPPED - 17))
@@ -617,7 +659,7 @@ def metaplastic_adam_(
 
     ``weight`` is float32, float64 or bfloat16. The moments are like it, or bfloat16, or int8 and uint8 with
     ``exp_avg_scale`` and ``exp_avg_sq_scale`` (N, ceil(K / 64)). What is compact is rounded stochastically with
-    :func:`philox` draws of ``seed`` for rows from ``first_row`` on: 16 bits for both moments of a unit, half
+    :func:`rounding_draws` of ``seed`` for rows from ``first_row`` on: 16 bits for both moments of a unit, half
     ``unit % 2`` (the low half first) of draw ``unit // 2``; with a bfloat16 weight, the low half of draw ``unit``,
     whose high half rounds the weight, clipped before. So ``|W|`` never exceeds a ``weight_bound`` that bfloat16 can
     represent, since what is representable does not move, nor any other rounded up to bfloat16.
@@ -639,7 +681,7 @@ def metaplastic_adam_(
     if exp_avg.dtype in (torch.bfloat16, torch.int8) or weight.dtype == torch.bfloat16:
         assert seed is not None
         own_draw = weight.dtype == torch.bfloat16
-        draws = philox(seed, n, k if own_draw else -(-k // 2), first_row).to(weight.device)
+        draws = rounding_draws(seed, n, k if own_draw else -(-k // 2), first_row).to(weight.device)
         halves = torch.stack([draws & 0xFFFF, draws >> 16], dim=2)
         for_moments = halves[:, :, 0] if own_draw else halves.flatten(1)[:, :k]
         for_weight = halves[:, :, 1]

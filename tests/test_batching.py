@@ -62,7 +62,7 @@ CALLS = {
     "masked_input_grad": (lambda d, w, g: ek.ops.masked_input_grad(d, w, K, g), [D, W, GATE]),
     "gated_weight_grad": (lambda d, x, g: ek.ops.gated_weight_grad(d, x, K, g), [D, X, GATE]),
     "standardise": (lambda y: ek.ops.standardise(y)[0], [lambda *b: floats(*b, M, K)]),
-    "moments of standardise": (lambda y: ek.ops.standardise(y)[1], [lambda *b: floats(*b, M, K)]),
+    "standardise and its moments": (lambda y: ek.ops.standardise(y)[1], [lambda *b: floats(*b, M, K)]),
     "standardise_grad": (
         lambda d, y, m: ek.ops.standardise_grad(d, y, m),
         [lambda *b: floats(*b, M, K), lambda *b: floats(*b, M, K), lambda *b: floats(*b, M, 2).double()],
@@ -76,6 +76,13 @@ CALLS = {
     "packed_network": (
         lambda x: ek.ops.packed_network(x, None, [0, K, 0, 3, 2, 0], [], [PACKED_WEIGHT]),
         [X],
+    ),
+    "patch_excitability": (
+        lambda x, w: ek.ops.patch_excitability(x, w, torch.arange(0, 12, 2), 9.0, 2),
+        [
+            lambda *b: floats(*b, 5, 4, 5, 1).mul(99).abs().to(torch.uint8),
+            lambda *b: floats(*b, 2, 2, 2).sign().to(torch.int8),
+        ],
     ),
     "unfold_bits": (lambda x: ek.ops.unfold_bits(x, WINDOW), [X]),
     "interleave_bits": (lambda x: ek.ops.interleave_bits(x, 2, K), [X]),

@@ -84,7 +84,14 @@ def test_pack_window_is_exact(isa, k, gate):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_standardising_is_exact(isa, n, dtype):
     for m in (0, 1, 5):
-        for y in (torch.randn(m, n), torch.randn(m, n) * 1e-20, torch.randint(-n, n + 1, (m, n)), torch.zeros(m, n)):
+        wide = torch.randn(m, n) * 2.0 ** torch.randint(-20, 14, (m, n))  # so far apart that sums round
+        for y in (
+            torch.randn(m, n),
+            wide,
+            torch.randn(m, n) * 1e-20,
+            torch.randint(-n, n + 1, (m, n)),
+            torch.zeros(m, n),
+        ):
             y, d = y.to(dtype), torch.randn(m, n).to(dtype)
             z, moments = ops.standardise(y, 1e-3)
             expected = reference.standardise(y, 1e-3)
@@ -501,7 +508,7 @@ def test_a_bound_clips_what_the_unbounded_update_gives_and_nothing_else(
     bound = torch.full((7, k), weight_bound)
     if weight_dtype == torch.bfloat16:  # rounding keeps order: as well clip to what the bound is rounded to
         bound = reference.round_to_bfloat16(
-            bound, reference.philox(settings["seed"], 7, k, settings["first_row"]) >> 16
+            bound, reference.rounding_draws(settings["seed"], 7, k, settings["first_row"]) >> 16
         )
     expected = torch.maximum(torch.minimum(theirs[0], bound), -bound)
     assert torch.equal(mine[0].view(torch.uint8), expected.view(torch.uint8))
@@ -681,6 +688,14 @@ def packed_network_cases(m, n, k):
     ]  # fmt: skip
 
 
+def patches(m, height, width, channels, *, size, filters, units, pool=3):
+    """Arguments of patch_excitability."""
+    images = torch.randint(0, 256, (m, height, width, channels)).to(torch.uint8)
+    taps = torch.randint(-1, 2, (filters, size, size)).to(torch.int8)
+    places = (height - size - pool + 2) * (width - size - pool + 2)
+    return images, taps, torch.randint(0, places * channels * filters, (units,)).sort().values, 25.5, pool
+
+
 def opcheck_cases():
     m, n, k = 5, 9, 70
     x, d = torch.randn(m, k), torch.randn(m, n)
@@ -706,6 +721,7 @@ def opcheck_cases():
         "value_signs": [((x * 9).int(),), ((x * 9).int(), threshold), ((x * 9).int(), threshold, threshold > 0)],
         "top_units": [((x * 9).int(), 3)],
         "packed_network": packed_network_cases(m, n, k),
+        "patch_excitability": [patches(2, 9, 8, 2, size=3, filters=4, units=20)],
         "gated_input_grad": [(d, w_bits, x, gate), (d, w_bits, x)],
         "masked_input_grad": [(d, w_bits, k, gate)],
         "gated_weight_grad": [(d, x_bits, k, gate), (d, x_bits, k)],
@@ -803,6 +819,18 @@ def test_signs_and_most_excited_units_of_integers(isa, n):
                 assert torch.equal(ops.top_units(y, count), reference.top_units(y, count)), (m, count)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 9, 11, 12, 13, 40])  # up to 11, sums are held in 16 bits
+@pytest.mark.parametrize("pool", [1, 3, 4])
+def test_patches_respond_as_the_reference_says(isa, size, pool):
+    for m, channels, filters, units in [(0, 1, 1, 4), (1, 3, 5, 0), (33, 1, 32, 300), (70, 2, 7, 50)]:
+        height, width = size + pool - 1 + m % 5, size + pool - 1 + units % 7
+        x, w, *rest = patches(m, height, width, channels, size=size, filters=filters, units=units, pool=pool)
+        for images in (x, x // 128 * 255, torch.full_like(x, 255)):
+            for taps in (w, torch.ones_like(w), -torch.ones_like(w), w * 2 // 3 * 2 + 1):
+                z = ops.patch_excitability(images, taps, *rest)
+                assert torch.equal(z, reference.patch_excitability(images, taps, *rest))
+
+
 # ---- bad input: the message names the argument, what it got and what it needs
 
 
@@ -812,6 +840,8 @@ def bad_calls():
     seed = torch.tensor([0, 0])
     update = update_arguments(3, 5)
     nan = torch.full((2, 3), math.nan)
+    images, filters = torch.zeros(2, 9, 12, 1, dtype=torch.uint8), torch.zeros(4, 3, 3, dtype=torch.int8)
+    no_units = torch.zeros(0, dtype=torch.int64)
     return {
         "pack float64": (lambda: ops.pack_signs(x.double()), r"x: expected float32.*got float64 \(4, 70\)"),
         "groups": (
@@ -839,6 +869,27 @@ def bad_calls():
             r"flip: expected None without thresholds, got bool \(70,\)",
         ),
         "top count": (lambda: ops.top_units(x.int(), 71), "count: expected 1 to 70, the units of y, got 71"),
+        "patches": (
+            lambda: ops.patch_excitability(torch.zeros(2, 9, 9, 1), filters, no_units, 1.0),
+            r"images: expected uint8 \(M, height, width, channels\), got float32 \(2, 9, 9, 1\)",
+        ),
+        "patch filters": (
+            lambda: ops.patch_excitability(images, filters[:, :2], no_units, 1.0),
+            r"filters: expected int8 \(filters, size, size\) of 1 to 128 pixels, got int8 \(4, 2, 3\)",
+        ),
+        "patch taps": (
+            lambda: ops.patch_excitability(images, filters + 2, no_units, 1.0),
+            "filters: expected -1, 0 and 1, got 2",
+        ),
+        "patch size": (
+            lambda: ops.patch_excitability(images, filters, no_units, 1.0, 8),
+            "filters: expected at most 2 pixels for images of 9 x 12 and a pool of 8, got 3",
+        ),
+        "patch units": (
+            lambda: ops.patch_excitability(images, filters, no_units.new_tensor([3, 1]), 1.0),
+            "units: expected rising numbers from 0 to 159, got 1 at 1",
+        ),
+        "patch floor": (lambda: ops.patch_excitability(images, filters, no_units, 0.0), "floor: expected 1e-30 to"),
         "pack int": (lambda: ops.pack_signs(x.int()), r"x: expected float32.*got int32"),
         "pack scalar": (lambda: ops.pack_signs(torch.tensor(1.0)), "x: expected 1 to .* units in the last dim"),
         "pack nothing": (lambda: ops.pack_window(x[:, :0]), r"x: expected 1 to .* units .* got float32 \(4, 0\)"),

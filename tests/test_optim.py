@@ -154,7 +154,7 @@ def test_other_parameters_get_plain_adam():
             model(x).square().sum().backward()
             optimizer.step()
         for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=0)
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])

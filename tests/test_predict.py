@@ -104,6 +104,35 @@ def text_model():
     return data["x_test"], model.predict(data["x_test"].reshape(30, -1))
 
 
+def test_pretrained_folders_predict(capsys):
+    x = np.load("images.npz")["x_test"]
+    flat = torch.from_numpy(x.reshape(30, 64)).float()
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Unflatten(1, (1, 8, 8)), ek.BinaryEngramConv2d(1, 8, 3, padding=1, binary_input=False),
+        torch.nn.BatchNorm2d(8), ek.BinaryEngramConv2d(8, 8, (3, 2), stride=2, engram=ek.StochasticEngram(0.5)),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4),
+    )  # fmt: skip
+    for model in (network, ek.EngramMLP((64, 32, 10))):
+        ek.save_pretrained(model, "folder")
+        expected = model.eval()(flat).argmax(dim=1).numpy()
+        assert (predict(capsys, "folder", "images.npz") == expected).all()
+    np.save("narrow.npy", np.zeros((3, 9)))
+    assert "samples: expected samples that the model takes, got 9 features" in refused(capsys, "folder", "narrow.npy")
+    ek.save_pretrained(torch.nn.Unflatten(1, (8, 8)), "images")
+    assert "model: expected one that gives scores of shape (samples, classes)" in refused(
+        capsys, "images", "images.npz"
+    )
+    Path("folder/model.safetensors").unlink()
+    assert "expected model.safetensors in folder, found none" in refused(capsys, "folder", "images.npz")
+
+
+def test_a_pretrained_classifier_predicts(capsys, text_model):
+    x, labels = text_model
+    ek.save_pretrained(ek.EngramClassifier.load("model.safetensors"), "folder")
+    assert (predict(capsys, "folder", "images.npz").astype(str) == labels).all()
+
+
 def test_files_of_every_kind_are_read(capsys, text_model):
     x, labels = text_model
     np.save("x.npy", x.astype(np.int32))

@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("standardise_grad(Tensor d, Tensor y, Tensor moments) -> Tensor");
   m.def("top_units(Tensor y, int count) -> Tensor");
   m.def("packed_network(Tensor x, Tensor? gate_bits, int[] layout, float[] factors, Tensor[] tensors) -> Tensor");
+  m.def("patch_excitability(Tensor images, Tensor filters, Tensor units, float floor, int pool=3) -> Tensor");
   m.def(
       "sample_engram(Tensor score, Tensor seed, float rate, bool bernoulli=False, float temperature=1.0, "
       "int first_row=0, int row_step=1) -> Tensor");
@@ -29,6 +30,10 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       update_schema("gated_metaplastic_adam_(Tensor d, Tensor x_bits, Tensor? gate_bits, Tensor(a!) weight", true, "()")
           .c_str());
+  m.def(
+      "_update_all(Tensor(a!)[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] "
+      "sign_bits, int[] step, float lr, float beta1, float beta2, float eps, float weight_decay, float metaplasticity, "
+      "float weight_bound) -> int");
   m.def(update_schema("_check_update(Tensor weight, Tensor? grad", false, "float[]").c_str());
   m.def(
       "binary_threshold(Tensor x_bits, Tensor w_bits, int k, Tensor threshold, Tensor flip, Tensor? gate_bits=None) "

@@ -49,6 +49,14 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
+Tensor as_one_row(const Tensor& t) {
+  if (!t.is_contiguous()) return t;
+  const int64_t shape[] = {1, t.numel()}, strides[] = {t.numel(), 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, shape, strides, 0, &handle));
+  return Tensor(handle);
+}
+
 // By the C shim, since torch::stable::new_empty takes microseconds.
 Tensor new_tensor(const int64_t* shape, int64_t dims, ScalarType dtype, const Place& place) {
   constexpr int64_t kDims = 8;

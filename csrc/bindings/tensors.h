@@ -35,6 +35,8 @@ Tensor as_contiguous(const Tensor& t);
 Tensor as_packed(const Tensor& t);
 Tensor as_float32(const Tensor& t);
 Tensor as_dtype(const Tensor& t, ScalarType dtype);
+// A contiguous tensor of any shape as (1, elements), in the same memory; others as they are.
+Tensor as_one_row(const Tensor& t);
 
 // Packed rows that may be missing.
 class OptionalBits {

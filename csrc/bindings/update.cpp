@@ -148,7 +148,7 @@ cpu::MetaplasticAdam check_update(UpdateArguments& u, std::initializer_list<Name
       static_cast<float>(u.metaplasticity < kMostMetaplasticity ? u.metaplasticity : kMostMetaplasticity);
   p.step_size = static_cast<float>(step_size);
   p.weight_bound = float_bound;
-  p.seed = key.key, p.offset = key.offset, p.first_row = static_cast<uint64_t>(u.first_row);
+  p.rounding = rounding_key(key.key, key.offset), p.first_row = static_cast<uint64_t>(u.first_row);
   return p;
 }
 
@@ -161,15 +161,16 @@ void check_grad(const Tensor& grad, const Tensor& weight) {
 }
 
 // For updates outside this library: checks as metaplastic_adam_ does. Returns the numbers of MetaplasticAdam in their
-// order there, as every backend takes them.
+// order there, as every backend takes them, and the four words of the rounding key.
 std::vector<double> check_update_of(Stack stack) {
   Tensor weight = stack.take<Tensor>();
   const auto grad = stack.take<std::optional<Tensor>>();
   UpdateArguments u = stack.take_update(std::move(weight));
   const cpu::MetaplasticAdam p = check_update(u, {{"grad", address(grad)}});
   if (grad) check_grad(*grad, u.weight);
+  const std::vector<double> key(p.rounding.word, p.rounding.word + 4);
   return {p.beta1,        p.one_minus_beta1, p.beta2,     p.one_minus_beta2, p.eps,
-          p.weight_decay, p.metaplasticity,  p.step_size, p.weight_bound};
+          p.weight_decay, p.metaplasticity,  p.step_size, p.weight_bound,    key[0], key[1], key[2], key[3]};
 }
 
 constexpr const char* kNotFinite =
@@ -188,6 +189,41 @@ void metaplastic_adam_(Stack stack) {
   p.grad_stride = p.K;
   TorchRuntime rt;
   require(!cpu::metaplastic_adam(rt.get(), p), kNotFinite);
+}
+
+// One step of many parameters, whose moments are float32: a call of torch's takes longer than the update of a small
+// layer. The first ones, as many as there are sign bits, as metaplastic_adam_; those after them, of any shape, by
+// torch's Adam, whose eps is added to the corrected root. Returns the number of the first one whose step is not finite,
+// after which none was updated, or -1.
+int64_t update_all(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                   const std::vector<Tensor>& sign_bits, const std::vector<int64_t>& steps, double lr, double beta1,
+                   double beta2, double eps, double weight_decay, double metaplasticity, double weight_bound) {
+  const size_t count = weights.size(), hidden = sign_bits.size();
+  require(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count &&
+              hidden <= count,
+          "weight: expected as many of all, got ", count, " weights");
+  for (size_t i = 0; i < count; ++i) {
+    const bool plain = i >= hidden;
+    const auto rows = [plain](const Tensor& t) { return plain ? as_one_row(t) : t; };
+    if (weights[i].numel() == 0) continue;
+    const Tensor grad = rows(as_contiguous(grads[i]));
+    UpdateArguments u{};
+    u.weight = rows(weights[i]), u.exp_avg = rows(exp_avgs[i]), u.exp_avg_sq = rows(exp_avg_sqs[i]);
+    if (!plain) u.sign_bits = sign_bits[i];
+    u.lr = lr, u.beta1 = beta1, u.beta2 = beta2, u.weight_decay = weight_decay, u.step = steps[i];
+    u.eps = plain ? eps * std::sqrt(1 - std::pow(beta2, static_cast<double>(steps[i]))) : eps;
+    u.metaplasticity = plain ? 0.0 : metaplasticity;
+    u.weight_bound = plain ? HUGE_VAL : weight_bound;
+    cpu::MetaplasticAdam p = check_update(u, {{"grad", &grad}});
+    check_grad(grad, u.weight);
+    p.grad = grad.const_data_ptr();
+    p.grad_element = element_of(grad.scalar_type());
+    p.grad_stride = p.K;
+    TorchRuntime rt;
+    if (cpu::metaplastic_adam(rt.get(), p)) return static_cast<int64_t>(i);
+  }
+  return -1;
 }
 
 void gated_metaplastic_adam_(Stack stack) {
@@ -246,6 +282,7 @@ std::string update_schema(const char* first, bool in_place, const char* result) 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
   m.impl("metaplastic_adam_", &boxed<&metaplastic_adam_>);
   m.impl("gated_metaplastic_adam_", &boxed<&gated_metaplastic_adam_>);
+  m.impl("_update_all", TORCH_BOX(&update_all));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CompositeExplicitAutograd, m) {

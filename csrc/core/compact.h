@@ -17,9 +17,15 @@
 // spaced 2^-34 scales apart there and none is held at less than that, lest the quotient of the moments explode: one
 // gradient more than about 10^6 times as large as the others of its block holds their steps down until it has decayed.
 //
-// 16 random bits round both moments of a unit: half `unit % 2` (low half first) of the draw of unit / 2, core/philox.h.
-// Where the weight is bfloat16, the unit has a draw of its own: the low half for the moments, the high half for the
-// weight. Only single IEEE operations on floats: every backend computes the same bits.
+// 16 random bits round both moments of a unit: half `unit % 2` (low half first) of the draw of unit / 2. Where the weight
+// is bfloat16, the unit has a draw of its own: the low half for the moments, the high half for the weight. Only single
+// IEEE operations on floats: every backend computes the same bits.
+//
+// A draw follows from seed, offset, row and number alone, not from threads, block sizes or the device. It is a counter
+// stepped by the golden ratio and mixed by two multiplications (the constants: Wellons 2018, "lowbias32"), which takes
+// a fifth of the operations of Philox. Where the counter of a row starts, and what its mixing is keyed with, are mixed
+// likewise from the row and a Philox counter of the step. That is enough for rounding, whose draws are looked at one by
+// one; what samples engrams is Philox itself.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +44,33 @@ constexpr uint32_t kSecondBits = uint32_t{96} << 23;  // 2^-31
 constexpr uint32_t kFirstCarry = (uint32_t{1} << 20) + (uint32_t{1} << 8) - 1;
 constexpr uint32_t kSecondCarry = (uint32_t{1} << 20) - 1;
 
+// What the draws of a step are keyed with.
+struct RoundingKey {
+  uint32_t word[4];
+};
+ENGRAM_FUNCTION RoundingKey rounding_key(uint64_t seed, uint32_t offset) {
+  const PhiloxDraws draws = philox(seed, 0, 0, offset);
+  return {{draws.word[0], draws.word[1], draws.word[2], draws.word[3]}};
+}
+
+ENGRAM_FUNCTION uint32_t mixed(uint32_t x, uint32_t key) {
+  x = (x ^ x >> 16) * 0x7FEB352Du;
+  x = (x ^ x >> 15 ^ key) * 0x846CA68Bu;
+  return x ^ x >> 16;
+}
+
+// The draws of a row.
+struct RoundingRow {
+  uint32_t start, key;
+};
+ENGRAM_FUNCTION RoundingRow rounding_row(const RoundingKey& step, uint64_t row) {
+  const uint32_t low = static_cast<uint32_t>(row), high = static_cast<uint32_t>(row >> 32);
+  return {mixed(step.word[0] + low, step.word[1] + high), mixed(step.word[2] + low, step.word[3] + high)};
+}
+ENGRAM_FUNCTION uint32_t rounding_draw(RoundingRow row, uint32_t number) {
+  return mixed(row.start + number * 0x9E3779B9u, row.key);
+}
+
 ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t random16) {
   return static_cast<uint16_t>((bits_from_float(x) + random16) >> 16);
 }
@@ -54,12 +87,12 @@ ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {
   return float_from_bits(bits == 0 ? 0u : (uint32_t{254} << 23) - bits);
 }
 
-// What to add to bits of which kDrop are cut off: the middle of one of 2^16 steps.
+// The noise of a moment, which is added to bits of which kDrop are cut off: the middle of one of 2^16 steps.
 ENGRAM_FUNCTION uint32_t moment_noise(uint32_t random16) { return (random16 << (kDrop - 16)) + (1u << (kDrop - 17)); }
 
-ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t random16) {
+ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t noise) {
   const float magnitude = float_from_bits(bits_from_float(x) & 0x7FFFFFFFu) * reciprocal + float_from_bits(kFirstBits);
-  const uint32_t code = (bits_from_float(magnitude) - kFirstBits + moment_noise(random16)) >> kDrop;
+  const uint32_t code = (bits_from_float(magnitude) - kFirstBits + noise) >> kDrop;
   const int32_t clamped = static_cast<int32_t>(code < 127u ? code : 127u);
   return static_cast<int8_t>(x < 0.0f ? -clamped : clamped);
 }
@@ -70,9 +103,9 @@ ENGRAM_FUNCTION float from_first_moment(int8_t code, float scale) {
   return (code < 0 ? -value : value) * scale;
 }
 
-ENGRAM_FUNCTION uint8_t to_second_moment(float x, float reciprocal, uint32_t random16) {
+ENGRAM_FUNCTION uint8_t to_second_moment(float x, float reciprocal, uint32_t noise) {
   const float value = x * reciprocal + float_from_bits(kSecondBits);
-  const uint32_t code = (bits_from_float(value) - kSecondBits + moment_noise(random16)) >> kDrop;
+  const uint32_t code = (bits_from_float(value) - kSecondBits + noise) >> kDrop;
   return static_cast<uint8_t>(code < 1u ? 1u : code < 255u ? code : 255u);
 }
 ENGRAM_FUNCTION float from_second_moment(uint8_t code, float scale) {

@@ -101,6 +101,22 @@ struct TopUnits {
   uint64_t* gate;  // [M, words_for(K)]
 };
 
+// z[m,n] = max over the pool x pool places from that of unit n on of
+//          sum_ij w[f,i,j] x[m,r+i,c+j,channel] / (sqrt(sum over the patch of (x - mean)^2) + floor)
+// with unit numbers ((row * columns + column) * channels + channel) * F + f, of rows = height - size - pool + 2 and
+// columns likewise.
+struct PatchExcitability {
+  const uint8_t* images;  // [M, height, width, channels]
+  int64_t M, height, width, channels;
+  const int8_t* filters;  // [F, size, size] of -1, 0, 1
+  int64_t F, size;        // size up to 128
+  const int64_t* units;   // [N], rising
+  int64_t N;
+  int64_t pool;
+  float floor;  // above 0
+  float* z;     // [M, N]
+};
+
 // Of a convolution, whose taps window.h places: M = samples * out_pixels rows, K = group_units.
 struct UnfoldBits {
   const uint64_t* bits;  // [samples, words_for(units)]

@@ -45,6 +45,16 @@ void place_gradient(const OutputGrad& d, const Window& w, const Planes& p, int64
   }
 }
 
+void scale_all(float* y, int64_t elements, float scale) {
+  if (scale == 1.0f) return;
+  for (int64_t i = 0; i < elements; ++i) y[i] *= scale;
+}
+
+// sum[n] += terms[n] of a tile
+ENGRAM_INLINE void add_tile(const float* terms, float* sum) {
+  for (int n = 0; n < kTileNumbers; n += kLanes) store(sum + n, add(load(sum + n), load(terms + n)));
+}
+
 ENGRAM_INLINE bool has_bit(const uint64_t* bits, int64_t i) { return bits[i / kWordBits] >> (i % kWordBits) & 1; }
 
 }  // namespace
@@ -118,7 +128,7 @@ void conv2d_input_grad(const Conv2dInputGrad& p, Range channels) {
         add(i, groups, word, m, std::integral_constant<int, kLookUpColumns>{});
       for (; i < columns; ++i) add(i, groups, word, m, std::integral_constant<int, 1>{});
     }
-  for (int64_t i = 0; i < count(p.planes) * own * p.plane_stride; ++i) p.sums[i] *= p.scale;
+  scale_all(p.sums, count(p.planes) * own * p.plane_stride, p.scale);
   for_plane_rows(w, p.planes, [&](int64_t plane, int64_t pixel, int64_t at, int64_t pixels) {
     float* dx = p.dx + (p.sample * w.height * w.width + pixel) * w.channels + first_channel;
     write_transposed(p.sums + plane * own * p.plane_stride + at, p.plane_stride, own, pixels, dx,
@@ -183,7 +193,7 @@ void add_padded(const Window& w, Range pixels, const float* d, float* padded) {
       for (int64_t j = 0; j < w.kernel_w; ++j) {
         if (i >= rows.first && i < rows.last && j >= columns.first && j < columns.last) continue;
         float* sum = padded + (i * w.kernel_w + j) * kTileNumbers;
-        for (int64_t n = 0; n < kTileNumbers; ++n) sum[n] += d[n];
+        add_tile(d, sum);
       }
   }
 }
@@ -236,7 +246,7 @@ void conv2d_weight_grad(const Conv2dWeightGrad& p, Range samples) {
           add_padded(w, pixels, p.gradient, p.padded);
           for (int64_t tap = 0; tap < taps(w); ++tap)
             for (int64_t i = tap * recruited; i < (tap + 1) * recruited; ++i)
-              for (int64_t j = 0; j < kTileNumbers; ++j) sums[p.places[i] + j] += p.padded[tap * kTileNumbers + j];
+              add_tile(p.padded + tap * kTileNumbers, sums + p.places[i]);
         }
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t left = pixels.end - pixels.begin - block * kWordBits;
@@ -263,8 +273,8 @@ void add_parts(const AddParts& p, Range blocks) {
     float* sums = p.sums + block * p.parts * p.stride;
     for (int64_t n = 0; n < outputs; n += kTileNumbers, sums += p.K * kTileNumbers) {
       for (int64_t part = 1; part < p.parts; ++part)
-        for (int64_t i = 0; i < p.K * kTileNumbers; ++i) sums[i] += sums[part * p.stride + i];
-      for (int64_t i = 0; i < p.K * kTileNumbers; ++i) sums[i] *= p.scale;
+        for (int64_t k = 0; k < p.K; ++k) add_tile(sums + part * p.stride + k * kTileNumbers, sums + k * kTileNumbers);
+      scale_all(sums, p.K * kTileNumbers, p.scale);
       write_transposed(sums, kTileNumbers, p.K, smaller(kTileNumbers, outputs - n),
                        p.dw + (group * p.outputs + first + n) * p.K, p.K);
     }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/compact.h"
 #include "core/operands.h"
 #include "cpu/planes.h"
 
@@ -102,6 +103,31 @@ struct GatedWeightGrad {
   float* dw;  // element (n, k) of a block lies at dw[(n - its first row) * dw_stride + k - its first column]
   int64_t dw_stride;
 };
+
+// Samples are taken kPatchSamples at a time. The taps of each row of a filter are looked up in windows of kPatchTaps.
+constexpr int64_t kPatchSamples = 32, kPatchTaps = 4, kPatchEntries = 1 << kPatchTaps;
+// A filter that some units need at a place.
+struct PatchFilter {
+  int32_t filter, units;
+};
+struct PreparedPatches : PatchExcitability {
+  int64_t windows;            // in a row
+  const uint16_t* look_ups;   // [F, size, windows] where, in bytes from the tables of the row, the taps' entry begins:
+                              // bit i of its number is 1 where tap i of the window is at least 0
+  const int32_t* zero_begin;  // [F + 1] of each filter in zero_taps
+  const int32_t* zero_taps;   // row * size + column of the taps that are 0
+  // In the order of visits, by channel, column and row of the image: how many filters each place needs, which these
+  // are, and the units of each of them.
+  const int32_t* needed;
+  const PatchFilter* visits;
+  const int32_t* visited_units;
+  char* scratch;  // of patch_scratch_bytes, for each share of the samples
+};
+constexpr int64_t patch_scratch_bytes(const PatchExcitability& p, int64_t windows) {
+  const int64_t shorts = p.height * p.width * p.channels + p.size * windows * kPatchEntries;
+  const int64_t words = 2 * p.height + p.N;
+  return (2 * shorts + 4 * words) * kPatchSamples;
+}
 
 // sums[t,n] = sum_c s(W[n,t,c]), of rows of w without padding to 128 bits
 struct TapSums {
@@ -208,18 +234,17 @@ struct MetaplasticAdam {
   uint64_t* sign_bits;      // [N, words] or null
   int64_t N, K, words;
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, metaplasticity, step_size, weight_bound;
-  uint64_t seed;  // of the draws that compact formats round with
-  uint32_t offset;
-  uint64_t first_row;  // number, for the draws, of row 0
-  int64_t ahead;       // weights from those worked on to those that come to the cache meanwhile; 0: left to the machine
+  RoundingKey rounding;  // of the draws that compact formats round with
+  uint64_t first_row;    // number, for the draws, of row 0
+  int64_t ahead;  // weights from those worked on to those that come to the cache meanwhile; 0: left to the machine
 };
 
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
 // where a weight could not be updated; of channels_of_pixels if pixels differ. transpose_bits and list_samples work on
 // words of units, split_gates on words, metaplastic_adam on words of weights, row-major; tap_sums on taps,
 // interleave_bits, channels_of_pixels, tap_planes and conv2d_weight_grad on samples, conv2d_input_grad on channels,
-// add_parts on blocks; unfold_bits and finish_pixels on output pixels, of which the first of the range lies first in
-// rows and sums.
+// add_parts on blocks, patch_excitability on kPatchSamples samples each; unfold_bits and finish_pixels on output
+// pixels, of which the first of the range lies first in rows and sums.
 #define ENGRAM_PREDICTION_KERNELS(KERNEL)               \
   KERNEL(bool, pack_signs, PackSigns, Range)            \
   KERNEL(void, pack_window, PackWindow, Range)          \
@@ -250,7 +275,8 @@ struct MetaplasticAdam {
   KERNEL(void, tap_planes, TapPlanes, Range)                \
   KERNEL(void, conv2d_weight_grad, Conv2dWeightGrad, Range) \
   KERNEL(void, add_parts, AddParts, Range)                  \
-  KERNEL(void, interleave_bits, InterleaveBits, Range)
+  KERNEL(void, interleave_bits, InterleaveBits, Range)      \
+  KERNEL(void, patch_excitability, PreparedPatches, Range)
 #define ENGRAM_CPU_KERNELS(KERNEL)  \
   ENGRAM_PREDICTION_KERNELS(KERNEL) \
   ENGRAM_TRAINING_KERNELS(KERNEL)

@@ -43,6 +43,7 @@ void scale_values(const Runtime&, const ScaleValues&);
 void top_units(const Runtime&, const TopUnits&);
 void standardise(const Runtime&, const Standardise&);
 void standardise_grad(const Runtime&, const StandardiseGrad&);
+void patch_excitability(const Runtime&, const PatchExcitability&);
 bool sample_engram(const Runtime&, SampleEngram);  // keys are made here
 void unfold_bits(const Runtime&, const UnfoldBits&);
 void interleave_bits(const Runtime&, const InterleaveBits&);

@@ -178,7 +178,7 @@ void masked_conv2d_input_grad(const Runtime& rt, const MaskedConv2dInputGrad& p)
   if (passes_over && !whole) share(rt, p.samples, own_units, zero);
   const ZeroUnrecruited unmasked{p.dx, own_units, p.mask, p.mask_stride};
   const int64_t gradient_stride = spread(round_up(planes.out_numbers, kGradTile));
-  const int64_t plane_stride = spread(round_up(area(planes) + kGradTile, kGradTile));
+  const int64_t plane_stride = spread(round_up(planes.area + kGradTile, kGradTile));
   const int64_t gradient_bytes = round_up(N, 4) * gradient_stride * kFloatBytes;
   const int64_t sums_bytes = count(planes) * part * plane_stride * kFloatBytes;
   const int64_t tile_bytes = taps(window) * part * kGradTile * kFloatBytes;

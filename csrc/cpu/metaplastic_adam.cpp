@@ -17,7 +17,6 @@
 #include <type_traits>
 
 #include "core/compact.h"
-#include "cpu/draws.h"
 #include "cpu/simd.h"
 #include "cpu/tables.h"
 
@@ -41,16 +40,15 @@ ENGRAM_INLINE float power_of_two(float x) {
 }
 
 // The update of n <= 64 weights, written to be vectorised. In stages over all of them: operations that wait for each
-// other, root and quotient above all, would otherwise fill the processor's window. True if a weight could not be
-// updated.
-ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict w, const float* __restrict grad,
-                          float* __restrict exp_avg, float* __restrict exp_avg_sq) {
+// other, root and quotient above all, would otherwise fill the processor's window. First the moments, the divisor of the
+// step but for its power of t, and the binary logarithm of t.
+ENGRAM_INLINE void update_moments(const MetaplasticAdam& p, int64_t n, const float* __restrict w,
+                                  const float* __restrict grad, float* __restrict exp_avg,
+                                  float* __restrict exp_avg_sq, float* __restrict root, float* __restrict t) {
   constexpr float kLog2E = 1.44269504f;
   constexpr uint32_t kInfinity = 0x7F800000u, kNaN = 0x7FC00000u;
   const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
   const float slope = -2.0f * kLog2E * p.metaplasticity;
-  alignas(64) float t[kWordBits], root[kWordBits];
-  uint32_t failed = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float weight = w[i];
     const float g = grad[i] + p.weight_decay * weight;
@@ -68,9 +66,15 @@ ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict
     const bool opposed = static_cast<int32_t>(bits_from_float(weight) ^ bits_from_float(mu)) >= 0;
     t[i] = opposed ? slope * __builtin_fabsf(weight) : 0.0f;
   }
+}
+
+// The weights. True if one could not be updated.
+ENGRAM_INLINE bool update_weights(const MetaplasticAdam& p, int64_t n, const float* __restrict mu,
+                                  const float* __restrict root, float* __restrict t, float* __restrict w) {
+  uint32_t failed = 0;
   for (int64_t i = 0; i < n; ++i) t[i] = power_of_two(t[i]);
   for (int64_t i = 0; i < n; ++i) {
-    const float quotient = (exp_avg[i] * (4.0f * t[i])) / (root[i] * ((1.0f + t[i]) * (1.0f + t[i])));
+    const float quotient = (mu[i] * (4.0f * t[i])) / (root[i] * ((1.0f + t[i]) * (1.0f + t[i])));
     const float stepped = w[i] - p.step_size * quotient;
     const bool number = stepped == stepped;
     failed |= static_cast<uint32_t>(!number);
@@ -82,7 +86,7 @@ ENGRAM_INLINE bool update(const MetaplasticAdam& p, int64_t n, float* __restrict
 }
 
 // How the 64 numbers of a word are held in memory. Formats other than float32 read them into floats and write them
-// back; `random` are 16 bits a unit, `scale` that of the block.
+// back; `noise` is that of the random bits of each, `scale` that of the block.
 struct Float32 {
   using Held = float;
 };
@@ -91,61 +95,94 @@ constexpr bool kIsFloat = std::is_same_v<Format, Float32>;
 
 struct BFloat16 {
   using Held = uint16_t;
+  ENGRAM_INLINE uint32_t noise(uint32_t random16) { return random16; }
   ENGRAM_INLINE void read(const Held* __restrict from, const float*, int64_t n, float* __restrict to) {
     for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat16(from[i]);
   }
-  ENGRAM_INLINE void write(const float* __restrict from, const uint16_t* __restrict random, int64_t n,
+  ENGRAM_INLINE void write(const float* __restrict from, const uint32_t* __restrict noise, int64_t n,
                            Held* __restrict to, float*) {
-    for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i], random[i]);
+#if defined(ENGRAM_HAS_COMPACT)
+    if (n == kWordBits) return write_bfloat16(from, noise, to);
+#endif
+    for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i], noise[i]);
   }
 };
 
-template <typename Code, uint32_t kCarry, float (*kDecode)(Code, float), Code (*kEncode)(float, float, uint32_t)>
+ENGRAM_INLINE void read_codes(const int8_t* from, float scale, int64_t n, float* __restrict to) {
+#if defined(ENGRAM_HAS_COMPACT)
+  if (n == kWordBits) return read_first_moments(from, scale, to);
+#endif
+  for (int64_t i = 0; i < n; ++i) to[i] = from_first_moment(from[i], scale);
+}
+ENGRAM_INLINE void read_codes(const uint8_t* from, float scale, int64_t n, float* __restrict to) {
+#if defined(ENGRAM_HAS_COMPACT)
+  if (n == kWordBits) return read_second_moments(from, scale, to);
+#endif
+  for (int64_t i = 0; i < n; ++i) to[i] = from_second_moment(from[i], scale);
+}
+ENGRAM_INLINE void write_codes(const float* __restrict from, float reciprocal, const uint32_t* __restrict noise,
+                               int64_t n, int8_t* __restrict to) {
+#if defined(ENGRAM_HAS_COMPACT)
+  if (n == kWordBits) return write_first_moments(from, reciprocal, noise, to);
+#endif
+  for (int64_t i = 0; i < n; ++i) to[i] = to_first_moment(from[i], reciprocal, noise[i]);
+}
+ENGRAM_INLINE void write_codes(const float* __restrict from, float reciprocal, const uint32_t* __restrict noise,
+                               int64_t n, uint8_t* __restrict to) {
+#if defined(ENGRAM_HAS_COMPACT)
+  if (n == kWordBits) return write_second_moments(from, reciprocal, noise, to);
+#endif
+  for (int64_t i = 0; i < n; ++i) to[i] = to_second_moment(from[i], reciprocal, noise[i]);
+}
+ENGRAM_INLINE uint32_t largest_of(const float* from, int64_t n) {
+#if defined(ENGRAM_HAS_COMPACT)
+  if (n == kWordBits) return largest_magnitude(from);
+#endif
+  uint32_t largest = 0;  // floats without their sign are ordered like their bits
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = bits_from_float(from[i]) & 0x7FFFFFFFu;
+    largest = largest < magnitude ? magnitude : largest;
+  }
+  return largest;
+}
+
+template <typename Code, uint32_t kCarry>
 struct Scaled {
   using Held = Code;
+  ENGRAM_INLINE uint32_t noise(uint32_t random16) { return moment_noise(random16); }
   ENGRAM_INLINE void read(const Held* __restrict from, const float* scale, int64_t n, float* __restrict to) {
-    const float by = *scale;
-    for (int64_t i = 0; i < n; ++i) to[i] = kDecode(from[i], by);
+    read_codes(from, *scale, n, to);
   }
-  ENGRAM_INLINE void write(const float* __restrict from, const uint16_t* __restrict random, int64_t n,
+  ENGRAM_INLINE void write(const float* __restrict from, const uint32_t* __restrict noise, int64_t n,
                            Held* __restrict to, float* scale) {
-    uint32_t largest = 0;  // floats without their sign are ordered like their bits
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t magnitude = bits_from_float(from[i]) & 0x7FFFFFFFu;
-      largest = largest < magnitude ? magnitude : largest;
-    }
-    *scale = block_scale(largest, kCarry);
-    const float reciprocal = reciprocal_of_scale(*scale);
-    for (int64_t i = 0; i < n; ++i) to[i] = kEncode(from[i], reciprocal, random[i]);
+    *scale = block_scale(largest_of(from, n), kCarry);
+    write_codes(from, reciprocal_of_scale(*scale), noise, n, to);
   }
 };
-using FirstScaled = Scaled<int8_t, kFirstCarry, from_first_moment, to_first_moment>;
-using SecondScaled = Scaled<uint8_t, kSecondCarry, from_second_moment, to_second_moment>;
+using FirstScaled = Scaled<int8_t, kFirstCarry>;
+using SecondScaled = Scaled<uint8_t, kSecondCarry>;
 
-// 16 random bits a unit, drawn for as many words together as Draws works on at once.
-class RandomHalves {
- public:
-  explicit RandomHalves(const Draws& source) : source_(source) {}
+// The noise that the 64 units of a row from `unit` are rounded with.
+template <typename Weight, typename Moment>
+struct Noise {
+  alignas(64) uint32_t of_weight[kWordBits], of_moments[kWordBits];
 
-  // Those of the 64 units of a row from `unit`.
-  __attribute__((always_inline)) const uint16_t* of(uint64_t row, int64_t unit) {
-    const int64_t first = unit / kUnits * kUnits;
-    if (row != row_ || first != first_) {
-      uint32_t draws[kUnits / 2];
-      source_.group<kUnits / 2>(row, first / 2, draws);
-      memcpy(random_, draws, sizeof random_);
-      row_ = row, first_ = first;
+  ENGRAM_INLINE void draw(RoundingRow row, int64_t unit, Noise& noise) {
+    const auto first = static_cast<uint32_t>(unit);
+    if constexpr (!kIsFloat<Weight>) {
+      for (uint32_t i = 0; i < kWordBits; ++i) {
+        const uint32_t random = rounding_draw(row, first + i);
+        noise.of_weight[i] = random >> 16;
+        if constexpr (!kIsFloat<Moment>) noise.of_moments[i] = Moment::noise(random & 0xFFFFu);
+      }
+    } else {
+      alignas(64) uint32_t draws[kWordBits / 2];
+      alignas(64) uint16_t halves[kWordBits];
+      for (uint32_t i = 0; i < kWordBits / 2; ++i) draws[i] = rounding_draw(row, first / 2 + i);
+      memcpy(halves, draws, sizeof halves);
+      for (uint32_t i = 0; i < kWordBits; ++i) noise.of_moments[i] = Moment::noise(halves[i]);
     }
-    return random_ + (unit - first);
   }
-
- private:
-  static constexpr int kTogether = 8 * kBitLanes * kDrawVectors;  // two units a draw, four draws a counter
-  static constexpr int kUnits = kTogether < kWordBits ? static_cast<int>(kWordBits) : kTogether;
-  const Draws& source_;
-  uint64_t row_ = 0;
-  int64_t first_ = -1;
-  alignas(64) uint16_t random_[kUnits];
 };
 
 // Has a word's numbers come to the cache.
@@ -158,8 +195,7 @@ ENGRAM_INLINE void fetch(const Held* numbers) {
 
 // n weights of a row from unit `unit`; inlined with n known, so that whole words are vectorised.
 template <typename Weight, typename Grad, typename First, typename Second>
-ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, RandomHalves& halves, int64_t row,
-                               int64_t unit, int64_t n) {
+ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, RoundingRow rounding, int64_t row, int64_t unit, int64_t n) {
   const int64_t at = row * p.K + unit, block = row * ceil_div(p.K, kScaleBlock) + unit / kScaleBlock;
   auto* weight = static_cast<typename Weight::Held*>(p.weight) + at;
   const auto* grad =
@@ -176,7 +212,7 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
   if constexpr (kIsFloat<Weight>)
     w = weight;
   else
-    Weight::read(weight, nullptr, n, w);
+    Weight::read(weight, nullptr, n, w_read);
   if constexpr (kIsFloat<Grad>)
     g = grad;
   else
@@ -184,28 +220,21 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
   if constexpr (kIsFloat<First>) {
     mu = exp_avg, v = exp_avg_sq;
   } else {
-    First::read(exp_avg, p.exp_avg_scale + block, n, mu);
-    Second::read(exp_avg_sq, p.exp_avg_sq_scale + block, n, v);
+    First::read(exp_avg, p.exp_avg_scale + block, n, mu_read);
+    Second::read(exp_avg_sq, p.exp_avg_sq_scale + block, n, v_read);
   }
-  bool failed = update(p, n, w, g, mu, v);
-  if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) {
-    const uint64_t draw_row = p.first_row + static_cast<uint64_t>(row);
-    alignas(64) uint16_t own[kWordBits];
-    const uint16_t* random = own;
-    if constexpr (kIsFloat<Weight>) {
-      random = halves.of(draw_row, unit);
-    } else {
-      uint32_t draws[kWordBits];
-      source.group<kWordBits>(draw_row, unit, draws);
-      for (int64_t i = 0; i < kWordBits; ++i) own[i] = static_cast<uint16_t>(draws[i] >> 16);
-      Weight::write(w, random, n, weight, nullptr);
-      Weight::read(weight, nullptr, n, w);  // rounding may have made a small negative weight -0, whose sign is +1
-      for (int64_t i = 0; i < kWordBits; ++i) own[i] = static_cast<uint16_t>(draws[i]);
-    }
-    if constexpr (!kIsFloat<First>) {
-      First::write(mu, random, n, exp_avg, p.exp_avg_scale + block);
-      Second::write(v, random, n, exp_avg_sq, p.exp_avg_sq_scale + block);
-    }
+  alignas(64) float root[kWordBits], t[kWordBits];
+  update_moments(p, n, w, g, mu, v, root, t);
+  Noise<Weight, First> noise;
+  if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) noise.draw(rounding, unit, noise);
+  if constexpr (!kIsFloat<First>) {
+    First::write(mu_read, noise.of_moments, n, exp_avg, p.exp_avg_scale + block);
+    Second::write(v_read, noise.of_moments, n, exp_avg_sq, p.exp_avg_sq_scale + block);
+  }
+  bool failed = update_weights(p, n, mu, root, t, w);
+  if constexpr (!kIsFloat<Weight>) {
+    Weight::write(w_read, noise.of_weight, n, weight, nullptr);
+    Weight::read(weight, nullptr, n, w_read);  // rounding may have made a small negative weight -0, whose sign is +1
   }
   if (p.sign_bits == nullptr) return failed;
   uint64_t bits = 0;
@@ -214,31 +243,32 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Draws& source, Ra
   } else {
     for (int64_t i = 0; i < n; ++i) bits |= static_cast<uint64_t>(w[i] >= 0.0f) << i;
   }
-  uint64_t* word = p.sign_bits + row * p.words + unit / kWordBits;
-  *word = bits;
+  uint64_t* to = p.sign_bits + row * p.words + unit / kWordBits;
+  *to = bits;
   if (unit + n == p.K)
-    for (uint64_t* padding = word + 1; padding < p.sign_bits + (row + 1) * p.words; ++padding) *padding = 0;
+    for (uint64_t* padding = to + 1; padding < p.sign_bits + (row + 1) * p.words; ++padding) *padding = 0;
   return failed;
 }
 
 template <typename Weight, typename Grad, typename First, typename Second>
 bool update_words(const MetaplasticAdam& p, Range words) {
   const int64_t used = ceil_div(p.K, kWordBits);  // words of a row that hold weights
-  const Draws source(p.seed, p.offset);
-  RandomHalves halves(source);
   bool failed = false;
-  for (int64_t word = words.begin; word < words.end; ++word) {
-    const int64_t row = word / used, unit = word % used * kWordBits;
-    if (p.K - unit >= kWordBits)
-      failed |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, kWordBits);
-    else
-      failed |= update_word<Weight, Grad, First, Second>(p, source, halves, row, unit, p.K - unit);
+  for (int64_t word = words.begin; word < words.end;) {
+    const int64_t row = word / used, end = smaller(words.end, (row + 1) * used);
+    const RoundingRow rounding = rounding_row(p.rounding, p.first_row + static_cast<uint64_t>(row));
+    for (int64_t unit = word % used * kWordBits; word < end; ++word, unit += kWordBits) {
+      if (p.K - unit >= kWordBits)
+        failed |= update_word<Weight, Grad, First, Second>(p, rounding, row, unit, kWordBits);
+      else
+        failed |= update_word<Weight, Grad, First, Second>(p, rounding, row, unit, p.K - unit);
+    }
   }
   return failed;
 }
 
 template <typename Weight, typename Grad>
-bool update_moments(const MetaplasticAdam& p, Range words) {
+bool update_formats(const MetaplasticAdam& p, Range words) {
   switch (p.moments) {
     case Moments::kFloat32:
       return update_words<Weight, Grad, Float32, Float32>(p, words);
@@ -252,9 +282,9 @@ bool update_moments(const MetaplasticAdam& p, Range words) {
 }  // namespace
 
 bool metaplastic_adam(const MetaplasticAdam& p, Range words) {
-  if (p.weight_element == Element::kFloat32) return update_moments<Float32, Float32>(p, words);
-  if (p.grad_element == Element::kFloat32) return update_moments<BFloat16, Float32>(p, words);
-  return update_moments<BFloat16, BFloat16>(p, words);
+  if (p.weight_element == Element::kFloat32) return update_formats<Float32, Float32>(p, words);
+  if (p.grad_element == Element::kFloat32) return update_formats<BFloat16, Float32>(p, words);
+  return update_formats<BFloat16, BFloat16>(p, words);
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

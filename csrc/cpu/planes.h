@@ -13,7 +13,7 @@
 namespace engram::cpu {
 
 struct Planes {
-  int64_t rows, pitch;
+  int64_t rows, pitch, area;
   int64_t down, across;  // remainders of rows and columns that taps have: down * across planes
   int64_t out_numbers;   // output pixels and those between them
 };
@@ -28,22 +28,6 @@ static inline int64_t remainders(int64_t kernel, int64_t stride, int64_t dilatio
   return kernel < period ? kernel : period;
 }
 
-static inline Planes planes_of(const Window& w) {
-  const int64_t rows = ceil_div(w.height + w.top + w.bottom, w.stride_h);
-  const int64_t pitch = ceil_div(w.width + w.left + w.right, w.stride_w);
-  return {rows, pitch, remainders(w.kernel_h, w.stride_h, w.dilation_h),
-          remainders(w.kernel_w, w.stride_w, w.dilation_w), (out_height(w) - 1) * pitch + out_width(w)};
-}
-
-static inline int64_t area(const Planes& p) { return p.rows * p.pitch; }
-static inline int64_t count(const Planes& p) { return p.down * p.across; }
-static inline int64_t plane_of_tap(const Window& w, const Planes& p, int64_t tap) {
-  return tap / w.kernel_w % p.down * p.across + tap % w.kernel_w % p.across;
-}
-static inline int64_t shift_of_tap(const Window& w, const Planes& p, int64_t tap) {
-  return tap / w.kernel_w * w.dilation_h / w.stride_h * p.pitch + tap % w.kernel_w * w.dilation_w / w.stride_w;
-}
-
 // Pixels of an image along one axis that lie in plane number `plane`: first, first + stride, .., of which the first has
 // place `at` in the plane.
 struct PlanePixels {
@@ -52,6 +36,29 @@ struct PlanePixels {
 static inline PlanePixels pixels_along(int64_t plane, int64_t size, int64_t before, int64_t stride, int64_t dilation) {
   const int64_t remainder = plane * dilation % stride, first = ((remainder - before) % stride + stride) % stride;
   return {first, first < size ? (size - first - 1) / stride + 1 : 0, (first + before) / stride};
+}
+
+static inline Planes planes_of(const Window& w) {
+  const int64_t rows = ceil_div(w.height + w.top + w.bottom, w.stride_h);
+  const int64_t columns = ceil_div(w.width + w.left + w.right, w.stride_w), out_w = out_width(w);
+  const int64_t down = remainders(w.kernel_h, w.stride_h, w.dilation_h);
+  const int64_t across = remainders(w.kernel_w, w.stride_w, w.dilation_w);
+  int64_t common = columns;  // columns of padding on either side, which the end of a row shares with the next one
+  for (int64_t j = 0; j < across; ++j) {
+    const PlanePixels own = pixels_along(j, w.width, w.left, w.stride_w, w.dilation_w);
+    const int64_t after = columns - own.at - own.count, least = own.at < after ? own.at : after;
+    common = least < common ? least : common;
+  }
+  const int64_t pitch = columns - common < out_w ? out_w : columns - common;
+  return {rows, pitch, rows * pitch + common, down, across, (out_height(w) - 1) * pitch + out_w};
+}
+
+static inline int64_t count(const Planes& p) { return p.down * p.across; }
+static inline int64_t plane_of_tap(const Window& w, const Planes& p, int64_t tap) {
+  return tap / w.kernel_w % p.down * p.across + tap % w.kernel_w % p.across;
+}
+static inline int64_t shift_of_tap(const Window& w, const Planes& p, int64_t tap) {
+  return tap / w.kernel_w * w.dilation_h / w.stride_h * p.pitch + tap % w.kernel_w * w.dilation_w / w.stride_w;
 }
 
 // Calls f(plane, pixel of the image, place in the plane, pixels, from each of which the next is stride_w away) for

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from ..continual.data import read_samples
 from ..continual.extras import require
@@ -21,6 +22,7 @@ from ..continual.training import EVALUATION_BATCH
 from ..files import reason, write_atomically
 from ..packed import PackedModel, load_packed
 from ..packed.file import FORMAT
+from ..pretrained import CONFIG_FILE, from_pretrained
 from .console import Parser
 
 _MOST_HEADER_BYTES = 100_000_000  # which the format of safetensors sets
@@ -69,7 +71,39 @@ class _Packed:
         return np.asarray([label for part in x.split(EVALUATION_BATCH) for label in self._model.predict(part)])
 
 
+class _Pretrained:
+    """A module that gives a score for every class; its labels are their numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def predict(self, samples: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+        """Samples (n, features) -> labels (n,). Raises: ValueError for samples that the model refuses."""
+        x = torch.from_numpy(samples.astype(np.float32))
+        try:
+            scores = torch.cat([self._model(part) for part in x.split(EVALUATION_BATCH)])
+        except RuntimeError as error:
+            raise ValueError(
+                f"samples: expected samples that the model takes, got {x.shape[1]} features per sample ({reason(error)})"
+            ) from None
+        if scores.dim() != 2 or not scores.is_floating_point():
+            raise ValueError(
+                f"model: expected one that gives scores of shape (samples, classes), got {scores.dtype} "
+                f"{tuple(scores.shape)}"
+            )
+        return scores.argmax(dim=1).numpy()
+
+
+def _load_folder(path: Path) -> Predictor:
+    if (path / CONFIG_FILE).is_file():
+        model = from_pretrained(path)
+        return _Pretrained(model) if isinstance(model, nn.Module) else model
+    return load(model_file(path))
+
+
 KINDS = (
+    Kind("a folder of save_pretrained or of a run", Path.is_dir, _load_folder),
     Kind(
         "a file of EngramClassifier.save",
         lambda path: safetensors_format(path) == "engram_kernels.EngramClassifier",
@@ -94,7 +128,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "model", metavar="MODEL",
         help="a file of EngramClassifier.save or of pack, the model that train --save-model writes, a run's "
-        "checkpoint.pt, or the folder of a run",
+        "checkpoint.pt, or the folder of a run or of save_pretrained",
     )  # fmt: skip
     parser.add_argument(
         "file", metavar="FILE",
@@ -135,15 +169,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def load(path: str | os.PathLike[str]) -> Predictor:
-    """The model in a file or in the folder of a run.
+    """The model in a file, or in the folder of a run or of `save_pretrained`.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: a file of another kind, or a damaged one.
     """
     path = Path(path)
-    if path.is_dir():
-        path = model_file(path)
     if not path.exists():
         raise FileNotFoundError(f"model: expected a file or a folder, but {path} does not exist")
     for kind in KINDS:

@@ -62,7 +62,6 @@ def metaplastic_adam_(
             grad,
             (exp_avg, exp_avg_sq, *_scales(settings), sign_bits),
             numbers,
-            settings.get("seed"),
             settings.get("first_row", 0),
             _nan_flag(),
         )
@@ -88,9 +87,9 @@ def gated_metaplastic_adam_(
     d = d.float()
     rows = max(1, _GRADIENT_BLOCK_BYTES // (4 * k * _GRADIENT_BLOCK_ROWS)) * _GRADIENT_BLOCK_ROWS
     with torch.cuda.device(weight.device):
-        seed, first_row, nan_flag = settings.get("seed"), settings.get("first_row", 0), _nan_flag()
+        first_row, nan_flag = settings.get("first_row", 0), _nan_flag()
         for begin in range(0, n, rows):
             block = slice(begin, begin + rows)
             grad = _ops.gated_weight_grad(d[:, block].contiguous(), x_bits, k, gate_bits)
             state_of_block = tuple(None if t is None else t[block] for t in state)
-            launch(weight[block], grad, state_of_block, numbers, seed, first_row + begin, nan_flag)
+            launch(weight[block], grad, state_of_block, numbers, first_row + begin, nan_flag)

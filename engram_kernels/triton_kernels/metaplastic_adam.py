@@ -21,15 +21,13 @@ Formats and their rounding are those of ``csrc/core/compact.h``; the weight is c
 so is every bit of the result: single IEEE operations, no contraction to fused multiply-add, root and quotient rounded
 correctly.
 
-Tile: ``rows`` x 128 units, a packed row of 128 bits, so that padding words come out as 0 by themselves. A warp takes a
-row, a thread a quad of 4 units: 128 bits of float32, and whole sectors for a warp in every format. A bfloat16 weight
-has a draw a unit, so that a quad is a Philox counter. Otherwise two units share a draw and two quads a counter; a
-thread then has quads in two rows and computes one counter for it and its neighbour, which shuffles exchange. What
-belongs to a word or a block of scales is reduced by shuffles and held by every quad of it. Nothing needs shared memory
+Tile: 4 rows x 128 units, a packed row of 128 bits, so that padding words come out as 0 by themselves. A warp takes a
+row, a thread a quad of 4 units: 128 bits of float32, whole sectors for a warp in every format, and four draws or two
+that nobody else needs. What belongs to a word or a block of scales is reduced by shuffles and held by every quad of it. Nothing needs shared memory
 or a barrier. Where 4 does not divide K, elements are read and written one by one.
 
 Bound by memory: 28 bytes and one bit a weight for float32, 16 with 8-bit moments, 10 where the weight is bfloat16 too;
-against about 100, 155 and 175 instructions a weight, root and quotient among them 28. So 8-bit moments are bound by
+against about 110, 170 and 180 instructions a weight, root and quotient among them 28. So 8-bit moments are bound by
 instructions where a device has fewer of them for a byte: it is about 6 on an H200, 9 on an H100, 10 on an A100.
 """
 
@@ -59,6 +57,7 @@ _LARGEST_SCALE = tl.constexpr(253 << 23)
 _SCALE_AND_RECIPROCAL = tl.constexpr(254 << 23)  # the bits of a power of two and of its reciprocal add up to this
 
 NUM_WARPS = 4
+ROWS = NUM_WARPS  # of a tile: one a warp
 _LOG2_E = 1.44269504
 
 
@@ -155,33 +154,22 @@ def _to_second_moment(x, reciprocal, noise):
 
 
 @triton.jit
-def _philox(key, offset, row, counter):
-    """Words 0 to 3 of every counter along two new last dimensions of 2. ``row`` and ``counter`` broadcast."""
-    zero = tl.zeros_like((row + counter).to(tl.uint32))
-    c0, c1, c2 = zero + counter.to(tl.uint32), zero + row.to(tl.uint32), zero + (row >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(key, c0, c1, c2, zero + offset.to(tl.uint32))
-    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+def _mixed(x, key):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15) ^ key) * 0x846CA68B
+    return x ^ (x >> 16)
 
 
 @triton.jit
-def _draw_per_unit(key, offset, first_row, tile, ROWS: tl.constexpr):
-    row = (first_row + tl.arange(0, ROWS))[:, None]
-    counter = (tile * _QUADS + tl.arange(0, _QUADS))[None, :]
-    return tl.reshape(_philox(key, offset, row, counter), (ROWS, _QUADS, 4))
+def _draws(row, number, key0, key1, key2, key3):
+    """32 random bits for every row [ROWS, 1] and number [1, ...] of a draw."""
+    low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)
+    start = _mixed(low + key0.to(tl.uint32), high + key1.to(tl.uint32))
+    key = _mixed(low + key2.to(tl.uint32), high + key3.to(tl.uint32))
+    return _mixed(start[:, :, None] + number.to(tl.uint32) * 0x9E3779B9, key[:, :, None])
 
 
-@triton.jit
-def _half_draw_per_unit(key, offset, first_row, tile, ROWS: tl.constexpr):
-    # Rows as the warps hold them: warp i rows i and i + ROWS / 2. In this order no draw has to leave its warp.
-    HALF: tl.constexpr = ROWS // 2
-    row = tl.arange(0, HALF)[:, None] + HALF * tl.arange(0, 2)[None, :]
-    counter = (tile * (_QUADS // 2) + tl.arange(0, _QUADS // 2))[None, None, :]
-    draws = tl.reshape(_philox(key, offset, (first_row + row)[:, :, None], counter), (HALF, 2, _QUADS, 2))
-    draws = tl.reshape(tl.permute(draws, (1, 0, 2, 3)), (ROWS, _QUADS, 2))
-    return tl.reshape(tl.join(draws & 0xFFFF, draws >> 16), (ROWS, _QUADS, 4))
-
-
-@triton.jit(do_not_specialize=["nan_flag", "N", "K", "key", "offset", "first_row"])
+@triton.jit(do_not_specialize=["nan_flag", "N", "K", "key0", "key1", "key2", "key3", "first_row"])
 def metaplastic_adam_kernel(
     weight,
     grad,
@@ -202,8 +190,10 @@ def metaplastic_adam_kernel(
     slope,
     step_size,
     weight_bound,
-    key: tl.int64,
-    offset: tl.int64,
+    key0: tl.int64,
+    key1: tl.int64,
+    key2: tl.int64,
+    key3: tl.int64,
     first_row: tl.int64,
     ROWS: tl.constexpr,
     K_FACTOR: tl.constexpr,
@@ -260,14 +250,16 @@ def metaplastic_adam_kernel(
     w = tl.where(w < -weight_bound, -weight_bound, w)
 
     if COMPACT_WEIGHT:
-        draws = _draw_per_unit(key, offset, first_row + tile_row, tile, ROWS)
+        draws = _draws(first_row + row, unit, key0, key1, key2, key3)
         random16 = draws & 0xFFFF
         # as held: rounding may have made a small negative weight -0, whose sign is +1
         w = _store_bfloat16(weight, at, mask, w, draws >> 16)
     else:
         tl.store(weight + at, w, mask)
         if COMPACT_MOMENTS or SCALED:
-            random16 = _half_draw_per_unit(key, offset, first_row + tile_row, tile, ROWS)
+            pair = (tile * (_UNITS // 2) + quad * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
+            draws = _draws(first_row + row, pair, key0, key1, key2, key3)
+            random16 = tl.reshape(tl.join(draws & 0xFFFF, draws >> 16), (ROWS, _QUADS, 4))
     if COMPACT_MOMENTS:
         _store_bfloat16(exp_avg, at, mask, mu, random16)
         _store_bfloat16(exp_avg_sq, at, mask, v, random16)
@@ -293,12 +285,6 @@ def metaplastic_adam_kernel(
         tl.store(sign_bits.to(tl.pointer_type(tl.int32), bitcast=True) + half_words_at, half_words, one_per_half_word)
 
 
-def tile_rows(weight_dtype: torch.dtype, state_dtype: torch.dtype) -> int:
-    """Rows of a tile: one a warp, or two where that saves Philox counters."""
-    shares_draws = weight_dtype == torch.float32 and state_dtype != torch.float32
-    return 2 * NUM_WARPS if shares_draws else NUM_WARPS
-
-
 def _float32(x: float) -> float:
     return ctypes.c_float(x).value
 
@@ -308,7 +294,6 @@ def launch(
     grad: Tensor,
     state: tuple[Tensor | None, ...],
     numbers: list[float],
-    seed: Tensor | None,
     first_row: int,
     nan_flag: int,
 ) -> None:
@@ -317,13 +302,11 @@ def launch(
     ``state`` is what the kernel takes between ``grad`` and ``nan_flag``, the address of an int32; ``numbers`` are what
     the operator's check returns.
     """
-    assert state[0] is not None
-    (n, k), rows = weight.shape, tile_rows(weight.dtype, state[0].dtype)
-    key, offset = (0, 0) if seed is None else seed.tolist()
-    programs = triton.cdiv(n, rows) * triton.cdiv(k, _UNITS.value)
+    n, k = weight.shape
+    programs = triton.cdiv(n, ROWS) * triton.cdiv(k, _UNITS.value)
     if programs == 0:
         return
-    *of_moments, metaplasticity, step_size, weight_bound = numbers
+    *of_moments, metaplasticity, step_size, weight_bound, key0, key1, key2, key3 = numbers
     slope = _float32(-2 * _float32(_LOG2_E) * metaplasticity)
     metaplastic_adam_kernel[(programs,)](
         weight,
@@ -336,10 +319,12 @@ def launch(
         slope,
         step_size,
         weight_bound,
-        key,
-        offset,
+        int(key0),
+        int(key1),
+        int(key2),
+        int(key3),
         first_row,
-        ROWS=rows,
+        ROWS=ROWS,
         K_FACTOR=4 if k % 4 == 0 else 1,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,

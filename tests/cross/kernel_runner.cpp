@@ -181,8 +181,8 @@ MetaplasticAdam update_operands(Case& c) {
   for (float* setting : {&p.beta1, &p.one_minus_beta1, &p.beta2, &p.one_minus_beta2, &p.eps, &p.weight_decay,
                          &p.metaplasticity, &p.step_size, &p.weight_bound})
     *setting = c.number<float>();
-  p.seed = c.number<uint64_t>();
-  p.offset = static_cast<uint32_t>(c.integer());
+  const auto seed = c.number<uint64_t>();
+  p.rounding = rounding_key(seed, static_cast<uint32_t>(c.integer()));
   p.first_row = c.number<uint64_t>();
   p.weight = c.updated_array();
   p.exp_avg = c.updated_array(), p.exp_avg_sq = c.updated_array();

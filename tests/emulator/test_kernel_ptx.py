@@ -100,10 +100,8 @@ def test_standardise(module, n):
     y, d = torch.randn(19, n) + 3, torch.randn(19, n)
     z, moments, dy = garbage(19, n, dtype=y.dtype), garbage(19, 2, dtype=torch.float64), garbage(19, n, dtype=y.dtype)
     launch = Launch(module)
-    argument = packed(
-        "QdqqQQ", launch.read(y, "y"), 1e-5, 19, n, launch.write(z, "z"), launch.write(moments, "moments")
-    )
-    launch("standardise_kernel", 2, BLOCK, argument)
+    results = launch.write(z, "z"), launch.write(moments, "moments")
+    launch("standardise_kernel", 2, BLOCK, packed("QdqqQQ", launch.read(y, "y"), 1e-5, 19, n, *results))
     expected = reference.standardise(y)
     assert torch.equal(z, expected[0]) and torch.equal(moments, expected[1])
     addresses = launch.read(d, "d"), launch.read(y, "y again"), launch.read(moments.clone(), "moments again")

@@ -26,7 +26,7 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.int64: "*i64",
 }
-_INTEGERS = ("nan_flag", "N", "K", "key", "offset", "first_row")
+_INTEGERS = ("nan_flag", "N", "K", "key0", "key1", "key2", "key3", "first_row")
 SECOND_MOMENT = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.uint8}
 
 # Warps that an SM holds, from the table of compute capabilities in CUDA's programming guide.
@@ -101,7 +101,7 @@ def compile_update(
 ) -> CompiledUpdate:
     """Compiles as a launch with tensors at multiples of 16 bytes does. ``k_factor`` is 4 if it divides K, else 1."""
     kernel = metaplastic_adam.metaplastic_adam_kernel
-    rows = metaplastic_adam.tile_rows(weight, state)
+    rows = metaplastic_adam.ROWS
     scale = torch.float32 if state == torch.int8 else None
     tensors = dict(
         weight=weight,

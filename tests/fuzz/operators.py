@@ -248,6 +248,18 @@ def standardise_grad(draw: Draw) -> dict[str, Any]:
     return {"d": draw.floats(m, n), "y": draw.floats(m, n), "moments": moments}
 
 
+def patch_excitability(draw: Draw) -> dict[str, Any]:
+    size, pool, channels = draw.choice([1, 2, 3, 4, 5, 6, 8, 11, 12, 17]), draw.randint(1, 4), draw.randint(1, 3)
+    height, width = (size + pool - 1 + draw.randint(0, 6) for _ in range(2))
+    filters = draw.integers(-1, 2, draw.choice([1, 2, 5, 33]), size, size).to(torch.int8)
+    images = draw.integers(0, 256, draw.choice([0, 1, 2, 31, 33, 65]), height, width, channels).to(torch.uint8)
+    if draw.chance(0.3):
+        images = images // 128 * 255
+    everything = (height - size - pool + 2) * (width - size - pool + 2) * channels * len(filters)
+    units = draw.integers(0, everything, draw.choice([0, 1, 3, 40, 200])).sort().values
+    return {"images": images, "filters": filters, "units": units, "floor": draw.choice([0.5, 25.5]), "pool": pool}
+
+
 def gated_input_grad(draw: Draw) -> dict[str, Any]:
     m, n, k = draw.sizes(3)
     gate = draw.optional_gate(m, k)
@@ -488,6 +500,8 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     "metaplasticity": lambda v: v >= 0,
     "step": lambda v: v >= 1,
     "weight_bound": lambda v: v >= 1e-44,
+    "floor": lambda v: 1e-30 <= v <= 1e30,
+    "pool": lambda v: 1 <= v < 2**31,
 }
 BAD_NUMBERS: dict[str, list[Any]] = {
     "k": [0, -1, -(2**63), 2**31, 2**40, 2**63 - 1],
@@ -521,10 +535,12 @@ BAD_NUMBERS: dict[str, list[Any]] = {
     "metaplasticity": [-1.0, NAN],
     "step": [0, -1, -(2**63)],
     "weight_bound": [0.0, -1.0, NAN, 1e-50],
+    "floor": [0.0, -1.0, NAN, INF, 1e-50],
+    "pool": [0, -1, 2**31, 2**40],
 }
 KINDS: dict[str, Any] = {
     "k": int, "window": (tuple, list), "group": int, "rows": int, "first_row": int, "row_step": int, "count": int,
-    "step": int, "rule": str, "dtype": torch.dtype,
+    "step": int, "pool": int, "rule": str, "dtype": torch.dtype,
 }  # fmt: skip
 
 
@@ -704,9 +720,29 @@ def shapes_agree(call: Call) -> bool:
             return False
     if "window" in call.arguments and "N" in sizes and (sizes["N"] < 1 or sizes["N"] % w.groups):
         return False
+    if call.name == "patch_excitability" and not patches_fit(sizes, call.arguments["pool"]):
+        return False
     if call.name == "interleave_bits" and sizes.get("M", 0) % call.arguments["rows"]:
         return False
     return sizes.get("K", 1) >= 1 and (call.name != "binary_threshold" or sizes.get("N", 1) >= 1)
+
+
+def patches_fit(sizes: dict[str, int], pool: int) -> bool:
+    """Of the sizes that are known: an argument may be no tensor at all."""
+    least = min(sizes.get("height", 1), sizes.get("width", 1))
+    known = min(least, *(sizes.get(name, 1) for name in ("channels", "F", "size"))) >= 1
+    fits = not {"height", "size"} <= sizes.keys() or sizes["size"] <= least - pool + 1
+    return known and fits and sizes.get("size", 1) <= 128
+
+
+def wrong_patches(filters: Tensor, units: Tensor, images: Tensor, pool: int) -> set[str]:
+    """The arguments with numbers that are no taps, or no units of these shapes."""
+    _, height, width, channels = images.shape
+    f, size, _ = filters.shape
+    everything = (height - size - pool + 2) * (width - size - pool + 2) * channels * f
+    outside = bool((units < 0).any() or (units >= everything).any() or (units[1:] < units[:-1]).any())
+    taps = bool((filters > 1).any() or (filters < -1).any())
+    return {name for name, wrong in (("filters", taps), ("units", outside)) if wrong}
 
 
 def blamed(call: Call) -> set[str]:
@@ -734,7 +770,9 @@ def blamed(call: Call) -> set[str]:
         and arguments["count"] > arguments["y"].shape[1]
     ):
         names.add("count")
-    if (names and call.faults > 1) or (call.strided and not names & {"k", "window", "rows"} and not shapes_agree(call)):
+    if (names and call.faults > 1) or (
+        call.strided and not names & {"k", "window", "rows", "pool"} and not shapes_agree(call)
+    ):
         return set(arguments)
     strided = {name: t for name, t in call.tensors().items() if t.layout == torch.strided}
     if len({t.device for name, t in strided.items() if name != "seed"}) > 1:
@@ -746,6 +784,8 @@ def blamed(call: Call) -> set[str]:
     for name in call.operator.no_nan:
         if name in strided and strided[name].isnan().any() and reads_scores(arguments):
             names.add(name)
+    if call.name == "patch_excitability" and not names:
+        names |= wrong_patches(**{name: arguments[name] for name in ("filters", "units", "images", "pool")})
     written = {name: t for name, t in strided.items() if name in call.operator.written}
     names |= {name for name, t in written.items() if not updatable(t)}
     return names | sharing(call, written)
@@ -1133,6 +1173,15 @@ OPERATORS = {
         standardise_grad,
         {"d": TensorRule("M K"), "y": TensorRule("M K"), "moments": TensorRule("M 2", either(torch.float64))},
         check_same_numbers,
+    ),
+    "patch_excitability": Operator(
+        patch_excitability,
+        {
+            "images": TensorRule("M height width channels", either(torch.uint8)),
+            "filters": TensorRule("F size size", either(torch.int8)),
+            "units": TensorRule("N", either(torch.int64)),
+        },
+        check_exact,
     ),
     "gated_input_grad": Operator(
         gated_input_grad,

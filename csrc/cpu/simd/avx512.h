@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "core/bits.h"
+#include "core/compact.h"
 #include "cpu/simd/common.h"
 #include "cpu/simd/x86.h"
 
@@ -108,6 +109,95 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
     word |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_set1_ps(width), _CMP_LE_OQ)) << (16 * g);
   }
   return word;
+}
+
+#define ENGRAM_HAS_COMPACT
+// The high halves of two vectors of 32-bit numbers.
+ENGRAM_INLINE __m512i high_halves(__m512i a, __m512i b) {
+  alignas(64) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(a, _mm512_load_si512(kOdd), b);
+}
+ENGRAM_INLINE void write_bfloat16(const float* x, const uint32_t* noise, uint16_t* to) {
+  __m512i sums[4];
+  for (int g = 0; g < 4; ++g) sums[g] = _mm512_add_epi32(_mm512_loadu_si512(x + 16 * g), load_indices(noise + 16 * g));
+  for (int h = 0; h < 2; ++h) _mm512_storeu_si512(to + 32 * h, high_halves(sums[2 * h], sums[2 * h + 1]));
+}
+ENGRAM_INLINE uint32_t largest_magnitude(const float* x) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int g = 0; g < 4; ++g) {
+    const __m512i magnitudes = _mm512_and_si512(_mm512_loadu_si512(x + 16 * g), _mm512_set1_epi32(INT32_MAX));
+    largest = _mm512_max_epu32(largest, magnitudes);
+  }
+  return _mm512_reduce_max_epu32(largest);
+}
+
+// Of the floats of codes the upper half holds every bit that is not 0; those of code 0 are `zero_bits`. A vector of
+// codes has its lanes' quarters in the order in which unpacking leaves them.
+ENGRAM_INLINE void floats_of_codes(__m512i codes, uint32_t zero_bits, __m512* floats) {
+  const __m512i unpacking = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i none = _mm512_setzero_si512(), from = _mm512_permutexvar_epi32(unpacking, codes);
+  const __m512i above = _mm512_set1_epi16(static_cast<int16_t>(zero_bits >> 16));
+  const __m512i bytes[2] = {_mm512_unpacklo_epi8(from, none), _mm512_unpackhi_epi8(from, none)};
+  const __m512 zero = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(zero_bits)));
+  for (int h = 0; h < 2; ++h) {
+    const __m512i upper = _mm512_add_epi16(_mm512_slli_epi16(bytes[h], kDrop - 16), above);
+    floats[2 * h] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_unpacklo_epi16(none, upper)), zero);
+    floats[2 * h + 1] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_unpackhi_epi16(none, upper)), zero);
+  }
+}
+ENGRAM_INLINE void read_first_moments(const int8_t* codes, float scale, float* to) {
+  const __m512i held = _mm512_loadu_si512(codes);
+  const uint64_t negative = _mm512_movepi8_mask(held);
+  const __m512 by = _mm512_set1_ps(scale), minus = _mm512_set1_ps(-scale);
+  __m512 floats[4];
+  floats_of_codes(_mm512_abs_epi8(held), kFirstBits, floats);
+  for (int g = 0; g < 4; ++g) {
+    const __m512 signed_scale = _mm512_mask_mov_ps(by, static_cast<__mmask16>(negative >> 16 * g), minus);
+    store(to + 16 * g, _mm512_mul_ps(floats[g], signed_scale));
+  }
+}
+ENGRAM_INLINE void read_second_moments(const uint8_t* codes, float scale, float* to) {
+  __m512 floats[4];
+  floats_of_codes(_mm512_loadu_si512(codes), kSecondBits, floats);
+  for (int g = 0; g < 4; ++g) store(to + 16 * g, _mm512_mul_ps(floats[g], _mm512_set1_ps(scale)));
+}
+
+// The codes of magnitudes as integers of 16 bits, which the packing that follows saturates.
+ENGRAM_INLINE void wide_codes(const __m512* magnitudes, float reciprocal, uint32_t zero_bits, const uint32_t* noise,
+                              __m512i* codes) {
+  const __m512 zero = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(zero_bits)));
+  const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(zero_bits >> kDrop));
+  __m512i sums[4];
+  for (int g = 0; g < 4; ++g) {
+    const __m512 value = _mm512_add_ps(_mm512_mul_ps(magnitudes[g], _mm512_set1_ps(reciprocal)), zero);
+    sums[g] = _mm512_add_epi32(_mm512_castps_si512(value), load_indices(noise + 16 * g));
+  }
+  for (int h = 0; h < 2; ++h)
+    codes[h] = _mm512_sub_epi16(_mm512_srli_epi16(high_halves(sums[2 * h], sums[2 * h + 1]), kDrop - 16), below);
+}
+ENGRAM_INLINE __m512i packing_undone(__m512i bytes) {
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes);
+}
+ENGRAM_INLINE void write_first_moments(const float* x, float reciprocal, const uint32_t* noise, int8_t* to) {
+  __m512 magnitudes[4];
+  uint64_t negative = 0;
+  for (int g = 0; g < 4; ++g) {
+    const __m512 v = load(x + 16 * g);
+    negative |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, zero(), _CMP_LT_OQ)) << (16 * g);
+    magnitudes[g] = _mm512_abs_ps(v);
+  }
+  __m512i wide[2];
+  wide_codes(magnitudes, reciprocal, kFirstBits, noise, wide);
+  const __m512i codes = packing_undone(_mm512_packs_epi16(wide[0], wide[1]));
+  _mm512_storeu_si512(to, _mm512_mask_sub_epi8(codes, negative, _mm512_setzero_si512(), codes));
+}
+ENGRAM_INLINE void write_second_moments(const float* x, float reciprocal, const uint32_t* noise, uint8_t* to) {
+  const __m512 values[4] = {load(x), load(x + 16), load(x + 32), load(x + 48)};
+  __m512i wide[2];
+  wide_codes(values, reciprocal, kSecondBits, noise, wide);
+  const __m512i codes = packing_undone(_mm512_packus_epi16(wide[0], wide[1]));
+  _mm512_storeu_si512(to, _mm512_max_epu8(codes, _mm512_set1_epi8(1)));
 }
 
 ENGRAM_INLINE void transpose_words(const uint64_t* in, int64_t in_stride, uint64_t* out, int64_t out_stride) {
