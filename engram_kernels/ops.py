@@ -195,7 +195,7 @@ def patch_excitability(images: Tensor, filters: Tensor, units: Tensor, floor: fl
     pooling: Jarrett et al. 2009.
 
     >>> image = torch.zeros(1, 4, 4, 1, dtype=torch.uint8)
-    >>> image[0, 1:, 1] = 200  # an upright stroke
+    >>> image[0, :3, 1] = 200  # an upright stroke, with an end below
     >>> upright, level = [[1, -1], [1, -1]], [[1, 1], [-1, -1]]
     >>> filters = torch.tensor([upright, level], dtype=torch.int8)
     >>> z = ek.ops.patch_excitability(image, filters, torch.tensor([0, 1]), 1.0)

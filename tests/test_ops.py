@@ -841,7 +841,7 @@ def bad_calls():
         "pack float64": (lambda: ops.pack_signs(x.double()), r"x: expected float32.*got float64 \(4, 70\)"),
         "groups": (
             lambda: ops.sign_matmul_t(x.byte(), w_bits, k, torch.zeros(12, 31, dtype=torch.int16)),
-            r"w_groups: expected int16 of shape \(12, 32\) for k = 70 and 9 rows, got int16 \(12, 31\)",
+            r"w_groups: expected int16 of shape \(6, 32\) for k = 70 and 9 rows, got int16 \(12, 31\)",
         ),
         "standardise integers": (lambda: ops.standardise(x.int()), r"y: expected float32, .*got int32 \(4, 70\)"),
         "standardise nothing": (

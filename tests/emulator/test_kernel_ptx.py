@@ -302,7 +302,9 @@ def test_metaplastic_adam_by_triton(architecture, k, state):
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     settings = dict(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01, metaplasticity=1.3, step=3,
                     weight_bound=0.7)  # fmt: skip
-    ops.metaplastic_adam_(**expected, **settings, seed=None if state == torch.float32 else seed, first_row=2**33)
+    seeded = dict(seed=None if state == torch.float32 else seed, first_row=2**33)
+    *_, key0, key1, key2, key3 = torch.ops.engram_kernels._check_update(**expected, **settings, **seeded)
+    ops.metaplastic_adam_(**expected, **settings, **seeded)
 
     memory, nan = ptx.Memory(), np.zeros(1, np.int32)
     given: dict[str, int | float] = {
@@ -314,7 +316,7 @@ def test_metaplastic_adam_by_triton(architecture, k, state):
                   slope=_float32(-2 * _float32(np.log2(np.e)) * _float32(settings["metaplasticity"])),
                   step_size=settings["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step),
                   weight_bound=settings["weight_bound"],
-                  key=int(seed[0]), offset=int(seed[1]), first_row=2**33)  # fmt: skip
+                  key0=int(key0), key1=int(key1), key2=int(key2), key3=int(key3), first_row=2**33)  # fmt: skip
     module = ptx.Module(compiled.ptx)
     programs = -(-n // compiled.rows) * -(-k // 128)
     arguments = [given[name] for name, _ in compiled.parameters]
