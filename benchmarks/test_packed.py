@@ -35,6 +35,8 @@ def onnx_int8(threads, folder):
     quantization.quantize_dynamic(folder / "float.onnx", folder / "int8.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # waiting threads would take the processor from the others that are measured in turns
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(folder / "int8.onnx"), options, providers=["CPUExecutionProvider"])
 
 
