@@ -910,8 +910,11 @@ def share_memory(call: Call, draw: Draw) -> None:
         one = draw.choice(written)
         pair = [one, draw.choice([name for name in sorted(tensors) if name != one])]
         draw.shuffle(pair)
-        new = side_by_side(tensors[pair[0]], tensors[pair[1]], draw)
-        call.arguments |= dict(zip(pair, new, strict=True))
+        new = dict(zip(pair, side_by_side(tensors[pair[0]], tensors[pair[1]], draw), strict=True))
+        for name in pair:
+            if name.endswith("_scale"):  # a power of two or 0, which other numbers written over it are not
+                new[name].copy_(tensors[name])
+        call.arguments |= new
         return
     pairs = [
         (a, b)
