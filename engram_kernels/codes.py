@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .reference import _GROUPED_ROWS, group_signs, philox, words_for
+from .reference import _GROUPED_ROWS, group_signs, philox, recruited_units, words_for
 
 _FILTERS = 32  # of each size at least: more of them were no better
 _POOL = 3  # places in each direction
@@ -94,7 +94,7 @@ class ProjectionCode:
         return _in_parts(X, max(1, _CHUNK_VALUES // self.n_units), self.n_units, self._recruit)
 
     def _recruit(self, x: Tensor) -> Tensor:
-        return ops.top_units(self.excitability(x), max(1, round(self.rate * self.n_units)))
+        return ops.top_units(self.excitability(x), recruited_units(self.rate, self.n_units))
 
 
 class PatchCode:

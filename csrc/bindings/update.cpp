@@ -187,19 +187,24 @@ std::vector<double> check_update_of(Stack stack) {
 constexpr const char* kNotFinite =
     "grad: expected finite steps, got NaN or infinity; those weights were left as they were";
 
+// A step with a gradient that lies in memory.
+cpu::MetaplasticAdam with_gradient(UpdateArguments& u, const Tensor& grad) {
+  cpu::MetaplasticAdam p = check_update(u, {{"grad", &grad}});
+  check_grad(grad, u.weight);
+  p.grad = grad.const_data_ptr();
+  p.grad_element = element_of(grad.scalar_type());
+  p.grad_stride = p.K;
+  return p;
+}
+
 void metaplastic_adam_(Stack stack) {
   Tensor weight = stack.take<Tensor>();
   const Tensor grad = stack.take<Tensor>();
   UpdateArguments u = stack.take_update(std::move(weight));
   check_place("grad", grad, place_of("weight", u.weight));
   const Tensor g = as_contiguous(grad);
-  cpu::MetaplasticAdam p = check_update(u, {{"grad", &g}});
-  check_grad(g, u.weight);
-  p.grad = g.const_data_ptr();
-  p.grad_element = element_of(g.scalar_type());
-  p.grad_stride = p.K;
   TorchRuntime rt;
-  require(!cpu::metaplastic_adam(rt.get(), p), kNotFinite);
+  require(!cpu::metaplastic_adam(rt.get(), with_gradient(u, g)), kNotFinite);
 }
 
 // One step of many parameters, whose moments are float32: a call of torch's takes longer than the update of a small
@@ -226,13 +231,8 @@ int64_t update_all(const std::vector<Tensor>& weights, const std::vector<Tensor>
     u.eps = plain ? eps * std::sqrt(1 - std::pow(beta2, static_cast<double>(steps[i]))) : eps;
     u.metaplasticity = plain ? 0.0 : metaplasticity;
     u.weight_bound = plain ? HUGE_VAL : weight_bound;
-    cpu::MetaplasticAdam p = check_update(u, {{"grad", &grad}});
-    check_grad(grad, u.weight);
-    p.grad = grad.const_data_ptr();
-    p.grad_element = element_of(grad.scalar_type());
-    p.grad_stride = p.K;
     TorchRuntime rt;
-    if (cpu::metaplastic_adam(rt.get(), p)) return static_cast<int64_t>(i);
+    if (cpu::metaplastic_adam(rt.get(), with_gradient(u, grad))) return static_cast<int64_t>(i);
   }
   return -1;
 }

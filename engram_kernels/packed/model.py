@@ -146,7 +146,7 @@ class _Program(NamedTuple):
     held: list[tuple[PackedLayer, str]]  # the tensors: buffers, so that those in use are found after a change
 
     def run(self, state: State) -> State:
-        """The state after the layers, of which only that is told which the last one makes."""
+        """The state after the layers: the values or the gate that the last one makes, and nothing else of it."""
         tensors = [layer._buffers[name] for layer, name in self.held]
         x = state.y if self.real else state.bits
         out = ops.packed_network(x, state.gate, self.layout, self.factors, tensors)  # type: ignore[arg-type]
