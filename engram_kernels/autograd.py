@@ -412,8 +412,9 @@ class SignConvolution(_Function):
 
     @staticmethod
     def forward(x, weight, w_bits, window, scale, consumed):
-        """The convolution."""
-        return nn.functional.conv2d(_padded(x, window), _signs(w_bits, weight.shape, x.dtype) * scale, **_steps(window))
+        """The convolution, scaled after its sums, which are exact where the images hold integers."""
+        y = sign_convolution(x, w_bits, window)
+        return y if scale == 1.0 else y.mul_(scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -439,6 +440,13 @@ class SignConvolution(_Function):
             grad = conv2d_weight(_padded(x.detach(), w), ctx.weight_shape, own, **_steps(w)) * ctx.scale
             dw = _give_filters(ctx, rows_of(grad.to(ctx.weight_dtype)).contiguous())
         return (*_first_derivatives(d, dx, dw), None, None, None, None)
+
+
+def sign_convolution(x: Tensor, w_bits: Tensor, window: Window) -> Tensor:
+    """Images (B, C, height, width) with filters, packed signs (O, words of K): torch's convolution."""
+    w = window
+    signs = _signs(w_bits, torch.Size((w_bits.shape[0], w.channels // w.groups, w.kernel_h, w.kernel_w)), x.dtype)
+    return nn.functional.conv2d(_padded(x, w), signs, **_steps(w))
 
 
 def _padded(x: Tensor, window: Window) -> Tensor:
