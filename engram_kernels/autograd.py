@@ -322,12 +322,16 @@ class SignProduct(_Function):
         if needs_weight:
             dtype = ctx.backward_dtype
             x = x.detach().to(own.dtype if dtype is None else dtype)
+            if own.dtype == x.dtype == torch.float32:
+                if not _consume(ctx, functools.partial(ops.real_metaplastic_adam_, own, x)):
+                    dw = ops.real_weight_grad(own, x).to(ctx.weight_dtype)
+            else:
 
-            def gradient_of_rows(rows: slice) -> Tensor:
-                return _product_over_samples(own[:, rows], x)
+                def gradient_of_rows(rows: slice) -> Tensor:
+                    return _product_over_samples(own[:, rows], x)
 
-            if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
-                dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
+                if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
+                    dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
         return (*_first_derivatives(d, dx, dw, db), None, None, None, None)
 
 

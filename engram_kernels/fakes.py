@@ -235,8 +235,20 @@ def _(d, x_bits, k, gate_bits=None):
     return d.new_empty((d.shape[1], k))
 
 
+@torch.library.register_fake("engram_kernels::real_weight_grad")
+def _(d, x):
+    _check_same_device(d=d, x=x)
+    _check_matrix("d", d)
+    _check_matrix("x", x)
+    _check_units("x", x)
+    _require(x.shape[0] == d.shape[0], "x", f"{d.shape[0]} samples like d", x)
+    _require(x.dtype == d.dtype, "x", f"{d.dtype} like d", x)
+    return d.new_empty((d.shape[1], x.shape[1]))
+
+
 @torch.library.register_fake("engram_kernels::_layer")
 def _(x, w_bits, gate_bits, bias, scale, binary_input, window):
+    _check_same_device(x=x, w_bits=w_bits, gate_bits=gate_bits, bias=bias)
     y = x.new_empty((x.shape[0], w_bits.shape[0]))
     if not binary_input:
         return y, None, None
@@ -518,3 +530,13 @@ def _(d, x_bits, gate_bits, weight, *state, **settings):
     _require(d.shape[1] == n, "d", f"shape (M, {n}) to meet the rows of the weight", d)
     _require(x_bits.shape[0] == d.shape[0], "x_bits", f"{d.shape[0]} samples like d", x_bits)
     _check_gate("gate_bits", gate_bits, d.shape[0], k)
+
+
+@torch.library.register_fake("engram_kernels::real_metaplastic_adam_")
+def _(d, x, weight, *state, **settings):
+    _check_update({"d": d, "x": x}, weight, *state, **settings)
+    _check_matrix("d", d)
+    _check_matrix("x", x)
+    n, k = weight.shape
+    _require(d.shape[1] == n, "d", f"shape (M, {n}) to meet the rows of the weight", d)
+    _require(tuple(x.shape) == (d.shape[0], k), "x", f"shape {(d.shape[0], k)}", x)

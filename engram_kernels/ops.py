@@ -45,6 +45,8 @@ __all__ = [
     "pack_window",
     "packed_network",
     "patch_excitability",
+    "real_metaplastic_adam_",
+    "real_weight_grad",
     "sample_engram",
     "set_isa",
     "sign_matmul",
@@ -330,6 +332,18 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
     return operators.gated_weight_grad(d, x_bits, k, gate_bits)
 
 
+def real_weight_grad(d: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the hidden weight of a layer with a real-valued input: ``dW[n,k] = sum_m d[m,n] x[m,k]``.
+
+    Shapes: ``d`` (M, N), ``x`` (M, K) of the same dtype, float32, bfloat16 or float16 -> (N, K) in that dtype. On CUDA
+    torch's own product.
+
+    >>> ek.ops.real_weight_grad(torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0, 0.5], [2.0, 0.0]])).tolist()
+    [[5.0, 1.5]]
+    """
+    return operators.real_weight_grad(d, x)
+
+
 def unfold_bits(bits: Tensor, window: Window, group: int = 0) -> Tensor:
     """The taps of every output pixel of a convolution, 0 in the padding: its products become those of matrices.
 
@@ -523,6 +537,37 @@ def gated_metaplastic_adam_(
     _note_update(weight, exp_avg, exp_avg_sq, sign_bits, settings)
 
 
+def real_metaplastic_adam_(
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sign_bits: Tensor | None,
+    **settings: Any,
+) -> None:
+    """:func:`metaplastic_adam_` with the gradient of :func:`real_weight_grad`, made and consumed block by block.
+
+    No (N, K) gradient ever exists. Shapes: ``d`` (M, N) and ``x`` (M, K), floats; ``settings`` are the keyword
+    arguments of :func:`metaplastic_adam_`. For float32 ``d`` and ``x`` the result on the CPU is that of the two operators one
+    after the other, bit for bit.
+
+    >>> weight, mu, v = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.zeros(1, 2)
+    >>> settings = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, metaplasticity=2.0, step=1)
+    >>> ek.ops.real_metaplastic_adam_(torch.ones(1, 1), torch.ones(1, 2), weight, mu, v, None, lr=0.1, **settings)
+    >>> [round(w, 3) for w in weight[0].tolist()]
+    [0.458, -0.6]
+    """
+    operators.real_metaplastic_adam_(d, x, weight, exp_avg, exp_avg_sq, sign_bits, **settings)
+    _note_update(weight, exp_avg, exp_avg_sq, sign_bits, settings)
+
+
+def _real_weight_grad_of_torch(d: Tensor, x: Tensor) -> Tensor:
+    return d.T @ x
+
+
+torch.library.impl("engram_kernels::real_weight_grad", "cuda", _real_weight_grad_of_torch)
+torch.library.impl("engram_kernels::real_metaplastic_adam_", "cuda", triton_kernels.real_metaplastic_adam_)
 torch.library.impl("engram_kernels::metaplastic_adam_", "cuda", triton_kernels.metaplastic_adam_)
 torch.library.impl("engram_kernels::gated_metaplastic_adam_", "cuda", triton_kernels.gated_metaplastic_adam_)
 for _name in ("value_signs", "top_units"):  # in CUDA's memory by torch's operators

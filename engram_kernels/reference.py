@@ -387,6 +387,11 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
     return (d.double().T @ x).to(d.dtype)
 
 
+def real_weight_grad(d: Tensor, x: Tensor) -> Tensor:
+    """``dW[n,k] = sum_m d[m,n] x[m,k]``. (M, N), x (M, K) -> (N, K) in the dtype of both."""
+    return (d.double().T @ x.double()).to(d.dtype)
+
+
 def _image(units: Tensor, window: Window) -> Tensor:
     """Units (B, units) as a padded image (B, C, height, width) of float64."""
     image = units.to(torch.float64).unflatten(1, (window.height, window.width, window.channels)).permute(0, 3, 1, 2)
@@ -760,3 +765,16 @@ def gated_metaplastic_adam_(
     """:func:`metaplastic_adam_` with the gradient :func:`gated_weight_grad` ``(d, x_bits, K, gate_bits)``."""
     grad = gated_weight_grad(d.float(), x_bits, weight.shape[1], gate_bits)
     metaplastic_adam_(weight, grad, exp_avg, exp_avg_sq, sign_bits, **settings)
+
+
+def real_metaplastic_adam_(
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sign_bits: Tensor | None,
+    **settings: Any,
+) -> None:
+    """:func:`metaplastic_adam_` with the gradient :func:`real_weight_grad` ``(d, x)``."""
+    metaplastic_adam_(weight, real_weight_grad(d.float(), x.float()), exp_avg, exp_avg_sq, sign_bits, **settings)

@@ -60,6 +60,7 @@ CALLS = {
         [D, W, lambda *b: floats(*b, M, K), GATE],
     ),
     "masked_input_grad": (lambda d, w, g: ek.ops.masked_input_grad(d, w, K, g), [D, W, GATE]),
+    "real_weight_grad": (lambda d, x: ek.ops.real_weight_grad(d, x), [D, lambda *b: floats(*b, M, K)]),
     "gated_weight_grad": (lambda d, x, g: ek.ops.gated_weight_grad(d, x, K, g), [D, X, GATE]),
     "standardise": (lambda y: ek.ops.standardise(y)[0], [lambda *b: floats(*b, M, K)]),
     "standardise and its moments": (lambda y: ek.ops.standardise(y)[1], [lambda *b: floats(*b, M, K)]),
@@ -134,7 +135,7 @@ def test_every_operator_without_side_effects_has_a_rule():
     names = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("engram_kernels::")
     }
-    in_place = {"metaplastic_adam_", "gated_metaplastic_adam_"}
+    in_place = {"metaplastic_adam_", "gated_metaplastic_adam_", "real_metaplastic_adam_"}
     tested = {name.split()[0] for name in CALLS} | {"draw_seed"}
     assert {name for name in names if not name.startswith("_")} - in_place == tested
 

@@ -161,6 +161,12 @@ def gated_weight_grad_cases() -> Iterator[Case]:
         yield Case(f"{m=} {n=} {k=} {kind} {rate=}", [m, n, k, stride_of(gate), d, x_bits, gate], [expected], terms=m)
 
 
+def real_weight_grad_cases() -> Iterator[Case]:
+    for m, n, k in [*EVERY_OTHER, (0, 5, 65), (9, 300, 65), (129, 5, 65), (500, 70, 33)]:
+        d, x = torch.randn(m, n), torch.randn(m, k)
+        yield Case(f"{m=} {n=} {k=}", [m, n, k, d, x], [reference.real_weight_grad(d, x)], terms=m)
+
+
 def sample_engram_cases() -> Iterator[Case]:
     seed, first_row, row_step = torch.tensor([-0x123456789ABCDEF, 2**32 - 1]), 2**33 + 1, 2**31 + 3
 
@@ -276,6 +282,17 @@ def gated_metaplastic_adam_cases() -> Iterator[Case]:
         yield update_case(f"{m=} {n=} {k=} {kind} {rate=} {with_bits=}", state, grad, fields, *next(settings))
 
 
+def real_metaplastic_adam_cases() -> Iterator[Case]:
+    """With a gradient that has no rounding, as above."""
+    settings, formats = update_settings(), itertools.cycle(itertools.product(FLOATS[:2], MOMENTS))
+    for m, n, k in [(1, 1, 1), (7, 3, 65), (20, 70, 600), (33, 150, 64), (9, 5, 1100), (150, 65, 520), (0, 70, 70)]:
+        dtype, moments = next(formats)
+        d, x = torch.randint(-9, 10, (m, n)) * 0.125, torch.randint(-9, 10, (m, k)) * 0.25
+        grad = reference.real_weight_grad(d, x)
+        state = hidden_state(n, k, dtype, moments, True)
+        yield update_case(f"{m=} {n=} {k=}", state, grad, [m, n, k, d, x], *next(settings))
+
+
 WINDOWS = [
     reference.Window(4, 5, 3, 3, 3, 1, 1, 1, 1, 1, 1),
     reference.Window(5, 4, 64, 3, 3, 1, 1, 1, 1, 1, 1),
@@ -340,9 +357,11 @@ OPERATORS = {
     "sign_matmul_t": sign_matmul_t_cases,
     "masked_input_grad": masked_input_grad_cases,
     "gated_weight_grad": gated_weight_grad_cases,
+    "real_weight_grad": real_weight_grad_cases,
     "sample_engram": sample_engram_cases,
     "metaplastic_adam": metaplastic_adam_cases,
     "gated_metaplastic_adam": gated_metaplastic_adam_cases,
+    "real_metaplastic_adam": real_metaplastic_adam_cases,
     "unfold_bits": unfold_bits_cases,
     "interleave_bits": interleave_bits_cases,
     "binary_conv2d": binary_conv2d_cases,

@@ -103,6 +103,7 @@ def test_products_with_numbers_agree(m, n, k, dtype):
     x, d, w, signs = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), bits_of(n, k), bits_of(m, k)
     assert_close(ops.sign_matmul(*on_cuda(d, w, k)), reference.sign_matmul(d, w, k), n)
     assert_close(ops.sign_matmul_t(*on_cuda(x, w, k)), reference.sign_matmul_t(x, w, k), k)
+    assert_close(ops.real_weight_grad(*on_cuda(d, x)), reference.real_weight_grad(d, x), m)
     for gate in GATES:
         gate_bits = gate_of(gate, m, k)
         expected = reference.gated_input_grad(d, w, x, gate_bits)

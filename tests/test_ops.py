@@ -252,6 +252,18 @@ def test_weight_grad_over_several_chunks_of_samples(isa):
         assert_close(ops.gated_weight_grad(d, x_bits, 33, gate_bits), expected, 700)
 
 
+# on both sides of the kernels' tiles, vectors, blocks of outputs and chunks of samples
+@pytest.mark.parametrize("m", [0, 1, 127, 129, 300])
+@pytest.mark.parametrize("n, k", [(1, 1), (7, 5), (64, 48), (65, 49), (3, 300), (130, 784)])
+def test_real_weight_grad(isa, m, n, k):
+    d, x = torch.randn(m, n), torch.randn(m, k)
+    expected = reference.real_weight_grad(d, x)
+    assert_close(ops.real_weight_grad(d, x), expected, m)
+    assert_close(ops.real_weight_grad(d.T.contiguous().T, x.T.contiguous().T), expected, m)
+    whole = torch.randint(-9, 10, (m, n)).float(), torch.randint(-9, 10, (m, k)).float()
+    assert torch.equal(ops.real_weight_grad(*whole), reference.real_weight_grad(*whole))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_arguments_give_their_own_dtype(isa, dtype):
     m, n, k = 9, 33, 70
@@ -262,6 +274,7 @@ def test_half_precision_arguments_give_their_own_dtype(isa, dtype):
     assert_close(ops.sign_matmul_t(x, w_bits, k), reference.sign_matmul_t(x, w_bits, k), k)
     assert_close(ops.gated_input_grad(d, w_bits, x, gate), reference.gated_input_grad(d, w_bits, x, gate), n)
     assert_close(ops.gated_weight_grad(d, x_bits, k, gate), reference.gated_weight_grad(d, x_bits, k, gate), m)
+    assert_close(ops.real_weight_grad(d, x), reference.real_weight_grad(d, x), m)
     assert torch.equal(
         ops.sample_engram(x, torch.tensor([3, 0]), 0.2), reference.sample_engram(x, torch.tensor([3, 0]), 0.2)
     )
@@ -542,6 +555,19 @@ def test_the_fused_update_is_the_two_operators_one_after_the_other(isa, gate, st
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", STATES)
+def test_the_fused_update_of_a_real_input_is_the_two_operators_one_after_the_other(isa, state_dtype, weight_dtype):
+    for m, n, k in [(20, 3, 7), (100, 70, 1030), (0, 5, 65), (300, 130, 129)]:
+        fused, settings = compact_arguments(n, k, weight_dtype, state_dtype)
+        apart, apart_settings = cloned(fused, settings)
+        d, x = torch.randn(m, n), torch.randn(m, k)
+        ops.real_metaplastic_adam_(d, x, *fused, **settings)
+        ops.metaplastic_adam_(apart[0], ops.real_weight_grad(d, x), *apart[1:], **apart_settings)
+        for a, b in zip([*fused, *settings.values()], [*apart, *apart_settings.values()], strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.mark.parametrize("moment, smallest_step", [("first", 2**-18), ("second", 2**-34)])
 def test_compact_moments_round_without_bias(moment, smallest_step):
     width = 16
@@ -642,6 +668,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
             ops.gated_input_grad(d, w_bits, x, gate),
             ops.gated_input_grad(d, w_bits, x * 0.1),
             ops.gated_weight_grad(d, x_bits, k, gate),
+            ops.real_weight_grad(d, x),
             ops.sample_engram(score, seed, 0.1),
             *ops.standardise(score),
             ops.standardise_grad(score, score, ops.standardise(score)[1]),
@@ -746,9 +773,11 @@ def opcheck_cases():
         "gated_input_grad": [(d, w_bits, x, gate), (d, w_bits, x)],
         "masked_input_grad": [(d, w_bits, k, gate)],
         "gated_weight_grad": [(d, x_bits, k, gate), (d, x_bits, k)],
+        "real_weight_grad": [(d, x)],
         "sample_engram": [(x, seed, 0.1), (x, seed, 0.1, True)],
         "metaplastic_adam_": [(weight, grad, avg, avg_sq, bits), (weight, grad, avg, avg_sq, None)],
         "gated_metaplastic_adam_": [(d, x_bits, gate, weight, avg, avg_sq, bits)],
+        "real_metaplastic_adam_": [(d, x, weight, avg, avg_sq, bits)],
     }
 
 
@@ -960,6 +989,19 @@ def bad_calls():
         "sign_matmul_t K": (lambda: ops.sign_matmul_t(d, w_bits, k), r"x: expected shape \(M, 70\).*got"),
         "input_grad M": (lambda: ops.gated_input_grad(d[:2], w_bits, x), "x: expected 2 samples like d"),
         "weight_grad M": (lambda: ops.gated_weight_grad(d[:2], x_bits, k), "x_bits: expected 2 samples"),
+        "real weight_grad M": (lambda: ops.real_weight_grad(d[:2], x), "x: expected 2 samples like d"),
+        "real weight_grad dtype": (
+            lambda: ops.real_weight_grad(d, x.half()),
+            "x: expected float32 like d, got float16",
+        ),
+        "real update d": (
+            lambda: ops.real_metaplastic_adam_(d, x, update[0], *update[2:], **ADAM),
+            r"d: expected shape \(M, 3\) to meet the rows of the weight, got float32 \(4, 9\)",
+        ),
+        "real update x": (
+            lambda: ops.real_metaplastic_adam_(d[:, :3], x, update[0], *update[2:], **ADAM),
+            r"x: expected shape \(4, 5\), a row for each of d and a column .* of the weight, got float32 \(4, 70\)",
+        ),
         "rate 0": (lambda: ops.sample_engram(x, seed, 0.0), r"rate: expected in \(0, 1\], got 0"),
         "rate 2": (lambda: ops.sample_engram(x, seed, 2.0), r"rate: expected in \(0, 1\], got 2"),
         "temperature": (lambda: ops.sample_engram(x, seed, 0.5, temperature=-1.0), "temperature: .*got -1"),
@@ -1024,7 +1066,7 @@ def bad_calls():
         ),
         "device of a layer": (
             lambda: ek.BinaryEngramLinear(k, 9, device="meta")(x),
-            "w_bits: expected a tensor on cpu like x_bits, got one on meta",
+            "w_bits: expected a tensor on cpu like x, got one on meta",
         ),
         "isa": (lambda: ops.set_isa("sse9"), "ISA: expected one of .*scalar.*got 'sse9'"),
     }
@@ -1201,6 +1243,8 @@ def test_fakes_check_what_the_operators_check():
         (o.masked_input_grad, "d", d[:, :2], w, k, bits),
         (o.gated_weight_grad, "x_bits", d, bits[:2], k),
         (o.gated_weight_grad, "gate_bits", d, bits, k, wide),
+        (o.real_weight_grad, "x", d, x[:2]),
+        (o.real_weight_grad, "x", d, x.half()),
         (o.sample_engram, "score", ints, torch.tensor([1, 0]), 0.5),
     ):
         fake_refuses(operator, name, *arguments)
@@ -1221,6 +1265,8 @@ def test_fakes_check_what_the_operators_check():
         fake_refuses(o.metaplastic_adam_, name, *arguments, **ADAM)
     for name, d_, x_bits in (("d", d[:, :2], bits), ("x_bits", d, bits[:2]), ("x_bits", d, short)):
         fake_refuses(o.gated_metaplastic_adam_, name, d_, x_bits, None, weight, *state, **ADAM)
+    for name, d_, x_ in (("d", d[:, :2], x), ("x", d, x[:2]), ("x", d, x[:, :2])):
+        fake_refuses(o.real_metaplastic_adam_, name, d_, x_, weight, *state, **ADAM)
 
 
 def test_every_tensor_has_its_place_checked():

@@ -48,6 +48,7 @@ def operators(kind):
     yield ek.ops.gated_input_grad(d, w_bits, x, gates)
     yield ek.ops.masked_input_grad(d, w_bits, k, gates)
     yield ek.ops.gated_weight_grad(d, x_bits, k, gates)
+    yield ek.ops.real_weight_grad(d, x)
     for state_dtype in (torch.float32, torch.bfloat16, torch.int8):
         layer = ek.BinaryEngramLinear(k, n, dtype=torch.float32)
         with torch.no_grad():

@@ -65,7 +65,7 @@ for update in (triton_kernels.metaplastic_adam_, triton_kernels.gated_metaplasti
 
 
 def test_cuda_tensors_reach_the_triton_update():
-    for name in ("metaplastic_adam_", "gated_metaplastic_adam_"):
+    for name in ("metaplastic_adam_", "gated_metaplastic_adam_", "real_metaplastic_adam_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"engram_kernels::{name}", "CUDA")
 
 

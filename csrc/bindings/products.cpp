@@ -189,6 +189,22 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
 
 namespace {
 
+Tensor real_weight_grad(const Tensor& d, const Tensor& x) {
+  const Place place = place_of("d", d);
+  check_matrix("d", d, place);
+  check_matrix("x", x, place);
+  check_units("x", x);
+  const int64_t M = d.size(0), N = d.size(1), K = x.size(1);
+  require(x.size(0) == M, "x: expected ", M, " samples like d, got ", describe(x));
+  require(x.scalar_type() == d.scalar_type(), "x: expected ", dtype_name(d.scalar_type()), " like d, got ",
+          describe(x));
+  const Tensor outputs = as_float32(d), units = as_float32(x);
+  Tensor dw = new_tensor({N, K}, ScalarType::Float, place);
+  TorchRuntime rt;
+  cpu::real_weight_grad(rt.get(), {float_data(outputs), N, float_data(units), M, K, data<float>(dw), K}, N);
+  return as_dtype(dw, d.scalar_type());
+}
+
 template <typename Library>
 void implement(Library& m) {
   m.impl("binary_matmul", TORCH_BOX(&binary_matmul));
@@ -202,7 +218,10 @@ void implement(Library& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
+  implement(m);
+  m.impl("real_weight_grad", TORCH_BOX(&real_weight_grad));
+}
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CUDA, m) { implement(m); }
 
 }  // namespace engram::bindings

@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("gated_input_grad(Tensor d, Tensor w_bits, Tensor x, Tensor? gate_bits=None) -> Tensor");
   m.def("masked_input_grad(Tensor d, Tensor w_bits, int k, Tensor mask_bits) -> Tensor");
   m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
+  m.def("real_weight_grad(Tensor d, Tensor x) -> Tensor");
   m.def(
       "_layer(Tensor x, Tensor w_bits, Tensor? gate_bits, Tensor? bias, float scale, bool binary_input, float? window) "
       "-> (Tensor, Tensor, Tensor)");
@@ -36,6 +37,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       update_schema("gated_metaplastic_adam_(Tensor d, Tensor x_bits, Tensor? gate_bits, Tensor(a!) weight", true, "()")
           .c_str());
+  m.def(update_schema("real_metaplastic_adam_(Tensor d, Tensor x, Tensor(a!) weight", true, "()").c_str());
   m.def(
       "_update_all(Tensor(a!)[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] "
       "sign_bits, Tensor(e!)[] step, float lr, float beta1, float beta2, float eps, float weight_decay, float "

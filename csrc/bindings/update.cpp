@@ -275,6 +275,27 @@ void gated_metaplastic_adam_(Stack stack) {
   require(!cpu::gated_metaplastic_adam(rt.get(), gradient, p), kNotFinite);
 }
 
+void real_metaplastic_adam_(Stack stack) {
+  const Tensor d = stack.take<Tensor>(), x = stack.take<Tensor>();
+  Tensor own_weight = stack.take<Tensor>();
+  UpdateArguments u = stack.take_update(std::move(own_weight));
+  const Place place = place_of("weight", u.weight);
+  check_matrix("d", d, place);
+  check_matrix("x", x, place);
+  require(u.weight.dim() == 2, "weight: expected 2 dimensions, got ", describe(u.weight));
+  check_units("weight", u.weight);
+  const Tensor outputs = as_float32(d), units = as_float32(x);
+  const cpu::MetaplasticAdam p = check_update(u, {{"d", &outputs}, {"x", &units}});
+  const int64_t M = d.size(0);
+  require(d.size(1) == p.N, "d: expected shape (M, ", p.N, ") to meet the rows of the weight, got ", describe(d));
+  require(x.size(0) == M && x.size(1) == p.K, "x: expected shape (", M, ", ", p.K,
+          "), a row for each of d and a column for each of the weight, got ", describe(x));
+  TorchRuntime rt;
+  const cpu::RealWeightGrad gradient{
+      .d = float_data(outputs), .d_stride = p.N, .x = float_data(units), .M = M, .K = p.K};
+  require(!cpu::real_metaplastic_adam(rt.get(), gradient, p), kNotFinite);
+}
+
 // How torch calls an operator that unpacks its arguments itself.
 template <auto kOperator>
 void boxed(StableIValue* stack, uint64_t, uint64_t n_results) {
@@ -301,6 +322,7 @@ std::string update_schema(const char* first, bool in_place, const char* result) 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
   m.impl("metaplastic_adam_", &boxed<&metaplastic_adam_>);
   m.impl("gated_metaplastic_adam_", &boxed<&gated_metaplastic_adam_>);
+  m.impl("real_metaplastic_adam_", &boxed<&real_metaplastic_adam_>);
   m.impl("_update_all", TORCH_BOX(&update_all));
 }
 

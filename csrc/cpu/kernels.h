@@ -88,9 +88,19 @@ struct GatedInputGrad {
   int64_t M, N, K;
 };
 
+// dw[n,k] = sum_m d[m,n] x[m,k], over samples in chunks of kSampleChunk
+constexpr int64_t kSampleChunk = 128;
+struct RealWeightGrad {
+  const float* d;  // row m lies at d[m * d_stride]
+  int64_t d_stride;
+  const float* x;  // [M, K]
+  int64_t M, K;
+  float* dw;  // element (n, k) of a block lies at dw[(n - its first row) * dw_stride + k - its first column]
+  int64_t dw_stride;
+};
+
 // Samples are taken in chunks of kSampleChunk. For each chunk and unit, `lists` holds the samples of the chunk that
 // recruited the unit, each as 2 * (its place in the chunk) + 1{its sign is -1}.
-constexpr int64_t kSampleChunk = 128;
 struct GatedWeightGrad {
   const float* d;        // [M, N]
   const uint64_t* x;     // [M, words]
@@ -280,6 +290,7 @@ struct MetaplasticAdam {
   KERNEL(void, gated_input_grad, GatedInputGrad, Range)     \
   KERNEL(void, list_samples, GatedWeightGrad, Range)        \
   KERNEL(void, gated_weight_grad, GatedWeightGrad, Block)   \
+  KERNEL(void, real_weight_grad, RealWeightGrad, Block)     \
   KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)    \
   KERNEL(bool, channels_of_pixels, ChannelsOfPixels, Range) \
   KERNEL(void, conv2d_input_grad, Conv2dInputGrad, Range)   \

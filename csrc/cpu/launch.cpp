@@ -220,12 +220,27 @@ void masked_product(const Runtime& rt, const Kernels& kernels, const SignProduct
         [&](Range rows) { kernels.gated_input_grad(grad, rows); });
 }
 
+// Gradients of hidden weights are made in blocks of this many outputs: a multiple of the kernels' tiles.
+constexpr int64_t kGradOutputs = 64;
+
+// Calls make(block) on blocks of a gradient of N outputs and K units over M samples.
+template <typename Make>
+void share_gradient(const Runtime& rt, int64_t M, int64_t N, int64_t K, const Make& make) {
+  constexpr int64_t kUnits = 256;  // of a block at least, so that their tables are worth making
+  const int64_t outputs = ceil_div(N, kGradOutputs);
+  const int64_t parts = enough_blocks(rt, outputs) ? 1 : ceil_div(4 * rt.threads, outputs < 1 ? 1 : outputs);
+  const int64_t even = ceil_div(ceil_div(K, parts), kWordBits) * kWordBits, units = even > kUnits ? even : kUnits;
+  const int64_t blocks = ceil_div(K, units);
+  share(rt, outputs * blocks, M * units * 8, [&](Range part) {
+    for (int64_t i = part.begin; i < part.end; ++i)
+      make({items_of({i / blocks, i / blocks + 1}, kGradOutputs, N), items_of({i % blocks, i % blocks + 1}, units, K)});
+  });
+}
+
 // The gradient of a hidden weight, made block by block by whichever kernel is the faster at this density of the gate.
 // Outputs are the rows of the product, units its columns, samples what it contracts.
 class WeightGrad {
  public:
-  static constexpr int64_t kOutputs = 64;  // rows of a block: a multiple of the tiles of both kernels
-
   WeightGrad(const Runtime& rt, const Kernels& kernels, const SignProduct& p) : kernels_(kernels) {
     const int64_t M = p.I, N = p.R, K = p.V, words = words_for(K), rows = p.gate_stride == 0 ? 1 : M;
     const auto* d = static_cast<const float*>(p.a);
@@ -285,18 +300,9 @@ void sign_product(const Runtime& rt, const SignProduct& p) {
   const Kernels& kernels = *active().load();
   if (p.mask != nullptr) return masked_product(rt, kernels, p);
   if (!p.a_transposed) return dense_product(rt, kernels, p);
-  constexpr int64_t kUnits = 256;  // of a block at least, so that their tables are worth making
   const WeightGrad gradient(rt, kernels, p);
-  const int64_t outputs = ceil_div(p.R, WeightGrad::kOutputs);
-  const int64_t parts = enough_blocks(rt, outputs) ? 1 : ceil_div(4 * rt.threads, outputs < 1 ? 1 : outputs);
-  const int64_t even = ceil_div(ceil_div(p.V, parts), kWordBits) * kWordBits, units = even > kUnits ? even : kUnits;
-  const int64_t blocks = ceil_div(p.V, units);
-  share(rt, outputs * blocks, p.I * units * 8, [&](Range part) {
-    for (int64_t i = part.begin; i < part.end; ++i) {
-      const Range n = items_of({i / blocks, i / blocks + 1}, WeightGrad::kOutputs, p.R);
-      const Range k = items_of({i % blocks, i % blocks + 1}, units, p.V);
-      gradient.make({n, k}, static_cast<float*>(p.y) + n.begin * p.V + k.begin, p.V);
-    }
+  share_gradient(rt, p.I, p.R, p.V, [&](Block block) {
+    gradient.make(block, static_cast<float*>(p.y) + block.rows.begin * p.V + block.columns.begin, p.V);
   });
 }
 
@@ -370,20 +376,31 @@ bool metaplastic_adam(const Runtime& rt, const MetaplasticAdam& p) {
   return nan.load();
 }
 
-bool gated_metaplastic_adam(const Runtime& rt, const SignProduct& gradient, const MetaplasticAdam& p) {
+void real_weight_grad(const Runtime& rt, const RealWeightGrad& p, int64_t N) {
+  const Kernels& kernels = *active().load();
+  share_gradient(rt, p.M, N, p.K, [&](Block block) {
+    RealWeightGrad own = p;
+    own.dw += block.rows.begin * p.K + block.columns.begin, own.dw_stride = p.K;
+    kernels.real_weight_grad(own, block);
+  });
+}
+
+namespace {
+
+// make(block, dw, dw_stride) writes a block of the gradient over M samples.
+template <typename Make>
+bool update_by_blocks(const Runtime& rt, const Kernels& kernels, int64_t M, const MetaplasticAdam& p,
+                      const Make& make) {
   constexpr int64_t kUnits = 512;           // of a block of the gradient, which stays in the second-level cache
   constexpr int64_t kStride = kUnits + 16;  // rows a power of two apart would share a set of the cache
-  constexpr int64_t kOutputs = WeightGrad::kOutputs;
-  const Kernels& kernels = *active().load();
-  const WeightGrad blockwise(rt, kernels, gradient);
-  const int64_t blocks = ceil_div(p.N, kOutputs), used = ceil_div(p.K, kWordBits);
+  const int64_t blocks = ceil_div(p.N, kGradOutputs), used = ceil_div(p.K, kWordBits);
   const int64_t shares = rt.threads < blocks ? rt.threads : blocks;
-  float* scratch = workspace<float>(rt, shares * kOutputs * kStride);
+  float* scratch = workspace<float>(rt, shares * kGradOutputs * kStride);
   std::atomic<bool> nan{false};
   const auto update_block = [&](Range outputs, float* block) {
     for (int64_t k = 0; k < p.K; k += kUnits) {
       const int64_t k_end = k + kUnits < p.K ? k + kUnits : p.K;
-      blockwise.make({outputs, {k, k_end}}, block, kStride);
+      make(Block{outputs, {k, k_end}}, block, kStride);
       MetaplasticAdam part = p;
       part.grad = block, part.grad_element = Element::kFloat32;
       part.grad_stride = kStride, part.grad_row = outputs.begin, part.grad_unit = k;
@@ -393,12 +410,32 @@ bool gated_metaplastic_adam(const Runtime& rt, const SignProduct& gradient, cons
           nan.store(true);
     }
   };
-  share(rt, shares, shares == 0 ? 1 : p.N * p.K / shares * (gradient.I + 8), [&](Range part) {
+  share(rt, shares, shares == 0 ? 1 : p.N * p.K / shares * (M + 8), [&](Range part) {
     for (int64_t i = part.begin; i < part.end; ++i)
       for (int64_t b = blocks * i / shares; b < blocks * (i + 1) / shares; ++b)
-        update_block(items_of({b, b + 1}, kOutputs, p.N), scratch + i * kOutputs * kStride);
+        update_block(items_of({b, b + 1}, kGradOutputs, p.N), scratch + i * kGradOutputs * kStride);
   });
   return nan.load();
+}
+
+}  // namespace
+
+bool gated_metaplastic_adam(const Runtime& rt, const SignProduct& gradient, const MetaplasticAdam& p) {
+  const Kernels& kernels = *active().load();
+  const WeightGrad blockwise(rt, kernels, gradient);
+  return update_by_blocks(rt, kernels, gradient.I, p,
+                          [&](Block block, float* dw, int64_t dw_stride) { blockwise.make(block, dw, dw_stride); });
+}
+
+bool real_metaplastic_adam(const Runtime& rt, RealWeightGrad gradient, const MetaplasticAdam& p) {
+  const Kernels& kernels = *active().load();
+  return update_by_blocks(rt, kernels, gradient.M, p, [&](Block block, float* dw, int64_t dw_stride) {
+    RealWeightGrad own = gradient;
+    own.x += block.columns.begin, own.dw = dw, own.dw_stride = dw_stride;
+    own.d += block.rows.begin;
+    kernels.real_weight_grad(own,
+                             {{0, block.rows.end - block.rows.begin}, {0, block.columns.end - block.columns.begin}});
+  });
 }
 
 }  // namespace engram::cpu

@@ -44,6 +44,8 @@ void top_units(const Runtime&, const TopUnits&);
 void standardise(const Runtime&, const Standardise&);
 void standardise_grad(const Runtime&, const StandardiseGrad&);
 void patch_excitability(const Runtime&, const PatchExcitability&);
+// dw is [N, K].
+void real_weight_grad(const Runtime&, const RealWeightGrad&, int64_t N);
 bool sample_engram(const Runtime&, SampleEngram);  // keys are made here
 void unfold_bits(const Runtime&, const UnfoldBits&);
 void interleave_bits(const Runtime&, const InterleaveBits&);
@@ -56,5 +58,7 @@ bool metaplastic_adam(const Runtime&, const MetaplasticAdam&);
 // The same with the gradient that the product of gated_weight_grad would give, made and consumed block by block; its y
 // and p.grad are not used.
 bool gated_metaplastic_adam(const Runtime&, const SignProduct& gradient, const MetaplasticAdam& p);
+// The same with the gradient of real_weight_grad, whose dw is not used.
+bool real_metaplastic_adam(const Runtime&, RealWeightGrad gradient, const MetaplasticAdam& p);
 
 }  // namespace engram::cpu

@@ -17,7 +17,7 @@
 //           `look_up` takes for each lane the entry that the low bits of its index name, and `next_indices` moves the
 //           bits above those down; `flip_where` changes the sign of the lanes whose bit is 1. Elsewhere `add_where`
 //           adds in selected lanes only: sum_k s_k a_k = 2 * sum_{k: bit 1} a_k - sum_k a_k.
-//           `add_product` may or may not round the product: use it only where that is exact.
+//           `add_product` may or may not round the product, so that instruction sets agree only where it is exact.
 //           `transpose_block` transposes kTransposeSize x kTransposeSize numbers of 4 bytes.
 //   Shorts  where registers hold tables of 64 sums (ENGRAM_HAS_SUBSET_LOOK_UP): a vector of kGroupedRows integers of
 //           16 bits. `read_six_numbers` splits 12 bytes, `subset_sums` tabulates the sums of all subsets of 6 of them,
@@ -28,6 +28,7 @@
 //   Sizes   kTileRows: samples in a register tile of binary_matmul, and with a gate kGatedTileRows, whose distances
 //           kGateInStages makes all before the first is counted. kDotSamples: samples up to which its dot form is the
 //           faster. kLookUpColumns: accumulators of sign_product, enough to hide the latency of an addition.
+//           kOuterRows: outputs in a register tile of real_weight_grad, by kOuterVectors vectors of units.
 //           kDrawVectors: vectors of Philox counters at once, since the rounds of one wait for each other.
 #pragma once
 

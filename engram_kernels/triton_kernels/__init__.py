@@ -78,7 +78,38 @@ def gated_metaplastic_adam_(
     **settings: Any,
 ) -> None:
     """:func:`engram_kernels.ops.gated_metaplastic_adam_` on CUDA; the gradient exists for a block of rows at a time."""
-    launch, state = _launch(), (exp_avg, exp_avg_sq, *_scales(settings), sign_bits)
+    k = weight.shape[1]
+    _update_by_blocks(
+        lambda own: _ops.gated_weight_grad(own.contiguous(), x_bits, k, gate_bits),
+        d, weight, (exp_avg, exp_avg_sq, *_scales(settings), sign_bits), settings,
+    )  # fmt: skip
+
+
+def real_metaplastic_adam_(
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    sign_bits: Tensor | None,
+    **settings: Any,
+) -> None:
+    """:func:`engram_kernels.ops.real_metaplastic_adam_` on CUDA, likewise."""
+    if x.dim() != 2 or x.shape[0] != d.shape[0] or x.shape[1] != weight.shape[1]:
+        raise RuntimeError(f"x: expected shape {(d.shape[0], weight.shape[1])}, got {tuple(x.shape)}")
+    x = x.float()
+    _update_by_blocks(lambda own: own.T @ x, d, weight, (exp_avg, exp_avg_sq, *_scales(settings), sign_bits), settings)
+
+
+def _update_by_blocks(
+    gradient_of: Callable[[Tensor], Tensor],
+    d: Tensor,
+    weight: Tensor,
+    state: tuple[Tensor | None, ...],
+    settings: dict[str, Any],
+) -> None:
+    """The update with ``gradient_of`` some columns of d, a block of rows of the weight at a time."""
+    launch, (exp_avg, exp_avg_sq, *_, sign_bits) = _launch(), state
     numbers = _ops._check_update(weight, None, exp_avg, exp_avg_sq, sign_bits, **settings)
     _refuse_capture()
     n, k = weight.shape
@@ -90,6 +121,5 @@ def gated_metaplastic_adam_(
         first_row, nan_flag = settings.get("first_row", 0), _nan_flag()
         for begin in range(0, n, rows):
             block = slice(begin, begin + rows)
-            grad = _ops.gated_weight_grad(d[:, block].contiguous(), x_bits, k, gate_bits)
             state_of_block = tuple(None if t is None else t[block] for t in state)
-            launch(weight[block], grad, state_of_block, numbers, first_row + begin, nan_flag)
+            launch(weight[block], gradient_of(d[:, block]), state_of_block, numbers, first_row + begin, nan_flag)

@@ -31,9 +31,11 @@ enum class Operator : int64_t {
   kSignMatmulT,
   kMaskedInputGrad,
   kGatedWeightGrad,
+  kRealWeightGrad,
   kSampleEngram,
   kMetaplasticAdam,
   kGatedMetaplasticAdam,
+  kRealMetaplasticAdam,
   kUnfoldBits,
   kInterleaveBits,
   kBinaryConv2d,
@@ -164,6 +166,15 @@ SignProduct weight_grad_operands(Case& c) {
   return p;
 }
 
+// All but dw; returns N.
+int64_t real_gradient_operands(Case& c, RealWeightGrad& p) {
+  p.M = c.integer();
+  const int64_t N = c.integer();
+  p.K = c.integer(), p.d_stride = N;
+  p.d = c.array<float>(), p.x = c.array<float>();
+  return N;
+}
+
 Window window_of(Case& c) {
   Window w{};
   for (int64_t* number : {&w.height, &w.width, &w.channels, &w.kernel_h, &w.kernel_w, &w.stride_h, &w.stride_w, &w.top,
@@ -255,6 +266,12 @@ void run(Case& c, Operator op) {
       p.y = c.output(p.R * p.V * kFloat);
       return sign_product(rt, p);
     }
+    case Operator::kRealWeightGrad: {
+      RealWeightGrad p{};
+      const int64_t N = real_gradient_operands(c, p);
+      p.dw = c.output<float>(N * p.K * kFloat);
+      return real_weight_grad(rt, p, N);
+    }
     case Operator::kSampleEngram: {
       SampleEngram p{};
       p.M = c.integer(), p.K = c.integer(), p.words = words_for(p.K);
@@ -279,6 +296,12 @@ void run(Case& c, Operator op) {
     case Operator::kGatedMetaplasticAdam: {
       const MetaplasticAdam p = update_operands(c);
       return c.send_flag(gated_metaplastic_adam(rt, weight_grad_operands(c), p));
+    }
+    case Operator::kRealMetaplasticAdam: {
+      const MetaplasticAdam p = update_operands(c);
+      RealWeightGrad gradient{};
+      real_gradient_operands(c, gradient);
+      return c.send_flag(real_metaplastic_adam(rt, gradient, p));
     }
     case Operator::kUnfoldBits: {
       const Window w = window_of(c);

@@ -204,6 +204,21 @@ def test_the_fused_update_is_the_two_operators_one_after_the_other(formats, gate
         assert_same_bits(fused, apart)
 
 
+@pytest.mark.parametrize("formats", FORMATS[::4], ids=str)
+def test_the_fused_update_of_a_real_input_is_the_two_operators_one_after_the_other(formats, nan_flag, monkeypatch):
+    weight_dtype, _, state_dtype = formats
+    monkeypatch.setattr(triton_kernels, "_GRADIENT_BLOCK_BYTES", 64 * 130 * 4)  # several blocks
+    whole = torch.randint(-9, 10, (20, 70 + 130)).float()  # sums of which have no rounding
+    d, x, settings = whole[:, :70], whole[:, 70:], dict(weight_bound=0.2, first_row=3)
+    fused = Layer(70, 130, weight_dtype, state_dtype)
+    apart = fused.twin()
+    fused.updated_by(
+        lambda weight, d, *state, **s: triton_kernels.real_metaplastic_adam_(d, x, weight, *state, **s), d, **settings
+    )
+    apart.updated_by(ops.metaplastic_adam_, ops.real_weight_grad(d, x), **settings)
+    assert_same_bits(fused, apart)
+
+
 def test_a_gradient_of_any_strides_is_taken(nan_flag):
     mine = Layer(5, 66, torch.float32, torch.float32)
     theirs, grad = mine.twin(), torch.randn(66, 5).T

@@ -323,6 +323,13 @@ def gated_weight_grad(draw: Draw) -> dict[str, Any]:
     return {"d": draw.floats(m, n), "x_bits": draw.words(m, k), "k": k, "gate_bits": draw.optional_gate(m, k)}
 
 
+def real_weight_grad(draw: Draw) -> dict[str, Any]:
+    m, n, k = draw.sizes(3)
+    m = draw.choice([m, m, 2 * m, 300]) if n * k < 20_000 else m  # several chunks of samples
+    d = draw.floats(m, n)
+    return {"d": d, "x": draw.floats(m, k).to(d.dtype)}
+
+
 def window_of(draw: Draw, least_dilation: int = 1) -> Window:
     """Of an image that is small in most cases, with a kernel that fits into it."""
     channels, groups = draw.choice([1, 2, 3, 7, 31, 64, 65, 128, 130]), 1
@@ -440,6 +447,13 @@ def gated_metaplastic_adam_(draw: Draw) -> dict[str, Any]:
     state, settings = update_state(draw, n, k)
     samples = {"d": draw.floats(m, n), "x_bits": draw.words(m, k), "gate_bits": draw.optional_gate(m, k)}
     return samples | state | settings
+
+
+def real_metaplastic_adam_(draw: Draw) -> dict[str, Any]:
+    m, n, k = draw.sizes(3)
+    n = min(n, 100_000 // k)
+    state, settings = update_state(draw, n, k)
+    return {"d": draw.floats(m, n), "x": draw.floats(m, k)} | state | settings
 
 
 # ---- contracts
@@ -1055,21 +1069,21 @@ def check_near(actual: Tensor, expected: Tensor, bound: Tensor | float, what: st
 def check_sum(actual: Tensor, terms: Tensor, factors: Tensor, mask: Tensor | None = None) -> None:
     """``terms @ factors`` as float32 sums in any order, rounded to the dtype of the result; all, or those of a mask.
 
-    Real terms (R, I), factors -1, 0 or 1 (I, C). Where an infinity or a NaN takes part, no finite number may come; one
-    whose factor is 0 may count or not.
+    Real terms (R, I) and factors (I, C). Where an infinity or a NaN takes part, no finite number may come; one that is
+    multiplied by 0 may count or not.
     """
     terms, factors, got = terms.double(), factors.double(), actual.double()
-    wild = (~terms.isfinite()).double()
-    finite = torch.where(wild > 0, 0.0, terms)
-    expected, takes_part = finite @ factors, wild @ factors.abs() > 0
-    magnitude = finite.abs() @ factors.abs()
+    wild, wild_factors = (~terms.isfinite()).double(), (~factors.isfinite()).double()
+    count, wild_count = (factors != 0).double(), (terms != 0).double() @ wild_factors
+    takes_part = wild @ count + wild_count > 0
+    beside = (wild.sum(1, keepdim=True) > 0) | (wild_factors.sum(0) > 0)
+    terms, factors = (torch.where(t.isfinite(), t, 0.0) for t in (terms, factors))
+    expected, magnitude, many = terms @ factors, terms.abs() @ factors.abs(), count.sum(0) + 2
     info = torch.finfo(actual.dtype)
-    bound = (
-        magnitude * (factors.abs().sum(0) + 2) * 2.0**-24 + expected.abs() * info.eps + info.smallest_normal * info.eps
-    )
+    bound = magnitude * many * 2.0**-24 + expected.abs() * info.eps + many * info.smallest_normal * info.eps
     bound = torch.where(magnitude + bound > min(info.max, 3e38) * 0.999, INF, bound)  # may have gone to infinity
     silent = takes_part & got.isfinite()
-    optional = ~takes_part & (wild.sum(1, keepdim=True) > 0) & ~got.isfinite()
+    optional = ~takes_part & beside & ~got.isfinite()
     wrong = silent | ~takes_part & ~optional & ~((got - expected).abs() <= bound) & (bound < INF)
     if mask is not None:
         wrong &= mask
@@ -1112,6 +1126,10 @@ def check_weight_grad(actual: Tensor, d: Tensor, x_bits: Tensor, k: int, gate_bi
 
 def check_gated_weight_grad(a: Arguments, actual: Tensor, expected: Tensor) -> None:
     check_weight_grad(actual, a["d"], a["x_bits"], a["k"], a["gate_bits"])
+
+
+def check_real_weight_grad(a: Arguments, actual: Tensor, expected: Tensor) -> None:
+    check_sum(actual, a["d"].T, a["x"])
 
 
 def check_conv2d_input_grad(a: Arguments, actual: Tensor, expected: Tensor) -> None:
@@ -1249,6 +1267,9 @@ OPERATORS = {
         {"d": TensorRule("M N"), "x_bits": WORDS, "gate_bits": GATE},
         check_gated_weight_grad,
     ),
+    "real_weight_grad": Operator(
+        real_weight_grad, {"d": TensorRule("M N"), "x": TensorRule("M K")}, check_real_weight_grad
+    ),
     "unfold_bits": Operator(unfold_bits, {"bits": TensorRule("M units", BITS)}, check_exact),
     "interleave_bits": Operator(interleave_bits, {"bits": WORDS}, check_exact),
     "binary_conv2d": Operator(
@@ -1276,6 +1297,12 @@ OPERATORS = {
     "gated_metaplastic_adam_": Operator(
         gated_metaplastic_adam_,
         {"d": TensorRule("M N"), "x_bits": WORDS, "gate_bits": GATE} | STATE_RULES,
+        check_nothing,
+        written=UPDATED,
+    ),
+    "real_metaplastic_adam_": Operator(
+        real_metaplastic_adam_,
+        {"d": TensorRule("M N"), "x": TensorRule("M K")} | STATE_RULES,
         check_nothing,
         written=UPDATED,
     ),
@@ -1382,6 +1409,12 @@ def check_updated(call: Call, before: Arguments, error: str | None) -> None:
     expected = {name: fresh(v) if isinstance(v, Tensor) else v for name, v in before.items()}
     if call.name == "metaplastic_adam_":
         grad = before["grad"]
+    elif call.name == "real_metaplastic_adam_":
+        d, x = (expected.pop(name).float() for name in ("d", "x"))
+        if float((d.double().abs().T @ x.double().abs()).nan_to_num(posinf=0.0).amax() if d.numel() else 0.0) > 1e38:
+            return  # whether a sum is finite follows from its order
+        grad = ops.real_weight_grad(d, x)
+        check_sum(grad, d.T, x)
     else:
         d, x_bits, gate_bits = (expected.pop(name) for name in ("d", "x_bits", "gate_bits"))
         if float(d.double().abs().nan_to_num(posinf=0.0).sum(0).amax() if d.numel() else 0.0) > 1e38:

@@ -18,6 +18,7 @@ constexpr int kGatedTileRows = 4;
 constexpr bool kGateInStages = false;
 constexpr int64_t kDotSamples = 8;  // more than elsewhere, since counting is slow
 constexpr int kLookUpColumns = 4;
+constexpr int kOuterRows = 4;
 constexpr int kDrawVectors = 2;
 
 ENGRAM_INLINE Bits bits_zero() { return _mm256_setzero_si256(); }

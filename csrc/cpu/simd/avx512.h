@@ -22,6 +22,7 @@ constexpr int kGatedTileRows = 6;
 constexpr bool kGateInStages = true;
 constexpr int64_t kDotSamples = 3;
 constexpr int kLookUpColumns = 8;
+constexpr int kOuterRows = 8;
 constexpr int kDrawVectors = 4;
 
 ENGRAM_INLINE Bits bits_zero() { return _mm512_setzero_si512(); }

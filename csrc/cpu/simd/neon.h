@@ -17,6 +17,7 @@ constexpr int kGatedTileRows = 8;
 constexpr bool kGateInStages = false;
 constexpr int64_t kDotSamples = 3;
 constexpr int kLookUpColumns = 4;
+constexpr int kOuterRows = 8;
 constexpr int kDrawVectors = 2;
 
 ENGRAM_INLINE Bits bits_zero() { return vdupq_n_u64(0); }
