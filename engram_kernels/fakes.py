@@ -235,6 +235,23 @@ def _(d, x_bits, k, gate_bits=None):
     return d.new_empty((d.shape[1], k))
 
 
+@torch.library.register_fake("engram_kernels::_layer")
+def _(x, w_bits, gate_bits, bias, scale, binary_input, window):
+    y = x.new_empty((x.shape[0], w_bits.shape[0]))
+    if not binary_input:
+        return y, None, None
+    x_bits = x.new_empty((x.shape[0], words_for(x.shape[1])), dtype=torch.int64)
+    return y, x_bits, None if window is None else torch.empty_like(x_bits)
+
+
+@torch.library.register_fake("engram_kernels::_layer_grad")
+def _(d, scale, needs_bias, k, w_bits, mask_bits, x_bits, gate_bits):
+    m, n = d.shape
+    own = None if scale == 1.0 else d.new_empty((m, n))
+    db = d.new_empty((n,)) if needs_bias else None
+    return own, db, None if mask_bits is None else d.new_empty((m, k)), None if x_bits is None else d.new_empty((n, k))
+
+
 _LEAST = {"top": 0, "bottom": 0, "left": 0, "right": 0}
 
 

@@ -308,10 +308,10 @@ void grouped_product(const Runtime& rt, const GroupedProduct& p, const uint64_t*
     plain.R = p.M, plain.I = p.K, plain.V = p.N;
     return sign_product(rt, plain);
   }
-  constexpr int64_t kSamples = 2, kLookUps = 64;  // samples taken together, and products of a look-up and its addition
-  const int64_t blocks = ceil_div(p.N, kGroupedRows), pairs = ceil_div(p.M, kSamples);
-  if (enough_blocks(rt, pairs) || pairs >= blocks) {
-    share(rt, pairs, p.N * p.K / kLookUps,
+  constexpr int64_t kSamples = 3, kLookUps = 64;  // samples taken together, and products of a look-up and its addition
+  const int64_t blocks = ceil_div(p.N, kGroupedRows), triples = ceil_div(p.M, kSamples);
+  if (enough_blocks(rt, triples) || triples >= blocks) {
+    share(rt, triples, p.N * p.K / kLookUps,
           [&](Range part) { kernels.grouped_product(p, {items_of(part, kSamples, p.M), {0, p.N}}); });
   } else {
     share(rt, blocks, p.M * p.K * kGroupedRows / kLookUps,

@@ -62,6 +62,7 @@ bool make_keys(const SampleEngram& p, const Draws& source, int64_t m, int32_t* k
 
 bool sample_engram(const SampleEngram& p, Range samples) {
   const Draws source(p.seed, p.offset);
+  SearchStart start;
   bool nan = false;
   for (int64_t m = samples.begin; m < samples.end; ++m) {
     if (p.bernoulli) {
@@ -69,7 +70,7 @@ bool sample_engram(const SampleEngram& p, Range samples) {
     } else {
       auto* keys = reinterpret_cast<int32_t*>(p.keys);
       nan |= make_keys(p, source, m, keys);
-      top_of_row(keys, p.K, p.count, p.gate + m * p.words);
+      top_of_row(keys, p.K, p.count, p.gate + m * p.words, start);
     }
   }
   return nan;

@@ -20,9 +20,10 @@
 //           `add_product` may or may not round the product: use it only where that is exact.
 //           `transpose_block` transposes kTransposeSize x kTransposeSize numbers of 4 bytes.
 //   Shorts  where registers hold tables of 64 sums (ENGRAM_HAS_SUBSET_LOOK_UP): a vector of kGroupedRows integers of
-//           16 bits. `look_up_subset` takes for each the entry that its 6 low bits name of the sums of all subsets of
-//           6 bytes; `shorts_load_shifted` loads from one byte further on; `add_twice` makes (y, or 0) + 2 sums - less.
-//           `at_least_64` compares 64 integers of 32 bits.
+//           16 bits. `read_six_numbers` splits 12 bytes, `subset_sums` tabulates the sums of all subsets of 6 of them,
+//           and `look_up_subset` takes for each integer the entry that its 6 low bits name; `shorts_high_bytes` moves
+//           high bytes down; `add_twice` makes (y, or 0) + 2 sums - less. `at_least_64` compares 64 integers of 32
+//           bits.
 //   Compact where registers hold 64 compact numbers (ENGRAM_HAS_COMPACT): those of core/compact.h, 64 at a time.
 //   Sizes   kTileRows: samples in a register tile of binary_matmul, and with a gate kGatedTileRows, whose distances
 //           kGateInStages makes all before the first is counted. kDotSamples: samples up to which its dot form is the

@@ -16,8 +16,13 @@ namespace engram::cpu::ENGRAM_ISA {
 namespace {
 
 int32_t mean_rounded_up(const int32_t* y, int64_t n) {
+  constexpr int64_t kChunk = int64_t{1} << 15;  // whose halves of 16 bits have sums of 32 bits
   int64_t sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += y[i];
+  for (int64_t first = 0; first < n; first += kChunk) {
+    int32_t low = 0, high = 0;
+    for (int64_t i = first; i < smaller(first + kChunk, n); ++i) low += y[i] & 0xFFFF, high += y[i] >> 16;
+    sum += int64_t{high} * (1 << 16) + low;
+  }
   return static_cast<int32_t>(sum > 0 ? (sum + n - 1) / n : sum / n);
 }
 
@@ -54,8 +59,9 @@ void scale_values(const ScaleValues& p, Range rows) {
 }
 
 void top_units(const TopUnits& p, Range rows) {
+  SearchStart start;
   for (int64_t row = rows.begin; row < rows.end; ++row)
-    top_of_row(p.y + row * p.K, p.K, p.count, p.gate + row * words_for(p.K));
+    top_of_row(p.y + row * p.K, p.K, p.count, p.gate + row * words_for(p.K), start);
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

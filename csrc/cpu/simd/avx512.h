@@ -229,17 +229,27 @@ ENGRAM_INLINE Shorts shorts_load(const uint16_t* p) { return _mm512_loadu_si512(
 ENGRAM_INLINE void shorts_store(uint16_t* p, Shorts v) { _mm512_storeu_si512(p, v); }
 ENGRAM_INLINE Shorts shorts_add(Shorts a, Shorts b) { return _mm512_add_epi16(a, b); }
 ENGRAM_INLINE Shorts shorts_high_bytes(Shorts v) { return _mm512_srli_epi16(v, 8); }
-ENGRAM_INLINE SubsetSums subset_sums(uint64_t numbers) {
-  // Number i counts where bit i of the lane's own number is 1. Two numbers in the bytes of a lane, times bytes of 0 and
-  // 1, are added in one operation.
-  const auto pair = [numbers](int i) { return _mm512_set1_epi16(static_cast<int16_t>(numbers >> (16 * i))); };
+// The numbers 0 to 5 and 6 to 11 of x, of which 16 bytes are read; true if one of them is not 0.
+ENGRAM_INLINE bool read_six_numbers(const uint8_t* x, SixNumbers* six) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  const __m128i halves = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 1, 2, 3, 4, 5, -1, -1, 6, 7, 8, 9, 10, 11, -1, -1));
+  const __m128i sums = _mm_sad_epu8(halves, _mm_setzero_si128());
+  const __m128i first = _mm_setr_epi8(1, 2, 3, 4, -1, -1, 0, -1, 5, -1, 5, -1, -1, -1, -1, -1);
+  const __m128i second = _mm_setr_epi8(7, 8, 9, 10, -1, -1, 6, -1, 11, -1, 11, -1, -1, -1, -1, -1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(six),
+                   _mm_or_si128(_mm_shuffle_epi8(bytes, first), _mm_slli_si128(sums, 12)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(six + 1),
+                   _mm_or_si128(_mm_shuffle_epi8(bytes, second), _mm_slli_si128(_mm_unpackhi_epi64(sums, sums), 12)));
+  return _mm_test_epi64_mask(halves, halves) != 0;
+}
+ENGRAM_INLINE SubsetSums subset_sums(const SixNumbers& x) {
+  // Number i counts where bit i of the lane's own number is 1: numbers 1 to 4 by the bits of the lane of 32 bits,
+  // number 0 in its upper half, number 5 in the second register.
   const auto chosen = [](uint64_t bytes) { return _mm512_maskz_set1_epi8(bytes, 1); };
-  const Shorts of01 = _mm512_maddubs_epi16(pair(0), chosen(0xE4E4E4E4E4E4E4E4));
-  const Shorts of23 = _mm512_maddubs_epi16(pair(1), chosen(0xFFAA5500FFAA5500));
-  const Shorts of4 = _mm512_maddubs_epi16(pair(2), chosen(0x5555555500000000));
-  const Shorts of5 = _mm512_maddubs_epi16(pair(2), chosen(0xAAAAAAAAAAAAAAAA));
-  const Shorts low = _mm512_add_epi16(_mm512_add_epi16(of01, of23), of4);
-  return {low, _mm512_add_epi16(low, of5)};
+  const Shorts pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(static_cast<int>(x.middle)), chosen(0xFEDCBA9876543210));
+  const Shorts both = _mm512_add_epi16(pairs, _mm512_rol_epi32(pairs, 16));
+  const Shorts low = _mm512_add_epi32(both, _mm512_set1_epi32(static_cast<int>(x.first)));
+  return {low, _mm512_add_epi32(low, _mm512_set1_epi32(static_cast<int>(x.last)))};
 }
 ENGRAM_INLINE Shorts look_up_subset(const SubsetSums& table, Shorts indices) {
   return _mm512_permutex2var_epi16(table.low, indices, table.high);
@@ -258,12 +268,10 @@ ENGRAM_INLINE __m512i thresholds_of(OneThreshold t, int) { return _mm512_set1_ep
 ENGRAM_INLINE __m512i thresholds_of(ThresholdEach t, int first) { return _mm512_loadu_si512(t.values + first); }
 template <typename Threshold>
 ENGRAM_INLINE uint64_t at_least_64(const int32_t* y, const Threshold& threshold) {
-  uint64_t word = 0;
-  for (int g = 0; g < 4; ++g) {
-    const __mmask16 reached = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(y + 16 * g), thresholds_of(threshold, 16 * g));
-    word |= static_cast<uint64_t>(reached) << (16 * g);
-  }
-  return word;
+  const auto reached = [&](int g) {
+    return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(y + 16 * g), thresholds_of(threshold, 16 * g));
+  };
+  return _mm512_kunpackd(_mm512_kunpackw(reached(3), reached(2)), _mm512_kunpackw(reached(1), reached(0)));
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -39,6 +39,12 @@ struct ThresholdEach {
   ThresholdEach from(int64_t i) const { return {values + i}; }
 };
 
+// Six bytes as tables of their sums are made of: numbers 1 to 4; number 0 in the upper half; number 5 in both halves.
+struct SixNumbers {
+  uint32_t middle, first, last;
+  int32_t sum;
+};
+
 // out[j * out_stride + i] = in[i * in_stride + j] for i, j < kSize.
 template <int kSize, typename T>
 ENGRAM_INLINE void transpose_plainly(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
