@@ -74,11 +74,12 @@ def test_convolution_kept_for_backward(channels, size):
 
 @pytest.mark.parametrize("layers", [1, 8, 24])
 @pytest.mark.parametrize("channels, size", [(64, 32), (256, 16)])
-def test_convolution_peak_memory(benchmark, target, channels, size, layers):
+@pytest.mark.parametrize("update", [False, True])
+def test_convolution_peak_memory(benchmark, target, channels, size, layers, update):
     """Of a training step of a stack; what one layer keeps grows with the stack, images under way do not."""
-    ours = benchmark.pedantic(peak_bytes_in_fresh_process, ("signs", channels, size, layers), rounds=1)
-    theirs = peak_bytes_in_fresh_process("floats", channels, size, layers)
-    name = f"{layers} conv 3x3, {channels} channels, {BATCH}x{size}x{size}"
+    ours = benchmark.pedantic(peak_bytes_in_fresh_process, ("signs", channels, size, layers, update), rounds=1)
+    theirs = peak_bytes_in_fresh_process("floats", channels, size, layers, update)
+    name = f"{layers} conv 3x3, {channels} channels, {BATCH}x{size}x{size}" + (", with the update" if update else "")
     row = report.Row("convolution peak memory above import", name, target.isa, 2, peak_bytes=ours)
     row.baselines.append(report.Baseline("nn.Conv2d fp32", theirs / ours if ours else None, peak_bytes=theirs))
     report.add(row, benchmark)

@@ -146,10 +146,12 @@ void unfold(const T* image, const Window& w, T* rows) {
   for (int64_t y = 0; y < out_h; ++y)
     for (int64_t x = 0; x < out_w; ++x, rows += group_units(w)) {
       const Taps lines = taps_of_row(w, y), columns = taps_of_column(w, x);
+      const int64_t some = w.dilation_w == 1 ? columns.last - columns.first : 1;  // taps side by side in the image
+      if (some <= 0) continue;
       for (int64_t i = lines.first; i < lines.last; ++i)
-        for (int64_t j = columns.first; j < columns.last; ++j) {
+        for (int64_t j = columns.first; j < columns.last; j += some) {
           const int64_t pixel = (lines.start + i * w.dilation_h) * w.width + columns.start + j * w.dilation_w;
-          std::copy_n(image + pixel * channels, channels, rows + (i * w.kernel_w + j) * channels);
+          std::copy_n(image + pixel * channels, some * channels, rows + (i * w.kernel_w + j) * channels);
         }
     }
 }

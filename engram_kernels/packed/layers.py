@@ -781,8 +781,8 @@ class Ridge(_Readout):
 KINDS: dict[str, type[PackedLayer]] = {
     layer.kind: layer
     for layer in (
-        Encode, Standardise, Product, Convolution, MaxPool, Transpose, Sign, Recruit, Gate, Affine, Dendritic,
-        Prototype, Ridge,
+        Encode, Standardise, Product, Convolution, MaxPool, Transpose, Sign, Recruit, Gate, Affine,
+        Dendritic, Prototype, Ridge,
     )
 }  # fmt: skip
 
