@@ -43,7 +43,8 @@ SAMPLES = [1024, 2048, 4096, 8192]
 MEMORY_UNITS = [1024, 2048, 4096, 8192, 10_000]
 AT_UNITS, AT_SAMPLES = 4096, 2048  # where the other one grows
 PSEUDO_INVERSE_UNITS = 1024  # where StreamingLDA is asked for an answer: with 4096 it would take minutes
-PARTS = ["memory", "pairs_ratio", "one_more", "units", "samples"]
+WHOLE_UNITS, WHOLE_SAMPLES = [2048, 8192], 60_000  # a pass over as many images as MNIST has, and an answer
+PARTS = ["memory", "pairs_ratio", "one_more", "units", "samples", "whole"]
 WAYS = ["whole images", "patches", "RanPAC"]
 LABELS = {"whole images": "ours, projections", "patches": "ours, patches", "RanPAC": "RanPAC"}
 
@@ -93,6 +94,18 @@ def growth(against: str, rounds: int) -> list[dict[str, Any]]:
     return points
 
 
+def whole(units: int, rounds: int) -> dict[str, float]:
+    """Seconds of a new model to learn all images and to answer for one, the solution included."""
+    x, y = images(WHOLE_SAMPLES)
+    return processor_seconds(
+        {way: lambda way=way: learner(way, units)(x, y).predict(_question(way, x[:1])) for way in WAYS}, rounds
+    )
+
+
+def _question(way: str, x: np.ndarray) -> Any:
+    return torch.from_numpy(x).float() / 255 if way == "RanPAC" else x
+
+
 def pairs(rounds: int) -> float:
     """How many times faster pairs are counted than the float32 product of the same codes is made."""
     bits = ek.ops.pack_signs(torch.randn(8192, AT_UNITS) - 0.7)
@@ -138,7 +151,10 @@ def memory(way: str, units: int) -> dict[str, int | None]:
     """Peak bytes while learning, and with the solution, in this process."""
     x, y = images(1024)
     warm = learner(way, 64)(x, y)  # loads what a library needs once
-    ask = (lambda model: model.predict(x[:1])) if way != "RanPAC" else (lambda m: m.predict(torch.zeros(1, PIXELS)))
+
+    def ask(model):
+        return model.predict(_question(way, x[:1]))
+
     ask(warm)
     kept = []
     learning = peak_bytes_of(lambda: kept.append(learner(way, units)(x, y)))
@@ -163,6 +179,7 @@ def measure(parts: list[str], rounds: int) -> None:
         "one_more": lambda: {str(units): one_more(units, rounds) for units in (PSEUDO_INVERSE_UNITS, AT_UNITS)},
         "units": lambda: growth("units", rounds),
         "samples": lambda: growth("samples", rounds),
+        "whole": lambda: {str(units): whole(units, rounds) for units in WHOLE_UNITS},
     }
     for part in parts:
         found = run[part]()

@@ -18,10 +18,16 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from . import ops
 from .fused_backward import gradient_consumer
 from .hidden_weight import HiddenWeight, from_rows, rows_of
+from .library import operators
 from .reference import Window, words_for
 
 _BLOCK_ELEMENTS = 1 << 18  # of a gradient that is consumed block by block
 _BLOCK_SAMPLES = 128  # of a sum over samples
+
+
+def _transformed() -> bool:
+    """Whether torch.func or torch.compile runs the code, which take what they have rules for."""
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
 
 
 class _Function(torch.autograd.Function):
@@ -35,7 +41,7 @@ class _Function(torch.autograd.Function):
 
         That takes as long as the rest of a small layer.
         """
-        if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        if _transformed():
             return super().apply(*arguments)
         unwrap = torch._C._functorch.unwrap_if_dead
         alive = [unwrap(a) if isinstance(a, Tensor) else a for a in arguments]
@@ -165,43 +171,87 @@ def _remember_scale(ctx: Any, x: Tensor, scale: float, bias: Tensor | None) -> N
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _through_scale_and_bias(ctx: Any, d: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the sums (M, N) and of the bias (N,) or None."""
+def _in_one_call(x: Tensor, *others: torch.dtype | None) -> bool:
+    """Whether the operators of whole layers take such an x and others: float32 on the CPU, in eager code."""
+    float32 = torch.float32
+    return x.dtype == float32 and x.is_cpu and all(d is None or d == float32 for d in others) and not _transformed()
+
+
+def _layer_grad(
+    ctx: Any,
+    d: Tensor,
+    needs_bias: bool,
+    w_bits: Tensor | None = None,
+    mask_bits: Tensor | None = None,
+    x_bits: Tensor | None = None,
+    gate_bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the sums (M, N), of the bias (N,), of x where it has a mask, of the weight where x has bits."""
+    if _in_one_call(d, ctx.sums_dtype, ctx.bias_dtype, ctx.weight_dtype):
+        own, *others = operators._layer_grad(d, ctx.scale, needs_bias, ctx.k, w_bits, mask_bits, x_bits, gate_bits)
+        return (d if own is None else own, *others)
     db = sum_over_samples(d).squeeze(1).to(ctx.bias_dtype) if needs_bias else None
     own = d if d.dtype == ctx.sums_dtype else d.to(ctx.sums_dtype)
-    return own if ctx.scale == 1.0 else own * ctx.scale, db
+    own = own if ctx.scale == 1.0 else own * ctx.scale
+    dx = None if mask_bits is None else ops.masked_input_grad(own, w_bits, ctx.k, mask_bits)  # type: ignore[arg-type]
+    dw = None if x_bits is None else ops.gated_weight_grad(own.to(ctx.weight_dtype), x_bits, ctx.k, gate_bits)
+    return own, db, dx, dw
 
 
 def _undifferentiated(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """An operator that is differentiable by itself, called past that, which takes it longer than a small product."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if _transformed():
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
+
+
+def gated_sign_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    w_bits: Tensor,
+    gate_bits: Tensor | None,
+    window: float,
+    scale: float,
+    consumed: bool,
+) -> Tensor:
+    """:class:`GatedSignProduct` of the signs of x."""
+    one_call = _in_one_call(x, None if bias is None else bias.dtype)
+    x_bits: Tensor | list[Tensor] = [] if one_call else ops.pack_signs(x.detach())
+    return GatedSignProduct.apply(x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed)
 
 
 class GatedSignProduct(_Function):
     """Gated product of signs, ``y[m, n] = scale sum_k g[m, k] s(x[m, k]) s(W[n, k]) + bias[n]``; keeps bits only.
 
     ``apply(x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed)``: floats (M, K) and hidden weights
-    (N, K), of which only the gradients count, bias (N,) or None, and their bits -> (M, N) in the dtype of x. The
-    gradient of x reaches recruited units with ``|x| <= window``. ``consumed``: the weight has a consumer of its
-    gradient. Scale and bias are part of the function, since each function of its own costs as much as a small product.
+    (N, K), of which only the gradients count, bias (N,) or None, and their bits -> (M, N) in the dtype of x. An empty
+    list in place of ``x_bits`` takes those that the call which makes the product makes too. The gradient of x reaches
+    recruited units with ``|x| <= window``. ``consumed``: the weight has a consumer of its gradient. Scale and bias are
+    part of the function, since each function of its own costs as much as a small product.
     """
 
     @staticmethod
     def forward(x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed):
         """The product."""
-        sums = ops.binary_matmul(x_bits, w_bits, x.shape[1], gate_bits)
-        return _scaled_and_shifted(sums.to(x.dtype), scale, bias)
+        if isinstance(x_bits, Tensor):
+            sums = ops.binary_matmul(x_bits, w_bits, x.shape[1], gate_bits)
+            return _scaled_and_shifted(sums.to(x.dtype), scale, bias)
+        masked = x.requires_grad and not _gate_is_mask(gate_bits, window)
+        y, *made = operators._layer(x, w_bits, gate_bits, bias, scale, True, window if masked else None)
+        x_bits += made
+        return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the bits, and the window as one more of them."""
         x, weight, bias, x_bits, w_bits, gate_bits, window, scale, consumed = inputs
         mask_bits = None
-        if ctx.needs_input_grad[0]:
-            unbounded = gate_bits is not None and window == math.inf  # then the gate is the mask
+        if not isinstance(x_bits, Tensor):
+            x_bits, mask_bits = x_bits
+        if ctx.needs_input_grad[0] and mask_bits is None:
+            unbounded = _gate_is_mask(gate_bits, window)
             mask_bits = gate_bits if unbounded else ops.pack_window(x.detach(), window, gate_bits)
         ctx.save_for_backward(x_bits, w_bits, gate_bits, mask_bits)
         _remember(ctx, x.shape[1], weight, consumed)
@@ -213,14 +263,26 @@ class GatedSignProduct(_Function):
         _refuse_second_gradient(ctx.weight)
         x_bits, w_bits, gate_bits, mask_bits = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        own, db = _through_scale_and_bias(ctx, d.detach(), needs_bias)
-        dx = dw = None
-        if needs_x:
-            dx = ops.masked_input_grad(own, w_bits, ctx.k, mask_bits)
+        may_be_consumed = needs_weight and ctx.weight is not None
+        own, db, dx, dw = _layer_grad(
+            ctx,
+            d.detach(),
+            needs_bias,
+            w_bits,
+            mask_bits if needs_x else None,
+            x_bits if needs_weight and not may_be_consumed else None,
+            gate_bits,
+        )
         # after dx: the update changes w_bits
-        if needs_weight and not _consume(ctx, functools.partial(ops.gated_metaplastic_adam_, own, x_bits, gate_bits)):
+        update = functools.partial(ops.gated_metaplastic_adam_, own, x_bits, gate_bits)
+        if may_be_consumed and not _consume(ctx, update):
             dw = ops.gated_weight_grad(own.to(ctx.weight_dtype), x_bits, ctx.k, gate_bits)
         return (*_first_derivatives(d, dx, dw, db), None, None, None, None, None, None)
+
+
+def _gate_is_mask(gate_bits: Tensor | None, window: float) -> bool:
+    """Whether the gradient of x passes the gate alone."""
+    return gate_bits is not None and window == math.inf
 
 
 class SignProduct(_Function):
@@ -234,6 +296,8 @@ class SignProduct(_Function):
     @staticmethod
     def forward(x, weight, bias, w_bits, scale, consumed, backward_dtype):
         """The product."""
+        if _in_one_call(x, None if bias is None else bias.dtype):
+            return operators._layer(x, w_bits, None, bias, scale, False, None)[0]
         sums = _undifferentiated(ops.sign_matmul_t, x, w_bits, x.shape[1])
         return _scaled_and_shifted(sums.float() if x.dtype == torch.uint8 else sums, scale, bias)
 
@@ -251,7 +315,7 @@ class SignProduct(_Function):
         _refuse_second_gradient(ctx.weight)
         x, w_bits = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        own, db = _through_scale_and_bias(ctx, d.detach(), needs_bias)
+        own, db, _, _ = _layer_grad(ctx, d.detach(), needs_bias)
         dx = dw = None
         if needs_x:
             dx = _undifferentiated(ops.sign_matmul, own, w_bits, ctx.k)
@@ -348,8 +412,9 @@ class SignConvolution(_Function):
 
     @staticmethod
     def forward(x, weight, w_bits, window, scale, consumed):
-        """The convolution."""
-        return nn.functional.conv2d(_padded(x, window), _signs(w_bits, weight.shape, x.dtype) * scale, **_steps(window))
+        """The convolution, scaled after its sums, which are exact where the images hold integers."""
+        y = sign_convolution(x, w_bits, window)
+        return y if scale == 1.0 else y.mul_(scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -375,6 +440,13 @@ class SignConvolution(_Function):
             grad = conv2d_weight(_padded(x.detach(), w), ctx.weight_shape, own, **_steps(w)) * ctx.scale
             dw = _give_filters(ctx, rows_of(grad.to(ctx.weight_dtype)).contiguous())
         return (*_first_derivatives(d, dx, dw), None, None, None, None)
+
+
+def sign_convolution(x: Tensor, w_bits: Tensor, window: Window) -> Tensor:
+    """Images (B, C, height, width) with filters, packed signs (O, words of K): torch's convolution."""
+    w = window
+    signs = _signs(w_bits, torch.Size((w_bits.shape[0], w.channels // w.groups, w.kernel_h, w.kernel_w)), x.dtype)
+    return nn.functional.conv2d(_padded(x, w), signs, **_steps(w))
 
 
 def _padded(x: Tensor, window: Window) -> Tensor:

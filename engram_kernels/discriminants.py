@@ -29,6 +29,7 @@ TOLERANCE = 5e-5  # of the residual, relative to the right side
 EXACT_UNITS = 2048  # up to here in float64, which then costs little
 _SAMPLE = 512  # of the units, that speaks for the others where the matrix is not formed
 _COLUMNS = 64  # of the matrix that are found at a time
+_ROWS = 1024  # of a matrix that are multiplied at a time, in its place
 _SELECTION = 1024  # features by which the penalty is chosen: a sample tells as much
 _FRESH_SHARE = 1.1  # growth of the samples up to which the penalty and the factor of before are good enough
 _MOST_STEPS = 500
@@ -277,11 +278,21 @@ class _System:
         return out
 
     def matrix(self) -> Tensor:
-        """The total covariance (F, F)."""
-        k = self.moments.n_units
-        whole = self.moments.matrix(self.dtype).div_(self.n).addr_(self.mean, self.mean, alpha=-1)
-        assert whole.shape == (k, k)
-        return self.features.pull(self.features.pull(whole).T)
+        """The total covariance (F, F): in one piece of memory, since it is the largest there is."""
+        features, k = self.features, self.moments.n_units
+        s, u = features.sums.shape
+        out = torch.empty(len(features), len(features), dtype=self.dtype)
+        units = out[:k, :k]
+        self.moments.matrix(units)
+        units.div_(self.n).addr_(self.mean, self.mean, alpha=-1)
+        with_sums = torch.empty(k, s, dtype=self.dtype)
+        for i in range(s):
+            with_sums[:, i] = units[:, i * u : (i + 1) * u] @ features.sums[i]
+        out[k:, k:] = torch.einsum("su,sur->sr", features.sums, with_sums[: s * u].view(s, u, s))
+        out[:k, k:] = with_sums * features.scale[:, None]
+        out[k:, :k] = out[:k, k:].T
+        units.mul_(features.scale).mul_(features.scale[:, None])
+        return out
 
 
 def _new(system: _System, penalty: float | None) -> _Solved:
@@ -306,7 +317,8 @@ def _new(system: _System, penalty: float | None) -> _Solved:
     if direct:
         matrix.addmm_(system.right * system.shares, system.right.T, alpha=-1.0)
         matrix.diagonal().add_(shift)
-        preconditioner = _Factor(torch.linalg.cholesky(matrix))
+        lower = matrix.T  # as LAPACK stores it, so that the factor takes the matrix's place
+        preconditioner = _Factor(torch.linalg.cholesky(lower, out=lower))
         solution = preconditioner.solve(right)
     else:
         preconditioner = _LowRank(columns, part, shift)
@@ -358,21 +370,28 @@ class _Factor:
 
 
 class _LowRank:
-    """An approximate inverse of ``matrix + shift``, from some of the matrix's columns."""
+    """An approximate inverse of ``matrix + shift``, from some of the matrix's columns, which it writes over."""
 
     def __init__(self, columns: Tensor, part: Tensor, shift: float) -> None:
         values, vectors = _eigen(part.double())
         kept = values > 1e-6 * values[-1]
-        half = columns @ (vectors[:, kept] / values[kept].sqrt()).to(columns.dtype)  # half half^T is the approximation
+        half = _times(columns, (vectors[:, kept] / values[kept].sqrt()).to(columns.dtype))  # half half^T is near matrix
         values, vectors = _eigen((half.T @ half).double())
         kept = values > 1e-6 * values[-1]
-        self.basis = half @ (vectors[:, kept] / values[kept].sqrt()).to(half.dtype)
+        self.basis = _times(half, (vectors[:, kept] / values[kept].sqrt()).to(half.dtype))
         values = values[kept]
         self.factors = ((values[0] + shift) / (values + shift) - 1).to(half.dtype)
 
     def solve(self, v: Tensor) -> Tensor:
         """The inverse times (F, R), up to a factor."""
         return v + self.basis @ (self.factors[:, None] * (self.basis.T @ v))
+
+
+def _times(rows: Tensor, right: Tensor) -> Tensor:
+    """``rows @ right`` in the memory of ``rows``, which has as many columns or more."""
+    for part in rows.split(_ROWS):
+        part[:, : right.shape[1]] = part @ right
+    return rows[:, : right.shape[1]]
 
 
 def choose_penalty(total: Tensor, between: Tensor, shares: Tensor, n: int) -> float:

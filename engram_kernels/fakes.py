@@ -235,10 +235,28 @@ def _(d, x_bits, k, gate_bits=None):
     return d.new_empty((d.shape[1], k))
 
 
+@torch.library.register_fake("engram_kernels::_layer")
+def _(x, w_bits, gate_bits, bias, scale, binary_input, window):
+    y = x.new_empty((x.shape[0], w_bits.shape[0]))
+    if not binary_input:
+        return y, None, None
+    x_bits = x.new_empty((x.shape[0], words_for(x.shape[1])), dtype=torch.int64)
+    return y, x_bits, None if window is None else torch.empty_like(x_bits)
+
+
+@torch.library.register_fake("engram_kernels::_layer_grad")
+def _(d, scale, needs_bias, k, w_bits, mask_bits, x_bits, gate_bits):
+    m, n = d.shape
+    own = None if scale == 1.0 else d.new_empty((m, n))
+    db = d.new_empty((n,)) if needs_bias else None
+    return own, db, None if mask_bits is None else d.new_empty((m, k)), None if x_bits is None else d.new_empty((n, k))
+
+
 _LEAST = {"top": 0, "bottom": 0, "left": 0, "right": 0}
 
 
-def _check_window(numbers: Any, least_dilation: int = 1) -> Window:
+def check_window(numbers: Any, least_dilation: int = 1) -> Window:
+    """The window of numbers that make one. Raises: RuntimeError."""
     fields = len(Window._fields)
     _require(len(numbers) == fields, "window", f"{fields} numbers", len(numbers))
     w = Window(*numbers)
@@ -278,7 +296,7 @@ def _check_output_grad(d: Tensor, w: Window, outputs: Any) -> None:
 
 @torch.library.register_fake("engram_kernels::unfold_bits")
 def _(bits, window, group=0):
-    w = _check_window(window, 0)
+    w = check_window(window, 0)
     _check_packed("bits", bits, w.units)
     _require(0 <= group < w.groups, "group", f"0 to {w.groups - 1}", group)
     return bits.new_empty((bits.shape[0] * w.out_height * w.out_width, words_for(w.group_units)))
@@ -296,7 +314,7 @@ def _(bits, rows, k):
 @torch.library.register_fake("engram_kernels::binary_conv2d")
 def _(x_bits, w_bits, window, gate_bits=None, scale=1.0):
     _check_same_device(x_bits=x_bits, w_bits=w_bits, gate_bits=gate_bits)
-    w = _check_window(window)
+    w = check_window(window)
     _check_packed("x_bits", x_bits, w.units)
     _check_filters(w_bits, w)
     _check_gate("gate_bits", gate_bits, x_bits.shape[0], w.units)
@@ -306,7 +324,7 @@ def _(x_bits, w_bits, window, gate_bits=None, scale=1.0):
 @torch.library.register_fake("engram_kernels::masked_conv2d_input_grad")
 def _(d, w_bits, window, mask_bits, scale=1.0):
     _check_same_device(d=d, w_bits=w_bits, mask_bits=mask_bits)
-    w = _check_window(window)
+    w = check_window(window)
     _check_filters(w_bits, w)
     _check_output_grad(d, w, w_bits.shape[0])
     _check_tensor("mask_bits", mask_bits)
@@ -317,7 +335,7 @@ def _(d, w_bits, window, mask_bits, scale=1.0):
 @torch.library.register_fake("engram_kernels::gated_conv2d_weight_grad")
 def _(d, x_bits, window, gate_bits=None, scale=1.0):
     _check_same_device(d=d, x_bits=x_bits, gate_bits=gate_bits)
-    w = _check_window(window)
+    w = check_window(window)
     _check_floats("d", d)
     _require(d.dim() == 4, "d", "4 dimensions", d)
     _check_output_grad(d, w, d.shape[3])
@@ -366,11 +384,16 @@ def _(y, count):
 
 @torch.library.register_fake("engram_kernels::packed_network")
 def _(x, gate_bits, layout, factors, tensors):
-    _require(len(layout) > 0 and layout[0] == 0, "layout", "a product as the first stage", list(layout[:1]))
+    names, numbers = list(PACKED_STAGES), iter(layout)
+    first = names[layout[0]] if len(layout) > 0 else "nothing"
+    _require(
+        first in ("product", "convolution"), "layout", "a product or a convolution as the first stage", list(layout[:1])
+    )
     _check_same_device(x=x, gate_bits=gate_bits)
     _check_tensor("x", x)
-    k, real = layout[1:3]
-    if real:
+    of_images = first == "convolution"
+    k = check_window(layout[1 : 1 + len(Window._fields)]).units if of_images else layout[1]
+    if layout[len(PACKED_STAGES[first])]:  # real
         expected = f"uint8 of shape (M, {k})"
         _require(x.dtype == torch.uint8 and x.dim() == 2, "x", expected, x)
         _require(x.shape[1] == k, "x", expected, x)
@@ -379,13 +402,16 @@ def _(x, gate_bits, layout, factors, tensors):
         _check_packed("x", x, k)
         _check_gate("gate_bits", gate_bits, x.shape[0], k)
     units, name, held = 0, "", iter(tensors)
-    names, numbers = list(PACKED_STAGES), iter(layout)
     for number in numbers:
         name = names[number]
         own = [next(numbers) for _ in PACKED_STAGES[name]]
-        first, *_ = [next(held) for _ in range(packed_tensors(name, own))] or [None]
+        tensor, *_ = [next(held) for _ in range(packed_tensors(name, own))] or [None]
         if name in ("product", "dendritic", "prototype", "ridge"):
-            units = first.shape[0] // (own[0] if name == "dendritic" else 1)
+            units = tensor.shape[0] // (own[0] if name == "dendritic" else 1)
+        elif name in ("convolution", "max_pool"):
+            window = check_window(own[:-1])
+            channels = tensor.shape[0] if name == "convolution" else window.channels
+            units = window.out_height * window.out_width * channels
     if name in ("recruit", "gate"):
         return x.new_empty((x.shape[0], words_for(units)), dtype=torch.int64)
     return x.new_empty((x.shape[0], units), dtype=torch.float32)

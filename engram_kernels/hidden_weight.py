@@ -31,10 +31,10 @@ _READ_ONLY |= {getattr(Tensor, name) for name in _READ_ONLY_METHODS}
 _READ_ONLY |= {operators.kept_sign_bits, operators.kept_sign_bits.default}
 
 
-def _references(tensor: Tensor) -> tuple[int, int]:
-    """How many tensors and how many Python names refer to a tensor's storage."""
+def _references(tensor: Tensor) -> tuple[tuple[int, int], torch.UntypedStorage]:
+    """How many tensors and how many Python names refer to a tensor's storage, and the storage."""
     storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+    return (torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)), storage
 
 
 _GET_GRAD = getattr(Tensor, "grad").__get__  # noqa: B009
@@ -42,7 +42,7 @@ _DETACH = Tensor.detach
 _PARAMETER_CODE = nn.Parameter.__new__.__code__
 
 # What they count where only one tensor and the handle made for asking refer to it.
-_SOLE_OWNER = _references(torch.empty(1))
+_SOLE_OWNER, _ = _references(torch.empty(1))
 
 
 def _note_exposure(value: Any) -> None:
@@ -125,9 +125,9 @@ class HiddenWeight(nn.Parameter):
 
     def _within_reach_of_others(self) -> bool:
         """Whether another tensor, handle, process or library can write to the weights."""
-        if _references(self) != _SOLE_OWNER:
+        owners, storage = _references(self)
+        if owners != _SOLE_OWNER:
             return True
-        storage = self.untyped_storage()
         shared = storage.is_shared() and not self.is_cuda  # of memory on CUDA, torch always says so
         return shared or (self._memory_has_other_owners and not storage.resizable())
 
@@ -227,13 +227,18 @@ layers_with_hidden_weights: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a DTensor, as fully_shard (FSDP2) and tensor parallelism make it."""
+    if type(parameter) is HiddenWeight or type(parameter) is nn.Parameter:
+        return False
     tensor = sys.modules.get("torch.distributed.tensor")  # imported, since that is slow, by whoever makes DTensors
     return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
 def is_hidden_weight(parameter: Tensor) -> bool:
     """Whether a parameter is a hidden weight, or a DTensor that stands in the place of one."""
-    if type(parameter) is HiddenWeight or isinstance(parameter, HiddenWeight):  # the latter takes ten times as long
+    kind = type(parameter)
+    if kind is HiddenWeight or kind is nn.Parameter:  # isinstance takes ten times as long
+        return kind is HiddenWeight
+    if isinstance(parameter, HiddenWeight):
         return True
     if not is_sharded(parameter):
         return False

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .autograd import GatedSignProduct, SignProduct
+from .autograd import SignProduct, gated_sign_product
 from .checks import check_flag, check_hidden_dtype, check_number, check_size
-from .engrams import Engram, Recruitment
+from .engrams import Engram
 from .fused_backward import gradient_consumer
 from .hidden_weight import HiddenWeight, as_hidden_weight, layers_with_hidden_weights, sign_bits_of
 
@@ -164,14 +163,11 @@ class BinaryEngramLinear(HiddenWeightModule):
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         engram, scale = self.engram, 1.0
         if self.binary_input:
-            gate_bits, scale = Recruitment(None) if engram is None else engram(rows)
+            gate_bits, scale = (None, 1.0) if engram is None else engram(rows)
         if self.scaled:
             scale /= math.sqrt(self.in_features if engram is None else engram.recruited(self.in_features))
         if self.binary_input:
-            x_bits = ops.pack_signs(rows.detach())
-            y = GatedSignProduct.apply(
-                rows, weight, self.bias, x_bits, w_bits, gate_bits, self.ste_window, scale, consumed
-            )
+            y = gated_sign_product(rows, weight, self.bias, w_bits, gate_bits, self.ste_window, scale, consumed)
         else:
             y = SignProduct.apply(rows, weight, self.bias, w_bits, scale, consumed, self.backward_dtype)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)

@@ -117,14 +117,12 @@ class SecondMoments:
             return _values(block[first - start : last - start, first - start : last - start]).to(torch.int64)
         return self.rows(torch.arange(first, last))[:, first:last]
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """All pairs, (K, K), in a dtype that holds them exactly, or nearly."""
-        out = torch.empty(self.n_units, self.n_units, dtype=dtype, device="cpu")
+    def matrix(self, out: Tensor) -> None:
+        """Writes all pairs, (K, K), in a dtype that holds them exactly, or nearly."""
         for b, block in enumerate(self.blocks):
             start, end = b * _BLOCK, b * _BLOCK + len(block)
             out[start:end, start:] = _values(block)
             out[end:, start:end] = out[start:end, end:].T
-        return out
 
     def product(self, v: Tensor) -> Tensor:
         """The pairs times floats (K, R), in their dtype, with one block of the pairs as floats at a time."""

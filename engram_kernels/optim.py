@@ -58,12 +58,13 @@ def _shard_kind(parameter: Tensor) -> str | None:
 
 def _takes_list(parameter: Tensor) -> bool:
     """Whether the operator that updates lists of weights takes a parameter and its gradient."""
-    values: Any = shards.local(parameter)
-    grad: Any = shards.local(parameter.grad)
-    if isinstance(parameter, HiddenWeight):
-        in_place = lies_in_rows(parameter)
-    else:
-        in_place = values.is_contiguous() and not is_hidden_weight(parameter)
+    values: Any = parameter
+    grad: Any = parameter.grad
+    if is_sharded(parameter):
+        if is_hidden_weight(parameter):
+            return False
+        values, grad = shards.local(parameter), shards.local(grad)
+    in_place = lies_in_rows(values) if is_hidden_weight(values) else values.is_contiguous()
     return in_place and values.is_cpu and values.dtype == grad.dtype == torch.float32
 
 
@@ -204,7 +205,9 @@ class MetaplasticAdam(Optimizer):
         return loss
 
     def _step(self) -> None:
-        consumed = {id(parameter) for parameter in self._parameters() if self._ends_consuming(parameter)}
+        consumed: set[int] = set()
+        if self.fuse_backward:
+            consumed.update(id(parameter) for parameter in self._parameters() if self._ends_consuming(parameter))
         to_update = []
         for group in self.param_groups:
             hidden: list[Tensor] = []
@@ -213,7 +216,7 @@ class MetaplasticAdam(Optimizer):
                 grad = parameter.grad
                 if grad is None:
                     continue
-                if id(parameter) in consumed:
+                if consumed and id(parameter) in consumed:
                     raise RuntimeError(
                         "grad: a hidden weight got a gradient besides the one that its layer consumed, from a penalty "
                         f"on it perhaps, which needs fuse_backward=False ({self._place_of(parameter)})"
@@ -300,7 +303,7 @@ class MetaplasticAdam(Optimizer):
 
     def _check_updatable(self, parameter: Tensor) -> None:
         """Raises: NotImplementedError for a shard; RuntimeError for a hidden weight whose dtype has no kernel."""
-        if type(parameter) is HiddenWeight and parameter.dim() == 2 and parameter.dtype == torch.float32:
+        if type(parameter) is HiddenWeight and parameter.dtype == torch.float32 and parameter.dim() == 2:
             return
         kind = _shard_kind(parameter)
         if kind is not None:
@@ -464,16 +467,23 @@ class MetaplasticAdam(Optimizer):
             return
         states = [self._state_of(parameter) for parameter in parameters]
         lr = float(group["lr"])
-        weights: list[Any] = [*map(rows_of, hidden), *map(shards.local, others)]
-        grads = [*(rows_of(weight.grad) for weight in hidden), *(shards.local(other.grad) for other in others)]  # type: ignore[arg-type]
-        moments: list[Any] = [[shards.local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        tensors: list[list[Any]] = [
+            [*map(rows_of, hidden), *others],
+            [*[rows_of(weight.grad) for weight in hidden], *[other.grad for other in others]],  # type: ignore[arg-type]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+        ]
+        if any(map(is_sharded, others)):
+            tensors = [[*map(shards.local, own)] for own in tensors]
+        weights, grads, exp_avgs, exp_avg_sqs = tensors
         sign_bits = [weight.begin_update() for weight in hidden]  # type: ignore[attr-defined]
         failed = operators._update_all(
             weights,
             grads,
-            *moments,
+            exp_avgs,
+            exp_avg_sqs,
             sign_bits,
-            [int(state["step"]) + 1 for state in states],
+            [state["step"] for state in states],
             lr,
             *group["betas"],
             group["eps"],
@@ -481,12 +491,9 @@ class MetaplasticAdam(Optimizer):
             group["metaplasticity"],
             group["weight_bound"] if lr > 0 else float("inf"),  # as in _update_hidden
         )
-        torch.autograd.graph.increment_version([*weights, *moments[0], *moments[1], *sign_bits])
-        updated = len(parameters) if failed < 0 else failed
-        for weight in hidden[:updated]:
+        torch.autograd.graph.increment_version([*weights, *exp_avgs, *exp_avg_sqs, *sign_bits])
+        for weight in hidden if failed < 0 else hidden[:failed]:
             weight.end_update()  # type: ignore[attr-defined]
-        if updated:
-            torch._foreach_add_([state["step"] for state in states[:updated]], 1)
         if failed >= 0:
             for parameter in parameters[failed + 1 :]:
                 if self.state[parameter]["step"] == 0:  # made for this step

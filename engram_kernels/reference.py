@@ -149,6 +149,56 @@ def standardise_grad(d: Tensor, y: Tensor, moments: Tensor) -> Tensor:
     return (((wide - mean_d.float()) - z * mean_dz.float()) * reciprocal).to(y.dtype)
 
 
+class Window(NamedTuple):
+    """Where the taps of a convolution lie; ``csrc/core/window.h`` is the same.
+
+    A sample of height x width x channels is one packed row of units, pixel by pixel, the channels of a pixel together.
+    Tap (i, j) of output pixel (y, x) is pixel (y stride_h - top + i dilation_h, x stride_w - left + j dilation_w);
+    outside the image it is padding and counts nothing. Filters and unfolded rows hold, tap by tap, the channels of one
+    of ``groups`` groups. A dilation of 0, which :func:`unfold_bits` alone takes, takes one pixel
+    for all taps.
+
+    >>> window = ek.reference.Window(height=5, width=7, channels=3, kernel_h=3, kernel_w=3, top=1, bottom=1)
+    >>> window.out_height, window.out_width, window.units, window.group_units
+    (5, 5, 105, 27)
+    """
+
+    height: int
+    width: int
+    channels: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int = 1
+    stride_w: int = 1
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+    dilation_h: int = 1
+    dilation_w: int = 1
+    groups: int = 1
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output."""
+        return (self.height + self.top + self.bottom - self.dilation_h * (self.kernel_h - 1) - 1) // self.stride_h + 1
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output."""
+        return (self.width + self.left + self.right - self.dilation_w * (self.kernel_w - 1) - 1) // self.stride_w + 1
+
+    @property
+    def units(self) -> int:
+        """Units of a sample."""
+        return self.height * self.width * self.channels
+
+    @property
+    def group_units(self) -> int:
+        """Units that an output sees, K: all taps of the channels of a group."""
+        return self.kernel_h * self.kernel_w * (self.channels // self.groups)
+
+
 # Stages of packed_network and the numbers that each has behind its own, which is its place here.
 PACKED_STAGES = {
     "product": ("inputs", "real"),
@@ -160,6 +210,9 @@ PACKED_STAGES = {
     "dendritic": ("segments", "recruited"),
     "prototype": ("recruited",),
     "ridge": (),
+    "convolution": (*Window._fields, "real"),
+    "max_pool": (*Window._fields, "flipped"),
+    "transpose": ("rows", "columns"),
 }
 PACKED_SCORES = ("value", "magnitude", "standardised", "distance")
 
@@ -170,22 +223,27 @@ def packed_tensors(name: str, numbers: list[int]) -> int:
         return 1 + numbers[1]
     if name == "affine":
         return numbers[1] + numbers[2]
+    if name in ("convolution", "max_pool"):
+        return numbers[-1] + (name == "convolution")
     return {"sign by threshold": 2, "gate": 1, "dendritic": 2, "prototype": 3, "ridge": 4}.get(name, 0)
 
 
 def packed_network(
     x: Tensor, gate_bits: Tensor | None, layout: list[int], factors: list[float], tensors: list[Tensor]
 ) -> Tensor:
-    """The layers of a packed network from a product on, ``docs/packed-format.md``, in one call.
+    """The layers of a packed network from a product or convolution on, ``docs/packed-format.md``, in one call.
 
-    uint8 (M, K) where the first product is ``real``, else bits (M, words) with their gate -> the values that the last
+    uint8 (M, K) where that is ``real``, else bits (M, words) with their gate -> the values that the last
     stage leaves, float32 (M, N), or the gate that it chooses, bits (M, words).
 
     ``layout`` has for each stage its place in `PACKED_STAGES` and the numbers that it has there; ``tensors`` are those
     of the stages in order:
 
         product             signs (N, words), and what group_signs makes of them where it is real
-        sign by threshold   int32 thresholds (N,), flips as bits (words,)
+        convolution         signs (O, words of K), and likewise
+        max_pool            flips as bits (words,) where it is flipped
+        sign by threshold   int32 thresholds (P,), flips as bits (words of P,): of all N units, or of a multiple P of
+                            128 units that divides N, which come again
         gate                bits (words,)
         affine              float32 scale (N,) where it is scaled, shift (N,) where it is shifted; own ``factors``
         dendritic           signs (C S, words), float32 rate times their sums (C S,)
@@ -205,10 +263,27 @@ def packed_network(
             else:
                 y = binary_matmul(bits, weight, units, gate)
             gate, units = None, weight.shape[0]
+        elif name == "convolution":
+            window, weight = Window(*own[:-1]), next(held)
+            if own[-1]:
+                sums = _convolved(_image(y, window), weight, window)
+                next(held)
+            else:
+                sums = binary_conv2d(bits, weight, window, gate)
+            y = sums.flatten(1).to(torch.int32)
+            gate, units = None, y.shape[1]
+        elif name == "max_pool":
+            window = Window(*own[:-1])
+            bits, units = pool_signs(bits, window), window.out_height * window.out_width * window.channels
+            bits = bits ^ next(held) if own[-1] else bits
+        elif name == "transpose":
+            y = y.unflatten(1, (own[0], own[1])).transpose(1, 2).flatten(1)
         elif name == "sign by mean":
             bits = value_signs(y)
         elif name == "sign by threshold":
-            bits = value_signs(y, next(held)) ^ next(held)
+            threshold, flips = next(held), next(held)
+            rows = y.reshape(-1, len(threshold))
+            bits = (value_signs(rows, threshold) ^ flips).reshape(len(y), words_for(units))
         elif name == "recruit":
             score = PACKED_SCORES[own[1]]
             if score == "distance":
@@ -312,56 +387,6 @@ def gated_weight_grad(d: Tensor, x_bits: Tensor, k: int, gate_bits: Tensor | Non
     return (d.double().T @ x).to(d.dtype)
 
 
-class Window(NamedTuple):
-    """Where the taps of a convolution lie; ``csrc/core/window.h`` is the same.
-
-    A sample of height x width x channels is one packed row of units, pixel by pixel, the channels of a pixel together.
-    Tap (i, j) of output pixel (y, x) is pixel (y stride_h - top + i dilation_h, x stride_w - left + j dilation_w);
-    outside the image it is padding and counts nothing. Filters and unfolded rows hold, tap by tap, the channels of one
-    of ``groups`` groups. A dilation of 0, which :func:`unfold_bits` alone takes, takes one pixel
-    for all taps.
-
-    >>> window = ek.reference.Window(height=5, width=7, channels=3, kernel_h=3, kernel_w=3, top=1, bottom=1)
-    >>> window.out_height, window.out_width, window.units, window.group_units
-    (5, 5, 105, 27)
-    """
-
-    height: int
-    width: int
-    channels: int
-    kernel_h: int
-    kernel_w: int
-    stride_h: int = 1
-    stride_w: int = 1
-    top: int = 0
-    bottom: int = 0
-    left: int = 0
-    right: int = 0
-    dilation_h: int = 1
-    dilation_w: int = 1
-    groups: int = 1
-
-    @property
-    def out_height(self) -> int:
-        """Rows of the output."""
-        return (self.height + self.top + self.bottom - self.dilation_h * (self.kernel_h - 1) - 1) // self.stride_h + 1
-
-    @property
-    def out_width(self) -> int:
-        """Columns of the output."""
-        return (self.width + self.left + self.right - self.dilation_w * (self.kernel_w - 1) - 1) // self.stride_w + 1
-
-    @property
-    def units(self) -> int:
-        """Units of a sample."""
-        return self.height * self.width * self.channels
-
-    @property
-    def group_units(self) -> int:
-        """Units that an output sees, K: all taps of the channels of a group."""
-        return self.kernel_h * self.kernel_w * (self.channels // self.groups)
-
-
 def _image(units: Tensor, window: Window) -> Tensor:
     """Units (B, units) as a padded image (B, C, height, width) of float64."""
     image = units.to(torch.float64).unflatten(1, (window.height, window.width, window.channels)).permute(0, 3, 1, 2)
@@ -405,14 +430,31 @@ def binary_conv2d(
     (B, words of units), (O, words of K), gate (words of units,) or like x -> float32 (B, out_height, out_width, O).
     """
     w = Window(*window)
+    return _convolved(_gated_image(x_bits, w, gate_bits), w_bits, w) * torch.tensor(scale, dtype=torch.float32)
+
+
+def _convolved(image: Tensor, w_bits: Tensor, w: Window) -> Tensor:
+    """A padded image (B, C, height, width) with filters -> float32 (B, out_height, out_width, O)."""
     y = torch.nn.functional.conv2d(
-        _gated_image(x_bits, w, gate_bits),
+        image,
         _filters(w_bits, w),
         stride=(w.stride_h, w.stride_w),
         dilation=(w.dilation_h, w.dilation_w),
         groups=w.groups,
     )
-    return y.permute(0, 2, 3, 1).float() * torch.tensor(scale, dtype=torch.float32)
+    return y.permute(0, 2, 3, 1).float()
+
+
+def pool_signs(bits: Tensor, window: Window) -> Tensor:
+    """The largest sign of each channel that an output pixel sees; padding has none above -1.
+
+    (B, words of units) -> (B, words of out_height out_width channels).
+    """
+    w = Window(*window)
+    signs = unpack_signs(bits, w.units).unflatten(1, (w.height, w.width, w.channels)).permute(0, 3, 1, 2)
+    image = torch.nn.functional.pad(signs, (w.left, w.right, w.top, w.bottom), value=-1.0)
+    kernel, stride, dilation = (w.kernel_h, w.kernel_w), (w.stride_h, w.stride_w), (w.dilation_h, w.dilation_w)
+    return pack_signs(torch.nn.functional.max_pool2d(image, kernel, stride, 0, dilation).permute(0, 2, 3, 1).flatten(1))
 
 
 def masked_conv2d_input_grad(

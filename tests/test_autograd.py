@@ -3,10 +3,12 @@
 import pytest
 import torch
 from test_layers import unscaled
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn import functional
 
 import engram_kernels as ek
+from engram_kernels import autograd
 
 X, Y = torch.randn(6, 20, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 2, 1, 3, 0])
 MODELS = {
@@ -134,3 +136,44 @@ def test_a_bias_has_no_second_derivative():
     (gradient,) = torch.autograd.grad(layer(X).square().sum(), layer.bias, create_graph=True)
     with pytest.raises(RuntimeError, match="backward: expected a first derivative of a binary layer"):
         gradient.sum().backward()
+
+
+ONE_CALL = {
+    "real-valued input": dict(binary_input=False),
+    "binary input": dict(),
+    "window": dict(ste_window=0.7),
+    "gate": dict(engram=ek.StochasticEngram(0.4)),
+    "gate is the mask": dict(engram=ek.StochasticEngram(0.4), ste_window=float("inf")),
+    "no scale, no bias": dict(scaled=False, bias=False),
+    "no bias": dict(bias=False),
+}
+
+
+@pytest.mark.parametrize("samples", [0, 1, 9, 150])
+@pytest.mark.parametrize("settings", ONE_CALL.values(), ids=ONE_CALL)
+def test_one_call_a_layer_gives_the_bits_of_the_operators_that_it_stands_for(isa, settings, samples, monkeypatch):
+    layer = ek.BinaryEngramLinear(130, 37, **settings)
+    torch.nn.init.normal_(layer.weight)
+    x, d = torch.randn(samples, 130), torch.randn(37, samples).T  # not contiguous
+    results = []
+    for one_call in (True, False):
+        if not one_call:
+            monkeypatch.setattr(autograd, "_in_one_call", lambda *_: False)
+        torch.manual_seed(3)
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        inputs = [own, *layer.parameters()]
+        results.append([y, *torch.autograd.grad(y, inputs, d)])
+        layer.requires_grad_(False)  # gradients that are not needed
+        results[-1] += torch.autograd.grad(layer(own), own, d)
+        layer.requires_grad_(True)
+        results[-1] += [layer(x), *torch.autograd.grad(layer(x), [*layer.parameters()], d)]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_tensors_without_data_pass_a_layer():
+    with FakeTensorMode():
+        layer, x = ek.BinaryEngramLinear(20, 4), torch.randn(3, 20, requires_grad=True)
+        real = ek.BinaryEngramLinear(20, 4, binary_input=False)
+        (layer(x) + real(x)).sum().backward()
+        assert x.grad.shape == (3, 20) and layer.weight.grad.shape == (4, 20) and real.bias.grad.shape == (4,)

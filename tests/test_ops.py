@@ -680,6 +680,32 @@ def packed_network_cases(m, n, k):
         (x_bits, None, [0, k, 0, 3, 4, 0, 6, 2, 4], [], [w_bits, bits_of(8, n), torch.randn(8)]),
         (x_bits, None, [0, k, 0, 3, 4, 1, 7, 4], [], [w_bits, bits_of(4, n), sums, samples]),
         (x_bits, None, [0, k, 0, 3, 4, 1, 8], [], [w_bits, torch.randn(4, n), sums, sums, samples]),
+        *packed_image_cases(m),
+    ]  # fmt: skip
+
+
+def packed_image_cases(m):
+    """Of bytes: two convolutions, whose thresholds are those of a row of pixels and of a sample, a pool, a product. Of
+    signs with a gate: two groups, a transpose, a gate."""
+    first = reference.Window(8, 6, 3, 3, 3, top=1, bottom=1, left=1, right=1)
+    second = reference.Window(8, 6, 64, 3, 2, 2, 1, top=1, dilation_w=2)
+    pool = reference.Window(second.out_height, second.out_width, 20, 2, 2, right=1)
+    grouped = reference.Window(5, 4, 6, 2, 2, groups=2)
+    x, w1, w2 = torch.randint(256, (m, first.units), dtype=torch.uint8), bits_of(64, 27), bits_of(20, 64 * 6)
+    seen, pooled = second.out_height * second.out_width * 20, pool.out_height * pool.out_width * 20
+    product = [0, pooled, 0]
+    return [
+        (
+            x, None, [9, *first, 1, 2, 9, *second, 0, 2, 10, *pool, 1, *product], [],
+            [
+                w1, reference.group_signs(w1, 27), torch.randint(-900, 900, (128,)).int(), bits_of(1, 128)[0],
+                w2, torch.randint(-9, 9, (seen,)).int(), bits_of(1, seen)[0], bits_of(1, pooled)[0], bits_of(4, pooled),
+            ],
+        ),
+        (
+            bits_of(m, grouped.units), gate_of("per sample", m, grouped.units),
+            [9, *grouped, 0, 11, 12, 4, 1, 0, 48, 0, 3, 2, 0], [], [bits_of(4, 12), bits_of(5, 48)],
+        ),
     ]  # fmt: skip
 
 
@@ -767,29 +793,42 @@ def test_packed_networks(isa, m):
                 assert torch.equal(y, expected), layout
 
 
+IMAGE = reference.Window(2, 2, 2, 1, 1)
+
+
 @pytest.mark.parametrize(
     "layout, tensors, message",
     [
-        ([], [], "layout: expected a product as the first stage, got nothing"),
-        ([1], [], "layout: expected a product as the first stage, got another"),
+        ([], [], "layout: expected a product or a convolution as the first stage, got nothing"),
+        ([1], [], "layout: expected a product or a convolution as the first stage, got another"),
         ([0, 70], [], "layout: expected more than 2 numbers"),
         ([0, 70, 0], [], "tensors: expected more than 0, which the layout names"),
         ([0, 70, 0], [(9, 70), (9, 70)], "tensors: expected 1, got 2"),
-        ([0, 71, 0], [(9, 71)], None),
         ([0, 200, 0], [(9, 70)], r"tensors\[0\]: expected int64 of sizes -1 4 .*, got int64 \(9, 2\)"),
         ([0, 70, 0, 0, 9, 0], [(9, 70), (3, 9)], "layout: expected signs before each product but the first, got none"),
         ([0, 70, 0, 1, 0, 8, 0], [(9, 70), (3, 8)], "layout: expected a product of 9 inputs, got 8"),
         ([0, 70, 0, 3, 10, 0], [(9, 70)], "layout: expected 1 to 9 as number 4, got 10"),
         ([0, 70, 0, 7, 4], [(9, 70)], "layout: expected a gate before a read-out, got none"),
-        ([0, 70, 0, 9], [(9, 70)], "layout: expected 0 to 8 as number 3, got 9"),
+        ([0, 70, 0, 12], [(9, 70)], "layout: expected 0 to 11 as number 3, got 12"),
+        ([0, 70, 0, 11, 4, 2], [(9, 70)], "layout: expected a transpose of 9 units, got 4 x 2"),
+        (
+            [0, 70, 0, 1, 10, *IMAGE, 0],
+            [(9, 70)],
+            "layout: expected a max_pool of one group of the signs of 9 units, got",
+        ),
+        ([0, 70, 0, 10, *IMAGE, 0], [(8, 70)], "layout: expected a max_pool of one group of the signs of 8 units, got"),
+        ([0, 70, 0, 1, 10, *IMAGE, 0], [(8, 70)], "layout: expected a stage that makes values at the end, got signs"),
+        ([0, 70, 0, 1, 10, *IMAGE, 0, 1], [(8, 70)], "layout: expected values before stage 1, got signs alone"),
+        ([9, *IMAGE, 1], [], r"tensors: expected more than 0"),
+        ([9, *IMAGE[:-1], 3, 0], [], "layout: expected a number of groups that divides 2 channels, got 3"),
+        ([9, *IMAGE[:3], 3, *IMAGE[4:], 0], [], "layout: expected a kernel that fits into the padded height 2, got"),
+        ([9, *IMAGE[:6], 0, *IMAGE[7:], 0], [], "layout: expected 1 to 2147483647 as number 7, got 0"),
         ([0, 70, 0, 5, 1, 0, 0], [(9, 70)], "layout: expected 0 to 0 as number 4, got 1"),
         ([0, 70, 0, 5, 0, 0, 0, 1], [(9, 70)], "layout: expected integers before a stage of signs, got float32"),
     ],
 )
 def test_what_is_no_packed_network_is_named(layout, tensors, message):
     x, held = bits_of(3, 70), [bits_of(*shape) for shape in tensors]
-    if message is None:
-        return ops.packed_network(x, None, layout, [], held)
     with pytest.raises(RuntimeError, match=message):
         ops.packed_network(x, None, layout, [], held)
 

@@ -749,3 +749,280 @@ def test_a_program_holds_bits_and_packs_signs_of_values_alone():
     assert called == ["engram_kernels.packed_network.default"]
     floats = [t for t in program.state_dict.values() if t.dtype.is_floating_point and t.dim() > 1]
     assert not floats
+
+
+# ---- convolutions
+
+
+def image_norm(channels):
+    """As training leaves it, with factors below and above 0, and one of 0."""
+    norm = nn.BatchNorm2d(channels)
+    norm.load_state_dict(batch_norm(channels).state_dict())
+    return norm
+
+
+def convolution(inputs, outputs, kernel=3, **settings):
+    layer = ek.BinaryEngramConv2d(inputs, outputs, kernel, **settings)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def assert_same_images(model, packed, x):
+    """By one operator and layer by layer."""
+    assert_same(model.eval(), packed, x)
+    state = packed._begin(x)
+    for layer in packed.layers:
+        state = layer(state)
+    assert torch.equal(state.y.float(), packed(x))
+
+
+def whole_images(samples, shape):
+    return torch.randint(256, (samples, *shape), dtype=torch.uint8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    channels=st.lists(st.sampled_from([1, 3, 8, 20, 64, 70, 128]), min_size=3, max_size=3),
+    size=st.tuples(st.integers(5, 12), st.integers(5, 12)),
+    kernel=st.sampled_from([1, 2, 3, (3, 1)]),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    pool=st.sampled_from(["none", "before the norm", "after the norm", "twice"]),
+    scaled=st.booleans(),
+    bias=st.booleans(),
+    samples=st.integers(0, 5),
+    seed=st.integers(0, 1000),
+)
+def test_scores_of_convolutions_are_those_of_the_model(
+    channels, size, kernel, stride, padding, dilation, pool, scaled, bias, samples, seed
+):
+    torch.manual_seed(seed)
+    first, second, third = channels
+    real = {"padding": 1, "scaled": scaled, "bias": bias, "binary_input": False}
+    own = {"stride": stride, "padding": padding, "dilation": dilation, "scaled": scaled, "bias": bias}
+    pools = {
+        "none": [image_norm(third)],
+        "before the norm": [nn.MaxPool2d(2, 1), image_norm(third)],
+        "after the norm": [image_norm(third), nn.MaxPool2d(2, stride=1, padding=1)],
+        "twice": [nn.MaxPool2d(2, 1), image_norm(third), nn.Hardtanh(), nn.MaxPool2d((1, 2), 1), image_norm(third)],
+    }
+    layers = [
+        convolution(first, second, 3, **real),
+        image_norm(second),
+        convolution(second, third, kernel, **own),
+        *pools[pool],
+        nn.Flatten(),
+    ]
+    try:
+        units = nn.Sequential(*layers).eval()(torch.zeros(1, first, *size, dtype=torch.uint8)).shape[1]
+    except RuntimeError:  # an image smaller than the kernel
+        return
+    model = nn.Sequential(*layers, ek.BinaryEngramLinear(units, 10, scaled=scaled))
+    packed = ek.pack(model, sample_shape=(first, *size))
+    for x in (whole_images(samples, (first, *size)), torch.randn(samples, first, *size)):
+        assert_same_images(model, packed, x)
+
+
+@pytest.mark.parametrize("sums_to_zero", [False, True])
+def test_ties_of_convolutions(sums_to_zero, isa):
+    """Thresholds that sums often meet, and maxima of equal values."""
+    norm, sign = nn.BatchNorm2d(70, affine=sums_to_zero), -1.0 if sums_to_zero else 1.0
+    if sums_to_zero:
+        nn.init.constant_(norm.weight, sign)
+    model = nn.Sequential(
+        convolution(4, 70, 1, bias=False, scaled=False, binary_input=False), nn.BatchNorm2d(70),
+        convolution(70, 70, 2, bias=False, scaled=False), nn.MaxPool2d(2), norm, nn.Flatten(),
+        ek.BinaryEngramLinear(70 * 9, 3, False, scaled=False),
+    ).eval()  # fmt: skip
+    x = torch.randint(3, (50, 4, 7, 7), dtype=torch.uint8)
+    y = model[:3](x)
+    assert int((y == 0).sum()) > 100
+    assert_same_images(model, ek.pack(model, sample_shape=(4, 7, 7)), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 8), (6, 7, 5)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_first_convolution_may_take_signs(shape, groups):
+    model = nn.Sequential(
+        nn.Unflatten(1, shape), convolution(shape[0], 8, groups=groups if shape[0] > 1 else 1), nn.Flatten()
+    )
+    packed = ek.pack(model)
+    assert_same_images(model, packed, torch.randn(7, math.prod(shape)))
+    with pytest.raises(RuntimeError, match="of which the first layer takes the signs, got uint8"):
+        packed(torch.zeros(1, math.prod(shape), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("gates", ["channels", "units"])
+@pytest.mark.parametrize("engram", ["value", "magnitude", "bernoulli", "context"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_engrams_of_convolutions(engram, gates, scaled):
+    model = nn.Sequential(
+        convolution(3, 20, padding=1, binary_input=False), image_norm(20),
+        convolution(20, 12, padding=1, groups=2, engram=ENGRAMS[engram](), gates=gates, scaled=scaled), image_norm(12),
+        nn.Flatten(), ek.BinaryEngramLinear(12 * 30, 5, engram=ENGRAMS[engram]()),
+    )  # fmt: skip
+    if gates == "channels" and engram in ("value", "magnitude"):
+        with pytest.raises(ValueError, match=r"2: expected gates='units' of a StochasticEngram"):
+            ek.pack(model, sample_shape=(3, 6, 5))
+        return
+    assert_same_images(model, ek.pack(model, sample_shape=(3, 6, 5)), whole_images(9, (3, 6, 5)))
+
+
+@pytest.mark.parametrize("by_unit", [False, True])
+@pytest.mark.parametrize("norm", [None, batch_norm, exact_norm])
+@pytest.mark.parametrize("engram", ["none", "value"])
+def test_norms_after_the_flattening(by_unit, norm, engram):
+    layers = [] if norm is None else [norm(8 * 30)]
+    if by_unit:
+        layers.append(nn.Hardtanh())
+    model = nn.Sequential(
+        convolution(1, 8, padding=1, bias=False, scaled=norm is not exact_norm, binary_input=False), nn.Flatten(),
+        *([] if engram != "none" and by_unit and norm is not None else layers),
+        ek.BinaryEngramLinear(8 * 30, 5, engram=ENGRAMS[engram]()),
+    )  # fmt: skip
+    if by_unit and norm is None and engram == "value":
+        with pytest.raises(ValueError, match="2: expected a BatchNorm before an engram"):
+            ek.pack(model, sample_shape=(1, 6, 5))
+        return
+    assert_same_images(model, ek.pack(model, sample_shape=(1, 6, 5)), whole_images(9, (1, 6, 5)))
+
+
+@pytest.mark.parametrize("readout", [ek.RidgeReadout, ek.PrototypeReadout])
+def test_a_read_out_counts_what_a_convolution_gives(readout, tmp_path):
+    torch.manual_seed(0)
+    features = nn.Sequential(convolution(3, 20, padding=1, binary_input=False, scaled=False), nn.Flatten()).eval()
+    head = readout(20 * 30, 4, engram=ek.StochasticEngram(0.2)).eval()
+    x, y = whole_images(80, (3, 6, 5)), torch.randint(4, (80,))
+    with torch.no_grad():
+        head.observe(features(x[:40]), y[:40])
+    packed = ek.pack(nn.Sequential(features, head), sample_shape=(3, 6, 5), learning=True)
+    packed.save(tmp_path / "model")
+    packed = ek.load_packed(tmp_path / "model").partial_fit(x[40:], y[40:])
+    with torch.no_grad():
+        head.observe(features(x[40:]), y[40:])
+    assert_same(nn.Sequential(features, head), packed, x)
+
+
+@pytest.fixture
+def image_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 12, 12)), convolution(1, 64, 5, padding=2, binary_input=False), image_norm(64),
+        convolution(64, 20, padding=1), nn.MaxPool2d(2), image_norm(20), nn.Flatten(), nn.Dropout(0.2),
+        ek.BinaryEngramLinear(20 * 36, 10),
+    ).eval()  # fmt: skip
+
+
+def test_a_file_of_convolutions_gives_the_same_model(image_model, tmp_path):
+    packed, x = ek.pack(image_model, labels=list("abcdefghij")), whole_images(20, (144,))
+    packed.save(tmp_path / "model")
+    loaded = ek.load_packed(tmp_path / "model")
+    assert torch.equal(loaded(x), packed(x)) and loaded.predict(x) == packed.predict(x)
+    weights = sum(weight.numel() for weight in image_model.parameters() if weight.dim() > 1)
+    assert (tmp_path / "model").stat().st_size < weights / 8 + 8000  # bits, thresholds of channels and the header
+
+
+@pytest.mark.parametrize("layers, message", [
+    (lambda c: [c(1, 4, 3)], "sample_shape: expected .* begins with a convolution, 0, got None"),
+    (lambda c: [nn.Unflatten(1, (1, 6, 6)), c(2, 4, 3)], "1: expected images of 2 channels, got 1"),
+    (lambda c: [nn.Unflatten(1, (6, 6)), c(1, 4, 3)], r"0: expected nn.Unflatten\(1, \(channels, height, width\)\)"),
+    (lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 7)], "window: expected a kernel that fits into the padded height"),
+    (lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3)], "the end of the model: expected nn.Flatten"),
+    (lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3), nn.MaxPool2d(2), nn.Flatten()], "2: expected signs after Max"),
+    (
+        lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3), ek.BinaryEngramLinear(4, 2)],
+        r"2: expected nn.Flatten\(\) before it, got images of \(4, 4, 4\)",
+    ),
+    (
+        lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3), nn.Flatten(), c(4, 4, 3)],
+        "3: expected images before a convolution, got flat values",
+    ),
+    (lambda c: [nn.Unflatten(1, (1, 6, 6)), nn.MaxPool2d(2), c(1, 4, 3)], "1: expected a convolution before MaxPool2d"),
+    (
+        lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3), nn.MaxPool2d(2, ceil_mode=True), c(4, 4, 1)],
+        "2: expected a MaxPool2d without ceil_mode",
+    ),
+    (
+        lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3), nn.BatchNorm1d(4), c(4, 4, 1)],
+        r"2: expected a BatchNorm2d of images of \(4, 4, 4\), got BatchNorm1d",
+    ),
+    (
+        lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3), nn.AvgPool2d(2), c(4, 4, 1)],
+        "2: expected a binary layer, .* got AvgPool2d",
+    ),
+    (
+        lambda c: [nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), c(4, 4, 1)],
+        "1: expected a binary layer, .* got Conv2d",
+    ),
+    (
+        lambda c: [
+            nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3), nn.MaxPool2d(2), nn.Flatten(),
+            ek.BinaryEngramLinear(16, 3, engram=ek.StochasticEngram(0.5)),
+        ],
+        "2: expected signs after MaxPool2d, got values that 4 needs",
+    ),
+    (
+        lambda c: [nn.Unflatten(1, (1, 6, 6)), c(1, 4, 3, binary_input=False), c(4, 4, 3, binary_input=False)],
+        "2: expected binary_input=True after the first layer",
+    ),
+    (
+        lambda c: [nn.Unflatten(1, (2, 6, 6)), c(2, 4, 3, binary_input=False, groups=2), nn.Flatten()],
+        "window: expected one group of real inputs, got 2",
+    ),
+])  # fmt: skip
+def test_networks_of_convolutions_without_a_packed_form_are_refused_by_name(layers, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ek.pack(nn.Sequential(*layers(ek.BinaryEngramConv2d)))
+
+
+@pytest.mark.parametrize("sample_shape", [(28, 28), (1, 0, 28), 28, (1, 2.0, 3)])
+def test_a_shape_that_is_none_is_refused(sample_shape):
+    with pytest.raises(ValueError, match=r"sample_shape: expected \(channels, height, width\), got"):
+        ek.pack(nn.Sequential(convolution(1, 2), nn.Flatten()), sample_shape=sample_shape)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda layers: layers[0]["window"].update(stride_h=0), r"layer 0 \(convolution\), window: expected 1 to"),
+    (lambda layers: layers[0]["window"].update(kernel_h=99), r"layer 0 .*, weight: expected torch.int64 \(64, 8\)"),
+    (lambda layers: layers[0]["window"].pop("top"), r"layer 0 \(convolution\), window: expected a window of this kind"),
+    (lambda layers: layers[2]["window"].update(height=11), r"layer 2 \(convolution\), units: expected 9216"),
+    (lambda layers: layers[3].update(units=2881), r"layer 3 \(sign\), threshold: expected a size that divides 2881"),
+    (lambda layers: layers[4]["window"].update(groups=2), r"layer 4 \(max_pool\), window: expected one group, got 2"),
+    (lambda layers: layers[5].update(real=True), r"layer 5 \(product\), real: expected false after the first product"),
+])  # fmt: skip
+def test_convolutions_that_make_no_network_are_refused_by_name(image_model, tmp_path, change, message):
+    path = tmp_path / "model"
+    ek.pack(image_model).save(path)
+    network = network_of(path)
+    assert [layer["kind"] for layer in network["layers"][:6]] == [
+        "convolution", "sign", "convolution", "sign", "max_pool", "product"
+    ]  # fmt: skip
+    change(network["layers"])
+    edited(path, {"network": json.dumps(network)})
+    with pytest.raises(ValueError, match=message):
+        ek.load_packed(path)
+
+
+def test_onnx_of_convolutions_is_refused_by_name(onnx, image_model, tmp_path):
+    with pytest.raises(TypeError, match=r"model: expected a network without layers on images, got layer 0 \(convol"):
+        ek.export_onnx(image_model, tmp_path / "model.onnx")
+
+
+def test_an_exported_convolution_is_one_operator(image_model):
+    x = whole_images(3, (144,))
+    samples = torch.export.Dim("samples", min=1, max=1024)
+    program = torch.export.export(ek.pack(image_model), (x,), dynamic_shapes=({0: samples},))
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    called = [str(node.target) for graph in graphs for node in graph.nodes if "engram_kernels" in str(node.target)]
+    assert called == ["engram_kernels.packed_network.default"]
+    x = whole_images(7, (144,))
+    assert torch.equal(program.module()(x), ek.pack(image_model)(x))
+
+
+@pytest.mark.slow
+def test_a_compiled_convolution_gives_the_same_scores(image_model):
+    packed = ek.pack(image_model)
+    for x in (whole_images(3, (144,)), torch.randn(3, 144)):
+        torch.testing.assert_close(torch.compile(packed, fullgraph=True)(x), packed(x))

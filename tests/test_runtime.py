@@ -209,6 +209,59 @@ def test_a_first_layer_that_takes_signs_wants_floats(runtime, tmp_path):
         loaded.predict(images(2, 70))
 
 
+def image_norm(channels):
+    norm = nn.BatchNorm2d(channels)
+    norm.load_state_dict(batch_norm(channels).state_dict())
+    return norm
+
+
+def image_network(channels=64, shape=(3, 9, 8), groups=1):
+    """Bytes, two convolutions, a pool that changes signs, a flattening."""
+    first = ek.BinaryEngramConv2d(shape[0], channels, 3, padding=1, binary_input=False, scaled=False)
+    second = ek.BinaryEngramConv2d(channels, 20, (2, 3), padding=(1, 2), dilation=(1, 2), groups=groups)
+    layers = [first, image_norm(channels), second, nn.MaxPool2d(2, padding=1), image_norm(20), nn.Flatten()]
+    units = nn.Sequential(*layers).eval()(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
+    return nn.Sequential(*layers, ek.BinaryEngramLinear(units, 10)).eval()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("channels", "groups"), [(64, 1), (30, 2)])
+@pytest.mark.parametrize("shape", [(1, 9, 8), (3, 9, 8)])
+def test_convolutions(runtime, tmp_path, shape, channels, groups, threads):
+    torch.manual_seed(6)
+    model = image_network(channels, shape, groups)
+    packed = ek.pack(model, sample_shape=shape)
+    packed.save(tmp_path / "model.safetensors")
+    loaded = runtime.load(tmp_path / "model.safetensors", threads)
+    assert (loaded.features, loaded.classes) == (math.prod(shape), 10)
+    for samples in (0, 1, 5, 100):
+        x = torch.randint(256, (samples, *shape), dtype=torch.uint8)
+        assert_same(packed, loaded, x)
+        with torch.no_grad():
+            assert torch.equal(loaded.predict(x)[1], model(x))
+        assert_same(packed, loaded, x.float())  # whole numbers, which sum without rounding in any order
+
+
+def test_convolutions_of_signs_with_engrams_and_a_counted_read_out(runtime, tmp_path):
+    torch.manual_seed(7)
+    engram = ek.StochasticEngram(0.3, score="magnitude")
+    features = nn.Sequential(
+        nn.Unflatten(1, (2, 7, 6)), ek.BinaryEngramConv2d(2, 9, 3, padding=1, scaled=False, bias=False),
+        ek.BinaryEngramConv2d(9, 5, 2, engram=engram, gates="units", scaled=False, bias=False), nn.Flatten(),
+    ).eval()  # fmt: skip
+    head = ek.PrototypeReadout(5 * 30, 4, engram=ek.StochasticEngram(0.2)).eval()
+    x, y = torch.randn(300, 84), torch.randint(4, (300,))
+    with torch.no_grad():
+        head.observe(features(x[:150]), y[:150])
+    packed = ek.pack(nn.Sequential(features, head), learning=True)
+    packed.save(tmp_path / "model.safetensors")
+    loaded = runtime.load(tmp_path / "model.safetensors", 2)
+    assert_same(packed, loaded, x)
+    packed.partial_fit(x[150:], y[150:])
+    loaded.learn(x[150:], y[150:])
+    assert_same(packed, loaded, x)
+
+
 def test_labels(runtime, tmp_path):
     packed = ek.pack(ek.EngramMLP((64, 100, 3)), labels=["owl", "Ühu", "\N{OWL}"])
     packed.save(tmp_path / "model.safetensors")
@@ -329,7 +382,35 @@ def test_wrong_files_are_refused_by_name(runtime, file, change, message):
         runtime.load(file)
 
 
-def test_cut_and_changed_files_never_crash(runtime, file):
+def change_window(name, number):
+    return network(lambda d: d["layers"][0]["window"].update({name: number}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_window("stride_h", 0), "0.window: expected 1 to 2.31 - 1 as stride_h, got 0"),
+        (change_window("kernel_h", 99), "0.window: expected a kernel that fits into the padded height"),
+        (change_window("groups", 2), "0.window: expected a number of groups that divides"),
+        (network(lambda d: d["layers"][0]["window"].pop("top")), "0.window: expected the key top, got none"),
+        (network(lambda d: d["layers"][0].update(outputs=63)), "expected I64"),
+        (network(lambda d: d["layers"][1].update(units=4609)), "1.flip: expected a size that divides 4609"),
+        (network(lambda d: d["layers"][4]["window"].update(channels=10)), "expected U8 .10., got U8 .20."),
+    ],
+)
+def test_wrong_convolutions_are_refused_by_name(runtime, tmp_path, change, message):
+    torch.manual_seed(8)
+    packed = ek.pack(image_network(shape=(1, 9, 8)), sample_shape=(1, 9, 8))
+    packed.save(tmp_path / "model.safetensors")
+    data = rewritten(tmp_path / "model.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        runtime.load_memory(data)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_cut_and_changed_files_never_crash(runtime, file, images):
+    if images:
+        ek.pack(image_network(shape=(1, 8, 8)), sample_shape=(1, 8, 8)).save(file)
     data = file.read_bytes()
     rng = np.random.default_rng(0)
     for length in [*range(0, 64), *rng.integers(64, len(data), 200)]:
@@ -346,7 +427,7 @@ def test_cut_and_changed_files_never_crash(runtime, file):
             continue
         loaded += 1
         if model.features == 64:
-            model.predict(images(2, 64))
+            model.predict(torch.randint(256, (2, 64), dtype=torch.uint8))
     assert loaded  # bits and numbers may be any
 
 

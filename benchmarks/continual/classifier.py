@@ -372,6 +372,12 @@ def costs(content: dict[str, Any]) -> list[str]:
     lines = header(["times less than RanPAC to learn a sample, with units:", *map(str, units)])
     for way, label in ways.items():
         lines.append(line([label, *[f"{took[peer, n] / took[way, n]:.1f}" for n in units]]))
+    lines += [
+        "",
+        *header(["times less than RanPAC for 60 000 images and a solution, units:", *content["whole"]]),
+    ]
+    for way, label in ways.items():
+        lines.append(line([label, *[f"{took[peer] / took[way]:.1f}" for took in content["whole"].values()]]))
     units = sorted({point["units"] for point in content["memory"]})
     lines += ["", *header(["peak MB while learning / with the solution, with units:", *map(str, units)])]
     for way, label in (ways | {peer: peer}).items():

@@ -40,6 +40,8 @@ def split(dataset: str) -> dict[str, Experiment]:
         ),
         "engram, prototypes": engram("prototype"),
         "engram, ridge": engram("ridge --penalty 0.01", "4096"),
+        "classifier": "--method classifier --hidden 2048",
+        "classifier, 8192 units": "--method classifier --hidden 8192",
         "engram, two trained hidden layers": "--method engram --hidden 2048 2048 --readout linear",
         "engram, two trained hidden layers, 100 segments": (
             "--method engram --hidden 2048 2048 --readout dendritic --train-hidden --cross-entropy-weight 1 "
@@ -77,6 +79,7 @@ def permuted() -> dict[str, Experiment]:
             f"{engram('dendritic')} --no-train-hidden --lr 2e-3 --metaplasticity 0"
         ),
         "engram, two trained hidden layers": "--method engram --hidden 2048 2048 --readout linear",
+        "classifier": "--method classifier --hidden 2048",
         "finetune": "--method finetune --hidden 2048 2048",
         "ewc": "--method ewc --hidden 2048 2048 --strength 300",
         "si": "--method si --hidden 2048 2048 --strength 100",
@@ -91,6 +94,7 @@ def domain() -> dict[str, Experiment]:
     """MNIST and Fashion-MNIST one after the other, same ten outputs."""
     rows = {
         "engram, segments": engram("dendritic --segments 100"),
+        "classifier": "--method classifier --hidden 2048",
         "mbnn": "--method mbnn --hidden 2048 2048 --metaplasticity 100",
         "finetune": "--method finetune --hidden 2048 2048",
         "ewc": "--method ewc --hidden 2048 2048 --strength 100000",
@@ -225,6 +229,7 @@ def memory() -> dict[str, Experiment]:
         "engram, 100 segments, compact": f"{engram('dendritic --segments 100')} {compact}",
         "engram, prototypes": engram("prototype"),
         "engram, ridge": engram("ridge --penalty 0.01", "4096"),
+        "classifier": "--method classifier --hidden 2048",
         "engram, two trained hidden layers": "--method engram --hidden 2048 2048 --readout linear",
         "engram, two trained hidden layers, compact": f"--method engram --hidden 2048 2048 --readout linear {compact}",
         "bnn": "--method bnn --hidden 2048 2048",

@@ -67,7 +67,7 @@ def colour(label: str) -> str:
     """By kind of method."""
     if label.startswith("engram-fp"):
         return FULL
-    if label.startswith("engram"):
+    if label.startswith(("engram", "classifier")):
         return OURS
     if label.startswith(("mbnn", "bnn", "m ")):
         return BINARY
@@ -114,7 +114,7 @@ def bars(rows: Rows, title: str, path: Path, chance: float) -> None:
     axes.axvline(chance, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlabel("average accuracy over all tasks after the last (%); dashed: chance")
     figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=11)
-    kinds = {"engram (binary)": OURS, "other binary": BINARY, "full precision": FULL, "sees old data": BOUND}
+    kinds = {"ours (binary)": OURS, "other binary": BINARY, "full precision": FULL, "sees old data": BOUND}
     axes.legend(
         [matplotlib.patches.Patch(color=c) for c in kinds.values()], list(kinds), fontsize=8, ncols=4, frameon=False,
         loc="upper center", bbox_to_anchor=(0.5, 0.0), bbox_transform=axes.transAxes, borderaxespad=4.5,

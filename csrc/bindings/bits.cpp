@@ -30,8 +30,6 @@ Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bit
   return bits;
 }
 
-namespace {
-
 Tensor pack_signs(const Tensor& x) {
   const Place place = place_of("x", x);
   check_floats("x", x, place);
@@ -51,6 +49,8 @@ Tensor pack_signs(const Tensor& x) {
   }
   return bits;
 }
+
+namespace {
 
 Tensor unpack_signs(const Tensor& bits, int64_t k, ScalarType dtype) {
   check_k(k);

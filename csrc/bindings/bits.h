@@ -7,6 +7,7 @@
 
 namespace engram::bindings {
 
+Tensor pack_signs(const Tensor& x);
 Tensor pack_window(const Tensor& x, double width, std::optional<Tensor> gate_bits);
 
 }  // namespace engram::bindings

@@ -6,7 +6,7 @@
 
 #include "bindings/cuda_call.h"
 #include "bindings/tensors.h"
-#include "core/window.h"
+#include "core/window_check.h"
 
 namespace engram::bindings {
 
@@ -14,48 +14,12 @@ namespace {
 
 // A window as reference.Window gives it.
 Window check_window(const std::vector<int64_t>& numbers, int64_t least_dilation = 1) {
-  struct Field {
-    const char* name;
-    int64_t Window::* number;
-    int64_t least;
-  };
-  static constexpr Field kFields[] = {
-      {"height", &Window::height, 1},         {"width", &Window::width, 1},
-      {"channels", &Window::channels, 1},     {"kernel_h", &Window::kernel_h, 1},
-      {"kernel_w", &Window::kernel_w, 1},     {"stride_h", &Window::stride_h, 1},
-      {"stride_w", &Window::stride_w, 1},     {"top", &Window::top, 0},
-      {"bottom", &Window::bottom, 0},         {"left", &Window::left, 0},
-      {"right", &Window::right, 0},           {"dilation_h", &Window::dilation_h, 0},
-      {"dilation_w", &Window::dilation_w, 0}, {"groups", &Window::groups, 1},
-  };
-  require(numbers.size() == std::size(kFields), "window: expected ", std::size(kFields), " numbers, got ",
+  require(numbers.size() == std::size(kWindowFields), "window: expected ", std::size(kWindowFields), " numbers, got ",
           numbers.size());
   Window w{};
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    const bool dilates = kFields[i].number == &Window::dilation_h || kFields[i].number == &Window::dilation_w;
-    const int64_t least = dilates ? least_dilation : kFields[i].least;
-    require(numbers[i] >= least && numbers[i] <= INT32_MAX, "window: expected ", least, " to 2^31 - 1 as ",
-            kFields[i].name, ", got ", numbers[i]);
-    w.*kFields[i].number = numbers[i];
-  }
-  require(w.channels % w.groups == 0, "window: expected a number of groups that divides ", w.channels,
-          " channels, got ", w.groups);
-  const auto require_units = [](const char* what, int64_t a, int64_t b, int64_t c) {
-    int64_t product = 0;
-    require(!__builtin_mul_overflow(a, b, &product) && !__builtin_mul_overflow(product, c, &product) &&
-                product <= INT32_MAX,
-            "window: expected at most 2^31 - 1 ", what, ", got ", a, " x ", b, " x ", c);
-  };
-  require_units("units of a sample", w.height, w.width, w.channels);
-  require_units("units of a kernel", w.kernel_h, w.kernel_w, w.channels / w.groups);
-  const auto require_fit = [](const char* axis, int64_t size, int64_t padding, int64_t dilation, int64_t kernel) {
-    require(size + padding > dilation * (kernel - 1), "window: expected a kernel that fits into the padded ", axis, " ",
-            size + padding, ", got one of ", dilation * (kernel - 1) + 1);
-  };
-  require_fit("height", w.height, w.top + w.bottom, w.dilation_h, w.kernel_h);
-  require_fit("width", w.width, w.left + w.right, w.dilation_w, w.kernel_w);
-  require_units("output pixels of a sample", out_height(w), out_width(w), 1);
-  require_units("padded pixels of a sample", w.height + w.top + w.bottom, w.width + w.left + w.right, 1);
+  for (size_t i = 0; i < numbers.size(); ++i) w.*kWindowFields[i].number = numbers[i];
+  const std::string fault = window_fault(w, least_dilation);
+  require(fault.empty(), "window: ", fault);
   return w;
 }
 
@@ -126,7 +90,7 @@ Tensor binary_conv2d(const Tensor& x_bits, const Tensor& w_bits, std::vector<int
   Tensor y = new_tensor({samples, out_height(w), out_width(w), outputs}, ScalarType::Float, place);
   TorchRuntime rt;
   cpu::binary_conv2d(rt.get(), {packed_data(x), packed_data(filters), gate.data(), stride, w, samples, outputs,
-                                static_cast<float>(scale), data<float>(y)});
+                                static_cast<float>(scale), data<float>(y), nullptr});
   return y;
 }
 

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "bindings/tensors.h"
+#include "core/window_check.h"
 #include "runtime/stages.h"
 
 namespace engram::bindings {
@@ -18,6 +19,8 @@ using runtime::Stage;
 using runtime::State;
 using runtime::Type;
 
+constexpr int64_t kRowBits = 2 * kWordBits;  // rows of a multiple of that have no padding
+
 // As reference.PACKED_STAGES numbers them.
 enum Kind : int64_t {
   kProduct,
@@ -28,7 +31,10 @@ enum Kind : int64_t {
   kAffine,
   kDendritic,
   kPrototype,
-  kRidge
+  kRidge,
+  kConvolution,
+  kMaxPool,
+  kTranspose
 };
 
 // Reads stages from the arguments of the operator: numbers and tensors in the order in which stages name them.
@@ -37,7 +43,8 @@ class Reader {
   Reader(const std::vector<int64_t>& layout, const std::vector<double>& factors, std::vector<Tensor>& tensors,
          const Place& place)
       : layout_(layout), tensors_(tensors), place_(place), factors_(factors.begin(), factors.end()) {
-    require(!layout.empty() && layout[0] == kProduct, "layout: expected a product as the first stage, got ",
+    require(!layout.empty() && (layout[0] == kProduct || layout[0] == kConvolution),
+            "layout: expected a product or a convolution as the first stage, got ",
             layout.empty() ? "nothing" : "another");
     require(place.cpu, "x: expected a tensor on cpu, got one on ", place);
   }
@@ -52,25 +59,46 @@ class Reader {
     }
     require(tensor_ == tensors_.size(), "tensors: expected ", tensor_, ", got ", tensors_.size());
     require(factor_ == static_cast<int64_t>(factors_.size()), "factors: expected ", factor_, ", got ", factors_.size());
+    require(gives_gate || values_, "layout: expected a stage that makes values at the end, got signs alone");
     return stages;
   }
 
+  int64_t inputs = 0;  // of the first stage
+  bool real = false;   // whether that takes bytes
   int64_t units = 0, widest = 0, steps = 0;
   bool gives_gate = false;  // rather than values
 
  private:
   Stage stage() {
-    const int64_t kind = next(0, kRidge);
+    const int64_t kind = next(0, kTranspose);
+    require(values_ || kind == kProduct || kind == kConvolution || kind == kMaxPool || kind == kGate,
+            "layout: expected values before stage ", kind, ", got signs alone");
     gives_gate = kind == kRecruit || kind == kGate;
     switch (kind) {
       case kProduct:
         return product();
+      case kConvolution:
+        return convolution();
+      case kMaxPool:
+        return max_pool();
+      case kTranspose: {
+        runtime::Transpose p{next(1, units), 0};
+        p.columns = next(1, units);
+        require(p.rows * p.columns == units, "layout: expected a transpose of ", units, " units, got ", p.rows, " x ",
+                p.columns);
+        bits_ = gate_ = false;
+        return p;
+      }
       case kSignByMean:
-        return sign(nullptr, nullptr);
+        return sign(units, nullptr, nullptr);
       case kSignByThreshold: {
-        const Tensor& threshold = take(ScalarType::Int, {units});
-        const Tensor& flip_bits = take(ScalarType::Long, {words_for(units)});
-        return sign(static_cast<const int32_t*>(threshold.const_data_ptr()), packed_data(flip_bits));
+        const Tensor& threshold = take(ScalarType::Int, {-1});
+        const int64_t period = threshold.size(0);
+        require(period == units || (period > 0 && period % kRowBits == 0 && units % period == 0), "tensors[",
+                tensor_ - 1, "]: expected thresholds of ", units, " units, or of a multiple of ", kRowBits,
+                " that divides them, got ", describe(threshold));
+        const Tensor& flip_bits = take(ScalarType::Long, {words_for(period)});
+        return sign(period, static_cast<const int32_t*>(threshold.const_data_ptr()), packed_data(flip_bits));
       }
       case kRecruit: {
         const int64_t count = next(1, units), score = next(0, 3);
@@ -89,32 +117,83 @@ class Reader {
   }
 
   Stage product() {
-    const bool first = units == 0;
     runtime::Product p{};
     p.inputs = next(1, INT32_MAX), p.real = next(0, 1) == 1;
-    require(first || p.inputs == units, "layout: expected a product of ", units, " inputs, got ", p.inputs);
-    require(first || (bits_ && !p.real), "layout: expected signs before each product but the first, got none");
-    require(!p.real || p.inputs <= INT32_MAX / 255 / 4, "layout: expected at most ", INT32_MAX / 255 / 4,
-            " inputs of uint8, got ", p.inputs);
-    const Tensor& weight = take(ScalarType::Long, {-1, words_for(p.inputs)});
-    p.outputs = weight.size(0);
-    require(p.outputs >= 1 && p.outputs <= INT32_MAX, "tensors[", tensor_ - 1, "]: expected 1 to 2^31 - 1 rows, got ",
-            describe(weight));
-    p.weight = packed_data(weight);
-    if (p.real) {
-      const int64_t stride = ceil_div(p.outputs, kGroupedRows) * kGroupedRows;
-      const Tensor& groups = take(ScalarType::Short, {ceil_div(p.inputs, kGroup), stride});
-      p.groups = static_cast<const uint16_t*>(groups.const_data_ptr());
-    }
-    units = p.outputs, widest = std::max(widest, units);
-    whole_ = true, bits_ = gate_ = false;
+    begin_product(p.inputs, p.real);
+    const Tensor& weight = signs(p.inputs, p.real, p.groups);
+    p.outputs = weight.size(0), p.weight = packed_data(weight);
+    end_product(p.outputs);
     return p;
   }
 
-  Stage sign(const int32_t* threshold, const uint64_t* flip_bits) {
+  Stage convolution() {
+    runtime::Convolution p{};
+    p.window = window(), p.real = next(0, 1) == 1;
+    require(!p.real || p.window.groups == 1, "layout: expected one group of a convolution of uint8, got ",
+            p.window.groups);
+    begin_product(engram::units(p.window), p.real);
+    const Tensor& weight = signs(group_units(p.window), p.real, p.groups);
+    p.outputs = weight.size(0), p.weight = packed_data(weight);
+    require(p.outputs % p.window.groups == 0 && p.outputs <= INT32_MAX / out_pixels(p.window),
+            "tensors: expected filters that ", p.window.groups,
+            " groups share out evenly, of at most 2^31 - 1 outputs in all, got ", describe(weight));
+    end_product(p.units());
+    return p;
+  }
+
+  Stage max_pool() {
+    runtime::MaxPool p{window(), nullptr};
+    require(bits_ && p.window.groups == 1 && engram::units(p.window) == units,
+            "layout: expected a max_pool of one group of the signs of ", units, " units, got one of ",
+            engram::units(p.window));
+    require(p.window.channels <= INT32_MAX / out_pixels(p.window),
+            "layout: expected a max_pool of at most 2^31 - 1 units");
+    units = p.units();
+    if (next(0, 1) == 1) p.flip_bits = packed_data(take(ScalarType::Long, {words_for(units)}));
+    values_ = gate_ = false;
+    return p;
+  }
+
+  Window window() {
+    Window w{};
+    for (const WindowField& field : kWindowFields) w.*field.number = next(field.least, INT32_MAX);
+    const std::string fault = window_fault(w);
+    require(fault.empty(), "layout: ", fault);
+    return w;
+  }
+
+  // The signs of a product, which the groups follow where it is real.
+  const Tensor& signs(int64_t of, bool of_numbers, const uint16_t*& groups) {
+    require(!of_numbers || of <= INT32_MAX / 255 / 4, "layout: expected at most ", INT32_MAX / 255 / 4,
+            " inputs of uint8, got ", of);
+    const Tensor& weight = take(ScalarType::Long, {-1, words_for(of)});
+    const int64_t outputs = weight.size(0);
+    require(outputs >= 1 && outputs <= INT32_MAX, "tensors[", tensor_ - 1, "]: expected 1 to 2^31 - 1 rows, got ",
+            describe(weight));
+    if (of_numbers) {
+      const int64_t stride = ceil_div(outputs, kGroupedRows) * kGroupedRows;
+      const Tensor& own = take(ScalarType::Short, {ceil_div(of, kGroup), stride});
+      groups = static_cast<const uint16_t*>(own.const_data_ptr());
+    }
+    return weight;
+  }
+
+  void begin_product(int64_t of, bool of_numbers) {
+    const bool first = units == 0;
+    require(first || of == units, "layout: expected a product of ", units, " inputs, got ", of);
+    require(first || (bits_ && !of_numbers), "layout: expected signs before each product but the first, got none");
+    if (first) inputs = of, real = of_numbers;
+  }
+
+  void end_product(int64_t outputs) {
+    units = outputs, widest = std::max(widest, units);
+    whole_ = values_ = true, bits_ = gate_ = false;
+  }
+
+  Stage sign(int64_t period, const int32_t* threshold, const uint64_t* flip_bits) {
     require(units > 0 && whole_, "layout: expected integers before a stage of signs, got float32");
     bits_ = true;
-    return runtime::Sign{units, threshold == nullptr, threshold, nullptr, flip_bits};
+    return runtime::Sign{units, period, threshold == nullptr, threshold, nullptr, flip_bits};
   }
 
   Stage affine() {
@@ -196,7 +275,7 @@ class Reader {
   std::vector<float> factors_;
   size_t at_ = 0, tensor_ = 0;
   int64_t factor_ = 0;
-  bool whole_ = true, bits_ = false, gate_ = false, scores_ = false;
+  bool whole_ = true, values_ = true, bits_ = false, gate_ = false, scores_ = false;
 };
 
 Tensor packed_network(const Tensor& x, std::optional<Tensor> gate_bits, std::vector<int64_t> layout,
@@ -204,16 +283,16 @@ Tensor packed_network(const Tensor& x, std::optional<Tensor> gate_bits, std::vec
   const Place place = place_of("x", x);
   Reader reader(layout, factors, tensors, place);
   const std::vector<Stage> stages = reader.read();
-  const auto& first = std::get<runtime::Product>(stages.front());
-  if (first.real) {
-    require(x.scalar_type() == ScalarType::Byte && x.dim() == 2 && x.size(1) == first.inputs,
-            "x: expected uint8 of shape (M, ", first.inputs, "), got ", describe(x));
+  const int64_t inputs = reader.inputs;
+  if (reader.real) {
+    require(x.scalar_type() == ScalarType::Byte && x.dim() == 2 && x.size(1) == inputs,
+            "x: expected uint8 of shape (M, ", inputs, "), got ", describe(x));
     require(!gate_bits, "gate_bits: expected None before a product of numbers, got ", describe(*gate_bits));
   } else {
-    check_packed("x", x, first.inputs, place);
+    check_packed("x", x, inputs, place);
   }
   const int64_t M = x.size(0);
-  const int64_t gate_stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, first.inputs, place) : 0;
+  const int64_t gate_stride = gate_bits ? check_gate("gate_bits", *gate_bits, M, inputs, place) : 0;
   const Tensor in = as_contiguous(x);
   const OptionalBits gates(gate_bits);
   const auto* numbers = static_cast<const uint8_t*>(in.const_data_ptr());
@@ -223,9 +302,9 @@ Tensor packed_network(const Tensor& x, std::optional<Tensor> gate_bits, std::vec
   void* to = out.mutable_data_ptr();
   TorchRuntime rt;
   runtime::share_samples(rt.get(), M, reader.steps, reader.widest, [&](int64_t begin, int64_t count, const Call& call) {
-    State state{count, {numbers + begin * first.inputs, Type::kUint8, first.inputs, 255}, nullptr, nullptr, 0};
-    if (!first.real) {
-      state.bits = packed_data(in) + begin * words_for(first.inputs);
+    State state{count, {numbers + begin * inputs, Type::kUint8, inputs, 255}, nullptr, nullptr, 0};
+    if (!reader.real) {
+      state.bits = packed_data(in) + begin * words_for(inputs);
       state.gate = gates.data() == nullptr ? nullptr : gates.data() + begin * gate_stride;
       state.gate_stride = gate_stride;
     }

@@ -1,4 +1,6 @@
 // Products of bits, and of real numbers with signs.
+#include "bindings/products.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include "bindings/bits.h"
@@ -43,6 +45,8 @@ Tensor sign_product(const Place& place, const Tensor& numbers, std::initializer_
   return exact ? y : as_dtype(y, dtype);
 }
 
+}  // namespace
+
 Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std::optional<Tensor> gate_bits) {
   check_k(k);
   const Place place = place_of("x_bits", x_bits);
@@ -57,6 +61,8 @@ Tensor binary_matmul(const Tensor& x_bits, const Tensor& w_bits, int64_t k, std:
                          nullptr, nullptr, nullptr});
   return y;
 }
+
+namespace {
 
 Tensor binary_threshold(const Tensor& x_bits, const Tensor& w_bits, int64_t k, const Tensor& threshold,
                         const Tensor& flip, std::optional<Tensor> gate_bits) {
@@ -95,6 +101,8 @@ Tensor sign_matmul(const Tensor& a, const Tensor& w_bits, int64_t k) {
   const Tensor w = as_packed(w_bits);
   return sign_product(place, a, {M, k}, {.signs = packed_data(w), .signs_by_row = true, .R = M, .I = N, .V = k});
 }
+
+}  // namespace
 
 Tensor sign_matmul_t(const Tensor& x, const Tensor& w_bits, int64_t k, std::optional<Tensor> w_groups) {
   check_k(k);
@@ -146,6 +154,8 @@ Tensor masked_input_grad(const Tensor& d, const Tensor& w_bits, int64_t k, const
                        .V = k});
 }
 
+namespace {
+
 Tensor gated_input_grad(const Tensor& d, const Tensor& w_bits, const Tensor& x, std::optional<Tensor> gate_bits) {
   const Place place = place_of("d", d);
   check_matrix("d", d, place);
@@ -153,6 +163,8 @@ Tensor gated_input_grad(const Tensor& d, const Tensor& w_bits, const Tensor& x, 
   require(x.size(0) == d.size(0), "x: expected ", d.size(0), " samples like d, got ", describe(x));
   return masked_input_grad(d, w_bits, x.size(1), pack_window(x, 1.0, gate_bits));
 }
+
+}  // namespace
 
 Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::optional<Tensor> gate_bits) {
   check_k(k);
@@ -174,6 +186,8 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
                        .I = M,
                        .V = k});
 }
+
+namespace {
 
 template <typename Library>
 void implement(Library& m) {

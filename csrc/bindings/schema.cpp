@@ -17,6 +17,12 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def("gated_input_grad(Tensor d, Tensor w_bits, Tensor x, Tensor? gate_bits=None) -> Tensor");
   m.def("masked_input_grad(Tensor d, Tensor w_bits, int k, Tensor mask_bits) -> Tensor");
   m.def("gated_weight_grad(Tensor d, Tensor x_bits, int k, Tensor? gate_bits=None) -> Tensor");
+  m.def(
+      "_layer(Tensor x, Tensor w_bits, Tensor? gate_bits, Tensor? bias, float scale, bool binary_input, float? window) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_layer_grad(Tensor d, float scale, bool needs_bias, int k, Tensor? w_bits, Tensor? mask_bits, Tensor? x_bits, "
+      "Tensor? gate_bits) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("value_signs(Tensor y, Tensor? threshold=None, Tensor? flip=None) -> Tensor");
   m.def("standardise(Tensor y, float eps=1e-5) -> (Tensor, Tensor)");
   m.def("standardise_grad(Tensor d, Tensor y, Tensor moments) -> Tensor");
@@ -32,7 +38,8 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
           .c_str());
   m.def(
       "_update_all(Tensor(a!)[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] "
-      "sign_bits, int[] step, float lr, float beta1, float beta2, float eps, float weight_decay, float metaplasticity, "
+      "sign_bits, Tensor(e!)[] step, float lr, float beta1, float beta2, float eps, float weight_decay, float "
+      "metaplasticity, "
       "float weight_bound) -> int");
   m.def(update_schema("_check_update(Tensor weight, Tensor? grad", false, "float[]").c_str());
   m.def(

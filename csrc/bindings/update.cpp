@@ -209,11 +209,12 @@ void metaplastic_adam_(Stack stack) {
 
 // One step of many parameters, whose moments are float32: a call of torch's takes longer than the update of a small
 // layer. The first ones, as many as there are sign bits, as metaplastic_adam_; those after them, of any shape, by
-// torch's Adam, whose eps is added to the corrected root. Returns the number of the first one whose step is not finite,
-// after which none was updated, or -1.
+// torch's Adam, whose eps is added to the corrected root. Each has taken `steps` of its own, int64 on the CPU, which
+// count this one too. Returns the number of the first one whose step is not finite, after which none was updated, or
+// -1.
 int64_t update_all(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
                    const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
-                   const std::vector<Tensor>& sign_bits, const std::vector<int64_t>& steps, double lr, double beta1,
+                   const std::vector<Tensor>& sign_bits, const std::vector<Tensor>& steps, double lr, double beta1,
                    double beta2, double eps, double weight_decay, double metaplasticity, double weight_bound) {
   const size_t count = weights.size(), hidden = sign_bits.size();
   require(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count &&
@@ -222,17 +223,24 @@ int64_t update_all(const std::vector<Tensor>& weights, const std::vector<Tensor>
   for (size_t i = 0; i < count; ++i) {
     const bool plain = i >= hidden;
     const auto rows = [plain](const Tensor& t) { return plain ? as_one_row(t) : t; };
-    if (weights[i].numel() == 0) continue;
+    require(steps[i].scalar_type() == ScalarType::Long && steps[i].numel() == 1 && steps[i].is_cpu(),
+            "step: expected int64 () on the CPU, got ", describe(steps[i]));
+    auto* step = static_cast<int64_t*>(steps[i].mutable_data_ptr());
+    if (weights[i].numel() == 0) {
+      ++*step;
+      continue;
+    }
     const Tensor grad = rows(as_contiguous(grads[i]));
     UpdateArguments u{};
     u.weight = rows(weights[i]), u.exp_avg = rows(exp_avgs[i]), u.exp_avg_sq = rows(exp_avg_sqs[i]);
     if (!plain) u.sign_bits = sign_bits[i];
-    u.lr = lr, u.beta1 = beta1, u.beta2 = beta2, u.weight_decay = weight_decay, u.step = steps[i];
-    u.eps = plain ? eps * std::sqrt(1 - std::pow(beta2, static_cast<double>(steps[i]))) : eps;
+    u.lr = lr, u.beta1 = beta1, u.beta2 = beta2, u.weight_decay = weight_decay, u.step = *step + 1;
+    u.eps = plain ? eps * std::sqrt(1 - std::pow(beta2, static_cast<double>(u.step))) : eps;
     u.metaplasticity = plain ? 0.0 : metaplasticity;
     u.weight_bound = plain ? HUGE_VAL : weight_bound;
     TorchRuntime rt;
     if (cpu::metaplastic_adam(rt.get(), with_gradient(u, grad))) return static_cast<int64_t>(i);
+    ++*step;
   }
   return -1;
 }

@@ -142,7 +142,8 @@ struct BinaryConv2d {
   Window window;
   int64_t samples, outputs;
   float scale;
-  float* y;  // [M, outputs]
+  float* y;       // [M, outputs]
+  int32_t* sums;  // [M, outputs], where the sums themselves go instead; null for y
 };
 
 struct MaskedConv2dInputGrad {

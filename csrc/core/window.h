@@ -31,6 +31,7 @@ ENGRAM_FUNCTION int64_t units(const Window& w) { return w.height * w.width * w.c
 ENGRAM_FUNCTION int64_t taps(const Window& w) { return w.kernel_h * w.kernel_w; }
 ENGRAM_FUNCTION int64_t group_channels(const Window& w) { return w.channels / w.groups; }
 ENGRAM_FUNCTION int64_t group_units(const Window& w) { return taps(w) * group_channels(w); }
+ENGRAM_FUNCTION bool has_padding(const Window& w) { return (w.top | w.bottom | w.left | w.right) != 0; }
 
 // The taps of an output pixel along one axis that lie in the image: [first, last), at `start + tap * dilation`.
 struct Taps {

@@ -13,7 +13,7 @@ ENGRAM_INLINE uint64_t bits_at(const uint64_t* bits, int64_t at, int64_t count) 
   return value & valid_bits(0, count);
 }
 
-// Puts them into bits that are 0.
+// Sets those that are 1.
 ENGRAM_INLINE void put_bits(uint64_t* bits, int64_t at, int64_t count, uint64_t value) {
   const int64_t word = at / kWordBits, shift = at % kWordBits;
   bits[word] |= value << shift;

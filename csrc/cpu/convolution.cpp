@@ -4,6 +4,7 @@
 //   unfold_bits      rows[m] = the taps of output pixel m, 0 where they are padding
 //   tap_sums         sums[t,n] = sum_c s(W[n,t,c])
 //   finish_pixels    y[m,n] = scale (sums[m,n] + sum over the taps t of m in the padding of tap_sums[t,n])
+//   pool_bits        out[m,c] = the or of bit c of the pixels that output pixel m sees, the sign of their maximum
 //   interleave_bits  bit i * rows + r of a sample = bit i of its row r
 //
 // A product takes a padded tap, whose bits are 0, for -1 and counts -s(W) for it: finish_pixels takes that back,
@@ -97,9 +98,33 @@ void finish_pixels(const FinishPixels& p, Range pixels) {
           }
       }
     }
-    float* out = p.y + (pixels.begin + m) * p.y_stride;
-    for (int64_t n = 0; n < p.N; ++n) out[n] = static_cast<float>(own[n]) * p.scale;
+    const int64_t at = (pixels.begin + m) * p.y_stride;
+    if (p.whole == nullptr) {
+      float* out = p.y + at;
+      for (int64_t n = 0; n < p.N; ++n) out[n] = static_cast<float>(own[n]) * p.scale;
+    } else if (p.whole + at != own) {
+      memcpy(p.whole + at, own, static_cast<size_t>(p.N) * sizeof *own);
+    }
   });
+}
+
+void pool_bits(const PoolBits& p, Range samples) {
+  const Window& w = p.window;
+  const int64_t pixels = out_pixels(w), words = words_for(pixels * w.channels);
+  for (int64_t sample = samples.begin; sample < samples.end; ++sample) {
+    const uint64_t* bits = p.bits + sample * words_for(units(w));
+    uint64_t* out = p.out + sample * words;
+    for (int64_t i = 0; i < words; ++i) out[i] = 0;
+    for_pixels(w, {0, pixels}, [&](const Pixel& pixel, int64_t m) {
+      for_taps(w, pixel, false, [&](int64_t, int64_t at, int64_t) {
+        for (int64_t c = 0; c < w.channels; c += kWordBits) {
+          const int64_t some = smaller(kWordBits, w.channels - c);
+          put_bits(out, m * w.channels + c, some, bits_at(bits, at * w.channels + c, some));
+        }
+      });
+    });
+    for (int64_t i = 0; p.flip_bits != nullptr && i < words; ++i) out[i] ^= p.flip_bits[i];
+  }
 }
 
 void interleave_bits(const InterleaveBits& p, Range samples) {

@@ -144,8 +144,17 @@ struct FinishPixels {
   int64_t N;
   const int32_t* tap_sums;  // [taps, N] or null
   float scale;
-  float* y;  // pixel m of all samples lies at y[m * y_stride]
+  float* y;        // pixel m of all samples lies at y[m * y_stride]
+  int32_t* whole;  // the same without the scale, instead of y, where it is not null; `sums` themselves may lie there
   int64_t y_stride;
+};
+
+// out[pixel, c] = the or of channel c of the pixels that an output pixel sees, other than flip_bits say
+struct PoolBits {
+  const uint64_t* bits;       // [samples, words_for(units)]
+  Window window;              // of one group
+  const uint64_t* flip_bits;  // [words_for(out_pixels * channels)] or null
+  uint64_t* out;              // [samples, words_for(out_pixels * channels)]
 };
 
 // any = the channels that a pixel of a sample recruits; true if its pixels differ in that.
@@ -242,9 +251,9 @@ struct MetaplasticAdam {
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
 // where a weight could not be updated; of channels_of_pixels if pixels differ. transpose_bits and list_samples work on
 // words of units, split_gates on words, metaplastic_adam on words of weights, row-major; tap_sums on taps,
-// interleave_bits, channels_of_pixels, tap_planes and conv2d_weight_grad on samples, conv2d_input_grad on channels,
-// add_parts on blocks, patch_excitability on kPatchSamples samples each; unfold_bits and finish_pixels on output
-// pixels, of which the first of the range lies first in rows and sums.
+// interleave_bits, pool_bits, channels_of_pixels, tap_planes and conv2d_weight_grad on samples, conv2d_input_grad on
+// channels, add_parts on blocks, patch_excitability on kPatchSamples samples each; unfold_bits and finish_pixels on
+// output pixels, of which the first of the range lies first in rows and sums.
 #define ENGRAM_PREDICTION_KERNELS(KERNEL)               \
   KERNEL(bool, pack_signs, PackSigns, Range)            \
   KERNEL(void, pack_window, PackWindow, Range)          \
@@ -257,8 +266,13 @@ struct MetaplasticAdam {
   KERNEL(bool, sample_engram, SampleEngram, Range)      \
   KERNEL(void, value_signs, PreparedSigns, Range)       \
   KERNEL(void, scale_values, ScaleValues, Range)        \
-  KERNEL(void, top_units, TopUnits, Range)
-// Those that the runtime (csrc/runtime) does without: gradients, the update and convolutions.
+  KERNEL(void, top_units, TopUnits, Range)              \
+  KERNEL(void, unfold_bits, UnfoldBits, Range)          \
+  KERNEL(void, tap_sums, TapSums, Range)                \
+  KERNEL(void, finish_pixels, FinishPixels, Range)      \
+  KERNEL(void, pool_bits, PoolBits, Range)              \
+  KERNEL(void, interleave_bits, InterleaveBits, Range)
+// Those that the runtime (csrc/runtime) does without: gradients and the update.
 #define ENGRAM_TRAINING_KERNELS(KERNEL)                     \
   KERNEL(void, standardise, Standardise, Range)             \
   KERNEL(void, standardise_grad, StandardiseGrad, Range)    \
@@ -267,15 +281,11 @@ struct MetaplasticAdam {
   KERNEL(void, list_samples, GatedWeightGrad, Range)        \
   KERNEL(void, gated_weight_grad, GatedWeightGrad, Block)   \
   KERNEL(bool, metaplastic_adam, MetaplasticAdam, Range)    \
-  KERNEL(void, unfold_bits, UnfoldBits, Range)              \
-  KERNEL(void, tap_sums, TapSums, Range)                    \
-  KERNEL(void, finish_pixels, FinishPixels, Range)          \
   KERNEL(bool, channels_of_pixels, ChannelsOfPixels, Range) \
   KERNEL(void, conv2d_input_grad, Conv2dInputGrad, Range)   \
   KERNEL(void, tap_planes, TapPlanes, Range)                \
   KERNEL(void, conv2d_weight_grad, Conv2dWeightGrad, Range) \
   KERNEL(void, add_parts, AddParts, Range)                  \
-  KERNEL(void, interleave_bits, InterleaveBits, Range)      \
   KERNEL(void, patch_excitability, PreparedPatches, Range)
 #define ENGRAM_CPU_KERNELS(KERNEL)  \
   ENGRAM_PREDICTION_KERNELS(KERNEL) \

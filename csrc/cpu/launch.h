@@ -48,6 +48,7 @@ bool sample_engram(const Runtime&, SampleEngram);  // keys are made here
 void unfold_bits(const Runtime&, const UnfoldBits&);
 void interleave_bits(const Runtime&, const InterleaveBits&);
 void binary_conv2d(const Runtime&, const BinaryConv2d&);
+void pool_bits(const Runtime&, const PoolBits&, int64_t samples);
 void masked_conv2d_input_grad(const Runtime&, const MaskedConv2dInputGrad&);
 void gated_conv2d_weight_grad(const Runtime&, const GatedConv2dWeightGrad&);
 // True if a weight could not be updated.

@@ -48,4 +48,22 @@ inline Range items_of(Range blocks, int64_t size, int64_t count) {
   return {blocks.begin * size, end < count ? end : count};
 }
 
+// Blocks among the threads, each of which has scratch of its own: f(block, scratch).
+template <typename F>
+void share_blocks(const Runtime& rt, int64_t blocks, int64_t work, int64_t scratch_bytes, const F& f) {
+  const int64_t shares = rt.threads < blocks ? rt.threads : blocks;
+  if (shares == 0) return;
+  const int64_t bytes = ceil_div(scratch_bytes, 64) * 64 + 64;  // shares write to no common line of the cache
+  char* scratch = workspace<char>(rt, shares * bytes);
+  share(rt, shares, work * blocks / shares, [&](Range part) {
+    for (int64_t i = part.begin; i < part.end; ++i)
+      for (int64_t block = blocks * i / shares; block < blocks * (i + 1) / shares; ++block)
+        f(block, scratch + i * bytes);
+  });
+}
+
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t kWordBytes = sizeof(uint64_t), kFloatBytes = sizeof(float), kCountBytes = sizeof(int32_t);
+
 }  // namespace engram::cpu

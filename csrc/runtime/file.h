@@ -30,6 +30,11 @@ class File {
     return static_cast<T*>(find(name, dtype, shape, sizeof(T)));
   }
   bool has(const std::string& name) const { return tensors_.count(name) != 0; }
+  // The first size of a tensor, 0 if there is none.
+  int64_t rows_of(const std::string& name) const {
+    const auto found = tensors_.find(name);
+    return found != tensors_.end() && !found->second.shape.empty() ? found->second.shape[0] : 0;
+  }
   bool has_dtype(const std::string& name, const char* dtype) const {
     const auto found = tensors_.find(name);
     return found != tensors_.end() && found->second.dtype == dtype;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/bits.h"
+#include "core/window_check.h"
 #include "runtime/error.h"
 
 namespace engram::runtime {
@@ -19,6 +20,41 @@ constexpr int64_t kMostInputs = INT32_MAX / 255 / 4;  // of bytes: twice their d
 void require_units(const Flow& before, int64_t units, const std::string& name) {
   require(!before.scores, name, ": expected nothing behind a read-out");
   require(before.units == units, name, ": expected ", before.units, " units, as come from before it, got ", units);
+}
+
+void require_values(const Flow& before, const std::string& name) {
+  require(before.values, name, ": expected a layer before it that makes values, got signs alone");
+}
+
+// The window of a layer on images, field by field.
+Window window_of(const Json& fields, const std::string& name) {
+  const Json& numbers = fields.at("window", name);
+  Window w{};
+  for (const WindowField& field : kWindowFields)
+    w.*field.number = numbers.at(field.name, name + ".window").integer(name + ".window." + field.name);
+  const std::string fault = window_fault(w);
+  require(fault.empty(), name, ".window: ", fault);
+  return w;
+}
+
+// The units of images of so many channels. Raises: Error for more than others can count.
+int64_t image_units(int64_t pixels, int64_t channels, const std::string& name) {
+  require(channels <= INT32_MAX / pixels, name, ": expected at most 2^31 - 1 units, got ", pixels, " x ", channels);
+  return pixels * channels;
+}
+
+const uint64_t* signs_of(File& file, const std::string& name, int64_t rows, int64_t units) {
+  return reinterpret_cast<const uint64_t*>(file.tensor<int64_t>(name, "I64", {rows, words_for(units)}));
+}
+
+// Flips of channels that come again in each pixel of so many units, packed.
+std::vector<uint64_t> flips_of(File& file, const std::string& name, int64_t channels, int64_t units) {
+  const auto* flip = file.tensor<uint8_t>(name, "U8", {channels});
+  for (int64_t n = 0; n < channels; ++n) require(flip[n] <= 1, name, ": expected 0 or 1, got ", int{flip[n]});
+  std::vector<uint64_t> bits(static_cast<size_t>(words_for(units)), 0);
+  for (int64_t n = 0; n < units; ++n)
+    bits[static_cast<size_t>(n / kWordBits)] |= uint64_t{flip[n % channels]} << n % kWordBits;
+  return bits;
 }
 
 float* floats(const Call& call, const State& state, int64_t units) {
@@ -36,6 +72,7 @@ class StageLayer : public Layer {
 
   Flow flow(const Flow& before) const override {
     require_units(before, units_, name_);
+    if (!std::is_same_v<S, Gate>) require_values(before, name_);
     Flow after = before;
     after.bits |= std::is_same_v<S, Sign>;
     after.gate |= std::is_same_v<S, Recruit> || std::is_same_v<S, Gate>;
@@ -141,6 +178,18 @@ class Standardise : public Layer {
   int64_t features_;
 };
 
+// Signs as GroupedProduct takes them.
+std::vector<uint16_t> grouped(const uint64_t* weight, int64_t outputs, int64_t inputs) {
+  const int64_t stride = ceil_div(outputs, kGroupedRows) * kGroupedRows;
+  std::vector<uint16_t> groups(static_cast<size_t>(ceil_div(inputs, kGroup) * stride), 0);
+  for (int64_t n = 0; n < outputs; ++n)
+    for (int64_t k = 0; k < inputs; ++k) {
+      const uint64_t bit = weight[n * words_for(inputs) + k / kWordBits] >> k % kWordBits & 1;
+      groups[static_cast<size_t>(k / kGroup * stride + n)] |= static_cast<uint16_t>(bit << place_in_group(k % kGroup));
+    }
+  return groups;
+}
+
 class ProductLayer : public Layer {
  public:
   ProductLayer(const Json& fields, const std::string& name, File& file) : name_(name), stage_{} {
@@ -149,10 +198,9 @@ class ProductLayer : public Layer {
     stage_.real = fields.at("real", name).flag(name);
     require(!stage_.real || stage_.inputs <= kMostInputs, name, ": expected at most ", kMostInputs, " inputs, got ",
             stage_.inputs);
-    stage_.weight = reinterpret_cast<const uint64_t*>(
-        file.tensor<int64_t>(name + ".weight", "I64", {stage_.outputs, words_for(stage_.inputs)}));
+    stage_.weight = signs_of(file, name + ".weight", stage_.outputs, stage_.inputs);
     if (!stage_.real) return;
-    group();
+    groups_ = grouped(stage_.weight, stage_.outputs, stage_.inputs);
     stage_.groups = groups_.data();
   }
 
@@ -160,27 +208,97 @@ class ProductLayer : public Layer {
     require_units(before, stage_.inputs, name_);
     require(stage_.real ? before.input : before.bits, name_, ": expected ",
             stage_.real ? "real inputs at the first product" : "a sign layer before it");
-    return {stage_.outputs, false, false, false, false};
+    return {stage_.outputs, false, true, false, false, false};
   }
   int64_t steps() const override { return stage_.steps(); }
   void run(State& state, const Call& call) const override { stage_.run(state, call); }
 
  private:
-  void group() {
-    const int64_t inputs = stage_.inputs, outputs = stage_.outputs;
-    const int64_t stride = ceil_div(outputs, kGroupedRows) * kGroupedRows;
-    groups_.assign(static_cast<size_t>(ceil_div(inputs, kGroup) * stride), 0);
-    for (int64_t n = 0; n < outputs; ++n)
-      for (int64_t k = 0; k < inputs; ++k) {
-        const uint64_t bit = stage_.weight[n * words_for(inputs) + k / kWordBits] >> k % kWordBits & 1;
-        groups_[static_cast<size_t>(k / kGroup * stride + n)] |=
-            static_cast<uint16_t>(bit << place_in_group(k % kGroup));
-      }
-  }
-
   std::string name_;
   Product stage_;
   std::vector<uint16_t> groups_;
+};
+
+class ConvolutionLayer : public Layer {
+ public:
+  ConvolutionLayer(const Json& fields, const std::string& name, File& file) : name_(name), stage_{} {
+    stage_.window = window_of(fields, name);
+    stage_.outputs = size_field(fields, "outputs", name);
+    stage_.real = fields.at("real", name).flag(name);
+    const Window& window = stage_.window;
+    require(stage_.outputs % window.groups == 0, name, ".outputs: expected a multiple of ", window.groups,
+            " groups, got ", stage_.outputs);
+    image_units(out_pixels(window), stage_.outputs, name);
+    stage_.weight = signs_of(file, name + ".weight", stage_.outputs, group_units(window));
+    if (!stage_.real) return;
+    require(window.groups == 1, name, ".window: expected one group of real inputs, got ", window.groups);
+    require(group_units(window) <= kMostInputs, name, ": expected at most ", kMostInputs, " inputs, got ",
+            group_units(window));
+    groups_ = grouped(stage_.weight, stage_.outputs, group_units(window));
+    stage_.groups = groups_.data();
+  }
+
+  Flow flow(const Flow& before) const override {
+    require_units(before, engram::units(stage_.window), name_);
+    require(stage_.real ? before.input : before.bits, name_, ": expected ",
+            stage_.real ? "real inputs at the first product" : "a sign layer before it");
+    return {stage_.units(), false, true, false, false, false};
+  }
+  int64_t steps() const override { return stage_.steps(); }
+  void run(State& state, const Call& call) const override { stage_.run(state, call); }
+
+ private:
+  std::string name_;
+  Convolution stage_;
+  std::vector<uint16_t> groups_;
+};
+
+class MaxPoolLayer : public Layer {
+ public:
+  MaxPoolLayer(const Json& fields, const std::string& name, File& file)
+      : name_(name), stage_{window_of(fields, name), nullptr} {
+    const Window& window = stage_.window;
+    require(window.groups == 1, name, ".window: expected one group, got ", window.groups);
+    const int64_t units = image_units(out_pixels(window), window.channels, name);
+    if (!file.has(name + ".flip")) return;
+    flip_bits_ = flips_of(file, name + ".flip", window.channels, units);
+    stage_.flip_bits = flip_bits_.data();
+  }
+
+  Flow flow(const Flow& before) const override {
+    require_units(before, engram::units(stage_.window), name_);
+    require(before.bits, name_, ": expected a sign layer before it");
+    return {stage_.units(), false, false, true, false, false};
+  }
+  int64_t steps() const override { return stage_.steps(); }
+  void run(State& state, const Call& call) const override { stage_.run(state, call); }
+
+ private:
+  std::string name_;
+  MaxPool stage_;
+  std::vector<uint64_t> flip_bits_;
+};
+
+class TransposeLayer : public Layer {
+ public:
+  TransposeLayer(const Json& fields, const std::string& name)
+      : name_(name), stage_{size_field(fields, "rows", name), size_field(fields, "columns", name)} {
+    image_units(stage_.rows, stage_.columns, name);
+  }
+
+  Flow flow(const Flow& before) const override {
+    require_units(before, stage_.rows * stage_.columns, name_);
+    require_values(before, name_);
+    Flow after = before;
+    after.bits = after.gate = false;
+    return after;
+  }
+  int64_t steps() const override { return stage_.steps(); }
+  void run(State& state, const Call& call) const override { stage_.run(state, call); }
+
+ private:
+  std::string name_;
+  Transpose stage_;
 };
 
 class SignLayer : public StageLayer<Sign> {
@@ -189,29 +307,36 @@ class SignLayer : public StageLayer<Sign> {
     const std::string& by = fields.at("by", name).string(name);
     require(by == "threshold" || by == "mean", name, ": expected by threshold or by mean, got ", by);
     stage_.by_mean = by == "mean";
+    stage_.period = units_;
     if (stage_.by_mean) return;
-    const auto* flip = file.tensor<uint8_t>(name + ".flip", "U8", {units_});
-    flip_bits_.assign(static_cast<size_t>(words_for(units_)), 0);
-    for (int64_t n = 0; n < units_; ++n) {
-      require(flip[n] <= 1, name, ".flip: expected 0 or 1, got ", int{flip[n]});
-      flip_bits_[static_cast<size_t>(n / kWordBits)] |= uint64_t{flip[n]} << n % kWordBits;
-    }
+    const int64_t channels = std::max<int64_t>(1, file.rows_of(name + ".flip"));
+    require(units_ % channels == 0, name, ".flip: expected a size that divides ", units_, ", got ", channels);
+    stage_.period = channels == units_ ? units_ : threshold_period(channels, units_);
+    flip_bits_ = flips_of(file, name + ".flip", channels, stage_.period);
     stage_.flip_bits = flip_bits_.data();
     if (file.has_dtype(name + ".threshold", "I32")) {
-      stage_.threshold = file.tensor<int32_t>(name + ".threshold", "I32", {units_});
+      repeat(file.tensor<int32_t>(name + ".threshold", "I32", {channels}), channels, whole_);
+      stage_.threshold = whole_.data();
       return;
     }
-    stage_.real = file.tensor<float>(name + ".threshold", "F32", {units_});
-    for (int64_t n = 0; n < units_; ++n) {
-      require(!std::isnan(stage_.real[n]), name, ".threshold: expected numbers, got NaN");
-      const double least = std::ceil(static_cast<double>(stage_.real[n]));
+    repeat(file.tensor<float>(name + ".threshold", "F32", {channels}), channels, real_);
+    stage_.real = real_.data();
+    for (const float real : real_) {
+      require(!std::isnan(real), name, ".threshold: expected numbers, got NaN");
+      const double least = std::ceil(static_cast<double>(real));
       whole_.push_back(static_cast<int32_t>(std::min<double>(INT32_MAX, std::max<double>(INT32_MIN, least))));
     }
     stage_.threshold = whole_.data();
   }
 
  private:
-  std::vector<int32_t> whole_;  // thresholds of integers, where the file has those of float32
+  template <typename T>
+  void repeat(const T* of_channels, int64_t channels, std::vector<T>& all) const {
+    for (int64_t n = 0; n < stage_.period; ++n) all.push_back(of_channels[n % channels]);
+  }
+
+  std::vector<int32_t> whole_;
+  std::vector<float> real_;
   std::vector<uint64_t> flip_bits_;
 };
 
@@ -264,6 +389,9 @@ std::unique_ptr<Layer> make_layer(const Json& description, const std::string& na
   if (kind == "encode") return std::make_unique<Encode>(description, name, file);
   if (kind == "standardise") return std::make_unique<Standardise>(description, name);
   if (kind == "product") return std::make_unique<ProductLayer>(description, name, file);
+  if (kind == "convolution") return std::make_unique<ConvolutionLayer>(description, name, file);
+  if (kind == "max_pool") return std::make_unique<MaxPoolLayer>(description, name, file);
+  if (kind == "transpose") return std::make_unique<TransposeLayer>(description, name);
   if (kind == "sign") return std::make_unique<SignLayer>(description, name, file);
   if (kind == "recruit") return std::make_unique<RecruitLayer>(description, name);
   if (kind == "gate") return std::make_unique<GateLayer>(description, name, file);

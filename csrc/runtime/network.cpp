@@ -9,7 +9,7 @@
 
 namespace engram::runtime {
 Network::Network(int64_t features, const Json& layers, File& file) : features_(features) {
-  Flow flow{features, true, false, false, false};
+  Flow flow{features, true, true, false, false, false};
   int64_t number = 0;
   for (const Json& description : layers.list("layers")) {
     readout_units_ = flow.units;
@@ -20,8 +20,14 @@ Network::Network(int64_t features, const Json& layers, File& file) : features_(f
     ++number;
   }
   require(!layers_.empty(), "layers: expected at least one, got none");
+  require(flow.values, "layers: expected values at the end, got signs alone");
   classes_ = flow.units;
-  takes_bytes_ = layers.list("layers")[0].at("kind", "0").string("0.kind") != "sign";
+  for (const Json& description : layers.list("layers")) {
+    const std::string& kind = description.at("kind", "layers").string("kind");
+    if (kind == "transpose") continue;
+    takes_bytes_ = kind != "sign";
+    break;
+  }
   readout_ = dynamic_cast<CountedReadout*>(layers_.back().get());
 }
 

@@ -15,7 +15,7 @@ namespace engram::runtime {
 // What is known of the state before a network has run.
 struct Flow {
   int64_t units;
-  bool input, bits, gate, scores;
+  bool input, values, bits, gate, scores;
 };
 
 class Layer {

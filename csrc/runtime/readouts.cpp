@@ -34,7 +34,7 @@ class Readout : public Layer {
     require(before.units == inputs_, name_, ": expected ", before.units, " inputs, as come from before it, got ",
             inputs_);
     require(before.gate, name_, ": expected a layer before it that recruits");
-    return {classes_, false, false, false, true};
+    return {classes_, false, true, false, false, true};
   }
 
  protected:

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <limits>
 #include <mutex>
+#include <numeric>
 
 #include "core/bits.h"
 #include "cpu/float_mode.h"
@@ -115,24 +117,117 @@ void Product::run(State& state, const Call& call) const {
   state = {state.samples, {call.values, exact ? Type::kInt32 : Type::kFloat32, outputs, largest}, nullptr, nullptr, 0};
 }
 
+// ---- images
+
+int64_t Convolution::steps() const { return out_pixels(window) * group_units(window) * outputs / (real ? 64 : 512); }
+
+void Convolution::run(State& state, const Call& call) const {
+  const bool exact = !real || state.y.type != Type::kFloat32;
+  if (real) {
+    run_real(state, exact, call);
+  } else {
+    BinaryConv2d p{};
+    p.x = state.bits, p.w = weight, p.gate = state.gate, p.gate_stride = state.gate_stride;
+    p.window = window, p.samples = state.samples, p.outputs = outputs;
+    p.sums = static_cast<int32_t*>(call.values);
+    cpu::binary_conv2d(call.kernels, p);
+  }
+  const int64_t largest = group_units(window) * (real ? 255 : 1);
+  state = {state.samples, {call.values, exact ? Type::kInt32 : Type::kFloat32, units(), largest}, nullptr, nullptr, 0};
+}
+
+namespace {
+
+// The taps of each output pixel of an image as a row; padding is 0.
+template <typename T>
+void unfold(const T* image, const Window& w, T* rows) {
+  const int64_t channels = w.channels, out_h = out_height(w), out_w = out_width(w);
+  std::fill_n(rows, out_h * out_w * group_units(w), T{0});
+  for (int64_t y = 0; y < out_h; ++y)
+    for (int64_t x = 0; x < out_w; ++x, rows += group_units(w)) {
+      const Taps lines = taps_of_row(w, y), columns = taps_of_column(w, x);
+      for (int64_t i = lines.first; i < lines.last; ++i)
+        for (int64_t j = columns.first; j < columns.last; ++j) {
+          const int64_t pixel = (lines.start + i * w.dilation_h) * w.width + columns.start + j * w.dilation_w;
+          std::copy_n(image + pixel * channels, channels, rows + (i * w.kernel_w + j) * channels);
+        }
+    }
+}
+
+}  // namespace
+
+void Convolution::run_real(const State& state, bool exact, const Call& call) const {
+  const int64_t pixels = out_pixels(window), inputs = group_units(window);
+  void* rows = call.memory.allocate(static_cast<size_t>(pixels * inputs) * (exact ? 1 : sizeof(float)));
+  for (int64_t i = 0; i < state.samples; ++i) {
+    int32_t* y = static_cast<int32_t*>(call.values) + i * units();
+    if (exact) {
+      auto* bytes = static_cast<uint8_t*>(rows);
+      unfold(static_cast<const uint8_t*>(state.y.data) + i * state.y.units, window, bytes);
+      const int64_t stride = ceil_div(outputs, kGroupedRows) * kGroupedRows;
+      cpu::grouped_product(call.kernels, {bytes, groups, stride, y, pixels, outputs, inputs}, weight);
+      continue;
+    }
+    unfold(static_cast<const float*>(state.y.data) + i * state.y.units, window, static_cast<float*>(rows));
+    SignProduct p{};
+    p.a = rows, p.element = Element::kFloat32, p.signs = weight, p.y = y;
+    p.R = pixels, p.I = inputs, p.V = outputs;
+    cpu::sign_product(call.kernels, p);
+  }
+}
+
+void MaxPool::run(State& state, const Call& call) const {
+  auto* bits = call.memory.get<uint64_t>(state.samples * words_for(units()));
+  cpu::pool_bits(call.kernels, {state.bits, window, flip_bits, bits}, state.samples);
+  state = {state.samples, {nullptr, Type::kInt32, units(), 0}, bits, nullptr, 0};
+}
+
+namespace {
+
+template <typename T>
+T* transposed(const T* y, int64_t samples, int64_t rows, int64_t columns, const Call& call) {
+  T* out = call.memory.get<T>(samples * rows * columns);
+  for (int64_t i = 0; i < samples; ++i, y += rows * columns)
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < rows; ++r) out[(i * columns + c) * rows + r] = y[r * columns + c];
+  return out;
+}
+
+}  // namespace
+
+void Transpose::run(State& state, const Call& call) const {
+  if (state.y.type == Type::kUint8)
+    state.y.data = transposed(static_cast<const uint8_t*>(state.y.data), state.samples, rows, columns, call);
+  else  // of 4 bytes
+    state.y.data = transposed(static_cast<const int32_t*>(state.y.data), state.samples, rows, columns, call);
+  state.bits = state.gate = nullptr;
+}
+
 // ---- signs and gates
+
+int64_t threshold_period(int64_t channels, int64_t units) {
+  constexpr int64_t kRowBits = 2 * kWordBits;  // rows of a multiple of that have no padding
+  const int64_t period = std::lcm(channels, kRowBits);
+  return units % period == 0 ? period : units;
+}
 
 void Sign::run(State& state, const Call& call) const {
   auto* bits = call.memory.get<uint64_t>(state.samples * words_for(units));
   state.bits = bits;
   const bool rounded = real != nullptr && state.y.largest > kMostExact;  // float32 may reach what integers do not
-  if (state.y.type == Type::kFloat32 || rounded) return pack_floats(as_floats(state, call), state.samples, bits);
+  const int64_t rows = state.samples * (units / period);
+  if (state.y.type == Type::kFloat32 || rounded) return pack_floats(as_floats(state, call), rows, bits);
   const int32_t* y = as_integers(state, call);
-  cpu::prepared_signs(call.kernels, {{y, by_mean ? nullptr : threshold, nullptr, state.samples, units, bits},
-                                     by_mean ? nullptr : flip_bits});
+  cpu::prepared_signs(call.kernels,
+                      {{y, by_mean ? nullptr : threshold, nullptr, rows, period, bits}, by_mean ? nullptr : flip_bits});
 }
 
-void Sign::pack_floats(const float* y, int64_t samples, uint64_t* bits) const {
-  const int64_t words = words_for(units);
-  std::fill_n(bits, samples * words, 0);
-  for (int64_t i = 0; i < samples; ++i, y += units, bits += words) {
-    const double mean = by_mean ? mean_of(y, units) : 0;
-    for (int64_t n = 0; n < units; ++n) {
+void Sign::pack_floats(const float* y, int64_t rows, uint64_t* bits) const {
+  const int64_t words = words_for(period);
+  std::fill_n(bits, rows * words, 0);
+  for (int64_t i = 0; i < rows; ++i, y += period, bits += words) {
+    const double mean = by_mean ? mean_of(y, period) : 0;
+    for (int64_t n = 0; n < period; ++n) {
       require(!std::isnan(y[n]), "x: expected numbers whose products are numbers, got NaN");
       const bool reached = by_mean ? static_cast<double>(y[n]) >= mean
                                    : y[n] >= (real == nullptr ? static_cast<float>(threshold[n]) : real[n]);

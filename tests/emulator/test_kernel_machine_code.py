@@ -15,7 +15,8 @@ CSRC = mc.FOLDER.parents[1] / "csrc"
 BYTES = ("100", "120")  # where the product of bits is emulated, and ours is of bytes
 
 
-VARIANTS = ("86", "89", "120")  # have the PTX of the architecture before them, and other registers and latencies
+# these have the PTX of the architecture before them, and other registers and latencies
+VARIANTS = ("86", "89", "90a", "120")
 
 
 @pytest.fixture(

@@ -200,17 +200,23 @@ def top_units(draw: Draw) -> dict[str, Any]:
 
 
 def packed_network(draw: Draw) -> dict[str, Any]:
-    """Products with signs, gates and scales between them. The sums of ridge read-outs have an order of their own."""
-    m, n, k = draw.sizes(3)
-    n = max(1, n)
+    """Products with signs, gates and scales between them, images before them. The sums of ridge read-outs have an order
+    of their own."""
+    layout, factors, tensors = [], [], []
     real = draw.chance(0.5)
+    if draw.chance(0.4):
+        m = draw.choice([0, 1, 2, 5])
+        k, n = packed_images(draw, real, layout, tensors)
+    else:
+        m, n, k = draw.sizes(3)
+        n = max(1, n)
+        weight = draw.words(n, k)
+        layout += [0, k, int(real)]
+        tensors += [weight, reference.group_signs(weight, k)] if real else [weight]
     x = draw.integers(0, 256, m, k).to(torch.uint8) if real else draw.words(m, k)
-    weight = draw.words(n, k)
-    layout, factors, tensors = [0, k, int(real)], [], [weight]
-    tensors += [reference.group_signs(weight, k)] if real else []
     for _ in range(draw.randint(0, 2)):
         layout.append(draw.choice([1, 2]))
-        tensors += [draw.integers(-k, k, n).int(), draw.words(1, n)[0] & valid_bits(n)] if layout[-1] == 2 else []
+        tensors += thresholds(draw, n, n) if layout[-1] == 2 else []
         gate = draw.choice(["none", "recruit", "gate"])
         if gate == "recruit":
             layout += [3, draw.randint(1, n), draw.randint(0, 3)]
@@ -236,6 +242,46 @@ def packed_network(draw: Draw) -> dict[str, Any]:
             tensors += [draw.words(5, n), draw.normal_of(5), draw.integers(0, 2, 5)]
     gate_bits = None if real else draw.optional_gate(m, k)
     return {"x": x, "gate_bits": gate_bits, "layout": layout, "factors": factors, "tensors": tensors}
+
+
+def first_stage(layout: list[int]) -> tuple[int, bool]:
+    """The units that come into the first stage of a packed network, and whether they are bytes."""
+    if layout[0] == 0:
+        return layout[1], bool(layout[2])
+    end = 1 + len(Window._fields)
+    return Window(*layout[1:end]).units, bool(layout[end])
+
+
+def thresholds(draw: Draw, period: int, largest: int) -> list[Tensor]:
+    """Of a stage of signs, with flips."""
+    return [draw.integers(-largest, largest, period).int(), draw.words(1, period)[0] & valid_bits(period)]
+
+
+def packed_images(draw: Draw, real: bool, layout: list[int], tensors: list[Tensor]) -> tuple[int, int]:
+    """A convolution, and perhaps signs, a pool and another one: the units before and after them."""
+    w = window_of(draw)
+    w = w._replace(groups=1) if real else w
+    before = w.units
+    while True:
+        outputs = w.groups * draw.choice([1, 2, 17, 64])
+        filters = draw.words(outputs, w.group_units)
+        layout += [9, *w, int(real and w.units == before and len(layout) == 0)]
+        tensors += [filters, reference.group_signs(filters, w.group_units)] if layout[-1] else [filters]
+        height, width = w.out_height, w.out_width
+        units = height * width * outputs
+        if draw.chance(0.5):
+            return before, units
+        period = draw.choice([p for p in range(128, units + 1, 128) if units % p == 0] + [units])
+        layout.append(2)
+        tensors += thresholds(draw, period, w.group_units)
+        if draw.chance(0.5):
+            size = draw.randint(1, min(height, 3)), draw.randint(1, min(width, 3))
+            pool = Window(height, width, outputs, *size, 2, 1, top=draw.randint(0, 1), right=draw.randint(0, 1))
+            layout += [10, *pool, draw.randint(0, 1)]
+            height, width = pool.out_height, pool.out_width
+            units = height * width * outputs
+            tensors += [draw.words(1, units)[0] & valid_bits(units)] if layout[-1] else []
+        w = Window(height, width, outputs, draw.randint(1, min(height, 3)), draw.randint(1, min(width, 3)))
 
 
 def standardise(draw: Draw) -> dict[str, Any]:
@@ -680,7 +726,7 @@ def shapes_agree(call: Call) -> bool:
     """Whether one value for each symbol fits all shapes."""
     sizes: dict[str, int] = {}
     if "layout" in call.arguments:
-        k, real = call.arguments["layout"][1:3]
+        k, real = first_stage(call.arguments["layout"])
         sizes |= {"units": k if real else words_for(k), "words": words_for(k)}
     if "window" in call.arguments:
         w = Window(*call.arguments["window"])
@@ -1165,8 +1211,10 @@ OPERATORS = {
     "packed_network": Operator(
         packed_network,
         {
-            "x": TensorRule("M units", lambda a: (torch.uint8 if a["layout"][2] else torch.int64,)),
-            "gate_bits": TensorRule("words | M words", BITS, optional=always, allowed=lambda a: not a["layout"][2]),
+            "x": TensorRule("M units", lambda a: (torch.uint8 if first_stage(a["layout"])[1] else torch.int64,)),
+            "gate_bits": TensorRule(
+                "words | M words", BITS, optional=always, allowed=lambda a: not first_stage(a["layout"])[1]
+            ),
         },
         check_exact,
     ),
