@@ -130,7 +130,7 @@ def _product_over_samples(d: Tensor, x: Tensor) -> Tensor:
     return functools.reduce(Tensor.add_, ((own.T.to(x.dtype) @ part).float() for own, part in blocks)).to(d.dtype)
 
 
-def _sum_over_samples(d: Tensor) -> Tensor:
+def sum_over_samples(d: Tensor) -> Tensor:
     """Floats (M, N) -> (N, 1). The bits of torch's sum depend on the number of threads; those of the kernel do not."""
     if d.shape[0] == 1:
         return d.T
@@ -154,7 +154,7 @@ class BiasSum(_Function):
     @staticmethod
     def backward(ctx, d):
         """Gradients of y and of the bias."""
-        db = _sum_over_samples(d.detach()).squeeze(1).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        db = sum_over_samples(d.detach()).squeeze(1).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return (d, *_first_derivatives(d, db))
 
 
@@ -190,7 +190,7 @@ def _layer_grad(
     if _in_one_call(d, ctx.sums_dtype, ctx.bias_dtype, ctx.weight_dtype):
         own, *others = operators._layer_grad(d, ctx.scale, needs_bias, ctx.k, w_bits, mask_bits, x_bits, gate_bits)
         return (d if own is None else own, *others)
-    db = _sum_over_samples(d).squeeze(1).to(ctx.bias_dtype) if needs_bias else None
+    db = sum_over_samples(d).squeeze(1).to(ctx.bias_dtype) if needs_bias else None
     own = d if d.dtype == ctx.sums_dtype else d.to(ctx.sums_dtype)
     own = own if ctx.scale == 1.0 else own * ctx.scale
     dx = None if mask_bits is None else ops.masked_input_grad(own, w_bits, ctx.k, mask_bits)  # type: ignore[arg-type]
@@ -530,7 +530,7 @@ class CodeProduct(_Function):
 
             def gradient_of_rows(rows: slice) -> Tensor:
                 block = own[:, rows].float().contiguous()
-                return ops.gated_weight_grad(block, gate_bits, ctx.k, gate_bits) - ctx.rate * _sum_over_samples(block)
+                return ops.gated_weight_grad(block, gate_bits, ctx.k, gate_bits) - ctx.rate * sum_over_samples(block)
 
             if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
                 dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)

@@ -549,8 +549,8 @@ def real_metaplastic_adam_(
     """:func:`metaplastic_adam_` with the gradient of :func:`real_weight_grad`, made and consumed block by block.
 
     No (N, K) gradient ever exists. Shapes: ``d`` (M, N) and ``x`` (M, K), floats; ``settings`` are the keyword
-    arguments of :func:`metaplastic_adam_`. For float32 ``d`` and ``x`` the result on the CPU is that of the two operators
-    one after the other, bit for bit.
+    arguments of :func:`metaplastic_adam_`. For float32 ``d`` and ``x`` the result on the CPU is that of the two
+    operators one after the other, bit for bit.
 
     >>> weight, mu, v = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.zeros(1, 2)
     >>> settings = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, metaplasticity=2.0, step=1)

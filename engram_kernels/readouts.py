@@ -49,6 +49,17 @@ def _outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     return outside
 
 
+def check_labels(samples: int, y: Tensor, num_classes: int) -> None:
+    """Raises: ValueError unless ``y`` is int64 (samples,) with numbers in [0, num_classes)."""
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (samples,):
+        got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y: expected int64 ({samples},), got {got}")
+    if torch.compiler.is_compiling():  # a graph has no values to look at before it runs
+        torch._assert_async(((y >= 0) & (y < num_classes)).all(), "y: expected labels in [0, num_classes)")
+    elif y.numel() and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+        raise ValueError(f"y: expected labels in [0, {num_classes}), got {int(y.min())} to {int(y.max())}")
+
+
 class _Readout(nn.Module):
     """What the read-outs share: sizes, the engram, and the check of what comes in."""
 
@@ -75,13 +86,7 @@ class _Readout(nn.Module):
 
     def check_labels(self, samples: int, y: Tensor) -> None:
         """Raises: ValueError unless ``y`` is int64 (samples,) with numbers of classes."""
-        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (samples,):
-            got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"y: expected int64 ({samples},), got {got}")
-        if torch.compiler.is_compiling():  # a graph has no values to look at before it runs
-            torch._assert_async(((y >= 0) & (y < self.num_classes)).all(), "y: expected labels in [0, num_classes)")
-        elif y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
-            raise ValueError(f"y: expected labels in [0, {self.num_classes}), got {int(y.min())} to {int(y.max())}")
+        check_labels(samples, y, self.num_classes)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -427,13 +432,22 @@ def pull_loss(activations: Tensor, y: Tensor, wins: Tensor, conscience: float, *
     Activations (M, C, S), labels int64 (M,) -> scalar; ``wins`` (C, S) are counted in place where ``count`` is True.
     """
     own = activations[torch.arange(len(y), device=y.device), y]
+    winner = winning_segments(own.detach(), y, wins, conscience, count=count)
+    return -own.gather(1, winner.unsqueeze(1)).sum() / max(1, len(y))
+
+
+@torch.no_grad()
+def winning_segments(own: Tensor, y: Tensor, wins: Tensor, conscience: float, *, count: bool) -> Tensor:
+    """The winner of each sample's class, int64 (M,): :meth:`DendriticReadout.local_loss`.
+
+    Activations of the segments of that class (M, S), labels int64 (M,); ``wins`` (C, S) are counted in place where
+    ``count`` is True.
+    """
     own_wins = wins[y]
-    with torch.no_grad():
-        advantage = conscience * (1.0 - own_wins / own_wins.mean(dim=1, keepdim=True))
-        winner = (own.detach() + advantage).argmax(dim=1, keepdim=True)
-        if count:
-            wins.index_put_((y, winner[:, 0]), torch.ones_like(own_wins[:, 0]), accumulate=True)
-    return -own.gather(1, winner).sum() / max(1, len(y))
+    winner = (own + conscience * (1.0 - own_wins / own_wins.mean(dim=1, keepdim=True))).argmax(dim=1)
+    if count:
+        wins.index_put_((y, winner), torch.ones_like(own_wins[:, 0]), accumulate=True)
+    return winner
 
 
 def _count(gate_bits: Tensor, y: Tensor, counts: Tensor, samples: Tensor) -> Tensor:

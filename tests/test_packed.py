@@ -21,9 +21,11 @@ from torch import nn
 
 import engram_kernels as ek
 from engram_kernels.cli import main
+from engram_kernels.continual import class_scenario
 from engram_kernels.continual.data import load
 from engram_kernels.encoding import SampleStandardisation
-from engram_kernels.packed.layers import KINDS, least_integer_that_reaches
+from engram_kernels.packed.layers import KINDS, decode_hidden, encode_hidden, least_integer_that_reaches
+from engram_kernels.reference import decode_first_moment, decode_second_moment, encode_first_moment, rounding_draws
 
 ENGRAMS = {
     "none": lambda: None,
@@ -349,7 +351,7 @@ def test_a_read_out_that_is_not_counted_says_so():
     x, y = torch.zeros(2, 20), torch.tensor([0, 1])
     with pytest.raises(TypeError, match=r"layer 3 \(dendritic\): expected a read-out that is counted"):
         ek.pack(ek.EngramMLP((20, 64, 3))).partial_fit(x, y)
-    with pytest.raises(TypeError, match="partial_fit: expected a prototype or ridge read-out, got affine"):
+    with pytest.raises(TypeError, match="partial_fit: expected a prototype, ridge or dendritic read-out, got affine"):
         ek.pack(ek.EngramMLP((20, 64, 3), readout="linear")).partial_fit(x, y)
     model = ek.EngramMLP((20, 64, 3), readout="ridge")
     model.observe(torch.randn(10, 20), torch.randint(3, (10,)))
@@ -357,6 +359,124 @@ def test_a_read_out_that_is_not_counted_says_so():
         ek.pack(model).partial_fit(x, y)
     with pytest.raises(ValueError, match="y: expected labels in"):
         ek.pack(model, learning=True).partial_fit(x, torch.tensor([0, 3]))
+
+
+def dendritic_model(k=30, classes=4, segments=5, **settings):
+    """A model with a dendritic read-out of two steps, and its optimizer."""
+    model = ek.EngramMLP((k, 100, classes), readout="dendritic")
+    model.readout = ek.DendriticReadout(100, classes, segments, engram=ek.StochasticEngram(0.2, temperature=0))
+    optimizer = ek.MetaplasticAdam([model.readout.weight], **settings)
+    x, y = images(60, k), torch.randint(classes, (60,))
+    model.encoding(x.float())
+    model.eval()
+    for _ in range(2):
+        learn(model, optimizer, x, y)
+    return model, optimizer
+
+
+def learn(model, optimizer, x, y):
+    """A step of the read-out, as training takes it."""
+    model.readout.train()
+    with torch.no_grad():
+        features = model.features(x)
+    optimizer.zero_grad()
+    model.readout.local_loss(model.readout.activations(features), y).backward()
+    optimizer.step()
+    model.readout.eval()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_dendritic_read_out_takes_the_step_of_its_optimizer(state_dtype, tmp_path):
+    """From hidden weights that 8 bits hold, one step leaves the signs, and the wins, that training leaves."""
+    model, optimizer = dendritic_model(lr=0.5, metaplasticity=0.5, weight_bound=2.0, state_dtype=state_dtype)
+    packed = ek.pack(model, learning=optimizer)
+    held = packed.layers[-1]
+    with torch.no_grad():
+        model.readout.weight.copy_(decode_hidden(held.hidden, held.hidden_scale))
+    if state_dtype != torch.int8:  # moments that 8 bits hold
+        state = optimizer.state[model.readout.weight]
+        for name, decode in (("exp_avg", decode_first_moment), ("exp_avg_sq", decode_second_moment)):
+            state[name].copy_(decode(getattr(held, name), getattr(held, f"{name}_scale")))
+    x, y = images(50, 30), torch.randint(4, (50,))
+    assert_same(model, packed, x)
+    learn(model, optimizer, x, y)
+    assert packed.partial_fit(x, y) is packed
+    assert held.step == 3
+    assert torch.equal(held.wins, model.readout.wins)
+    assert torch.equal(held.weight, model.readout.signed_weight()[1])
+    assert_same(model, packed, x)
+    packed.save(tmp_path / "model")
+    with safe_open(tmp_path / "model", "pt") as file:
+        assert file.metadata()["version"] == "2"
+    loaded = ek.load_packed(tmp_path / "model")
+    packed.partial_fit(x, y)
+    loaded.partial_fit(x, y)
+    for name, tensor in held.tensors().items():
+        assert torch.equal(tensor, getattr(loaded.layers[-1], name)), name
+
+
+def test_learning_with_8_bits_keeps_up_with_floats():
+    """Digits, two classes at a time, in one pass."""
+    scenario = class_scenario(load("digits"))
+    model = ek.EngramMLP((64, 512, 10), readout="dendritic")
+    optimizer = ek.MetaplasticAdam([model.readout.weight])
+    model.encoding(next(iter(scenario.train_stream[0].batches(100)))[0].float())
+    model.eval()
+    packed = ek.pack(model, learning=optimizer)
+    for task in scenario.train_stream:
+        for x, y in task.batches(25):
+            learn(model, optimizer, x, y)
+            packed.partial_fit(x, y)
+    of_task = [batch for task in scenario.test_stream for batch in task.batches(500)]
+    floats, bits = (
+        sum(int((m(x).argmax(1) == y).sum()) for x, y in of_task) / sum(len(y) for _, y in of_task)
+        for m in (model, packed)
+    )
+    assert floats > 0.7 and abs(floats - bits) < 0.03, (floats, bits)
+
+
+def test_codes_of_hidden_weights_keep_their_signs():
+    weight = torch.randn(7, 130) * 10.0 ** torch.randint(-12, 3, (7, 130))
+    weight[0] = 0.0
+    codes, scale = encode_hidden(weight, torch.tensor([1, 5]), first_row=3)
+    draws = rounding_draws(torch.tensor([1, 5]), 7, 65, 3)
+    noise = torch.stack([draws & 0xFFFF, draws >> 16], dim=2).flatten(1)
+    expected, expected_scale = encode_first_moment(weight, noise)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(codes, torch.where((expected == 0) & (weight < 0), -1, expected))
+    assert torch.equal(codes >= 0, weight >= 0)
+    assert torch.equal(decode_hidden(codes, scale), decode_first_moment(codes, scale))
+
+
+def test_a_dendritic_read_out_without_what_it_learns_with_is_refused(tmp_path):
+    model, optimizer = dendritic_model()
+    x, y = images(2, 30), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"dendritic.*learning=optimizer"):
+        ek.pack(model, learning=True).partial_fit(x, y)
+    with pytest.raises(ValueError, match="learning: expected the optimizer that has the weight"):
+        ek.pack(model, learning=dendritic_model()[1])
+    with pytest.raises(TypeError, match="learning: expected a bool or a MetaplasticAdam, got Adam"):
+        ek.pack(model, learning=torch.optim.Adam(model.readout.parameters()))
+    packed = ek.pack(model, learning=optimizer)
+    with pytest.raises(ValueError, match="y: expected labels in"):
+        packed.partial_fit(x, torch.tensor([0, 4]))
+    layer = packed.layers[-1]
+    fields = {name: getattr(layer, name) for name in layer.fields}
+    kind = type(layer)
+    for name in ("hidden", "exp_avg_sq_scale", "wins"):
+        tensors = layer.tensors()
+        del tensors[name]
+        with pytest.raises(ValueError, match=rf"layer 9 \(learning dendritic\), {name}: expected"):
+            kind("layer 9", fields, tensors)
+    with pytest.raises(ValueError, match="hidden: expected numbers with the signs of weight"):
+        kind("layer 9", fields, layer.tensors() | {"hidden": -1 - layer.hidden})
+    with pytest.raises(ValueError, match="wins: expected finite numbers above 0"):
+        kind("layer 9", fields, layer.tensors() | {"wins": torch.zeros_like(layer.wins)})
+    with pytest.raises(ValueError, match="exp_avg_scale: expected finite numbers"):
+        kind("layer 9", fields, layer.tensors() | {"exp_avg_scale": layer.exp_avg_scale * math.nan})
+    for name in ("lr", "beta1", "step", "weight_bound"):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            kind("layer 9", fields | {name: -1}, layer.tensors())
 
 
 # ---- files
@@ -418,7 +538,7 @@ def network_of(path):
     (lambda path: path.write_bytes(b"\x80\x04" + os.urandom(100)), "expected a whole packed model"),
     (lambda path: save_file({"a": torch.zeros(1)}, path), "expected a packed model, .* without a format"),
     (lambda path: edited(path, {"format": "pt"}), "expected a packed model, format engram_kernels.packed, got pt"),
-    (lambda path: edited(path, {"version": "2"}), "expected version 1 .* got 2; a newer engram_kernels wrote it"),
+    (lambda path: edited(path, {"version": "3"}), "expected version 2 .* got 3; a newer engram_kernels wrote it"),
     (lambda path: edited(path, {"version": "one"}), "expected a version of the format from 1 on, got 'one'"),
     (lambda path: edited(path, {"network": "{"}), "expected a description of the network as JSON"),
     (lambda path: edited(path, {"network": "[]"}), "expected a description of the network as an object"),

@@ -16,7 +16,7 @@ namespace {
 
 using namespace engram::runtime;  // NOLINT: this file is its interface
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int kMostThreads = 1024;
 
 thread_local std::string last_error;

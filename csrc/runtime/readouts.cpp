@@ -239,6 +239,9 @@ class RidgeLayer : public Counts {
 std::unique_ptr<Layer> make_readout(const Json& description, const std::string& name, File& file) {
   const std::string& kind = description.at("kind", name).string(name + ".kind");
   if (kind == "dendritic") return std::make_unique<DendriticLayer>(description, name, file);
+  require(kind != "learning dendritic", name,
+          ": expected a read-out that this library has, got one of kind learning dendritic; pack the model without "
+          "its optimizer");
   if (kind == "prototype") return std::make_unique<PrototypeLayer>(description, name, file);
   if (kind == "ridge") return std::make_unique<RidgeLayer>(description, name, file);
   return nullptr;

@@ -14,7 +14,7 @@ from .layers import KINDS, PackedLayer
 from .model import PackedModel
 
 FORMAT = "engram_kernels.packed"
-VERSION = 1
+VERSION = 2
 
 
 def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
@@ -26,7 +26,8 @@ def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
         layers.append(layer.described())
         tensors |= {f"{i}.{name}": tensor for name, tensor in layer.tensors().items()}
     network = {"features": model.features, "labels": model.labels, "layers": layers, "settings": model.settings}
-    metadata = {"format": FORMAT, "version": str(VERSION), "network": json.dumps(network)}
+    version = max(layer.version for layer in model.layers if isinstance(layer, PackedLayer))  # that older readers know
+    metadata = {"format": FORMAT, "version": str(version), "network": json.dumps(network)}
     write_tensors(path, tensors, metadata)
 
 

@@ -14,13 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..autograd import sign_convolution
+from ..autograd import sign_convolution, sum_over_samples
 from ..encoding import as_inputs, inputs_of, standardize
 from ..engrams import StochasticEngram
 from ..fakes import check_window
 from ..norms import standardise
-from ..readouts import PrototypeReadout, RidgeReadout, regression_scores, segment_scores
-from ..reference import PACKED_SCORES, PACKED_STAGES, Window, group_signs, pool_signs, top_units, words_for
+from ..readouts import (
+    PrototypeReadout,
+    RidgeReadout,
+    check_labels,
+    regression_scores,
+    segment_scores,
+    winning_segments,
+)
+from ..reference import (
+    PACKED_SCORES,
+    PACKED_STAGES,
+    SCALE_BLOCK,
+    Window,
+    decode_first_moment,
+    group_signs,
+    pool_signs,
+    top_units,
+    words_for,
+)
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Fields = dict[str, Callable[[Any], bool]]
@@ -64,6 +81,7 @@ class PackedLayer(nn.Module):
     """
 
     kind: ClassVar[str]
+    version: ClassVar[int] = 1  # of the format, the first that has it
     fields: ClassVar[Fields]
     optional: ClassVar[frozenset[str]] = frozenset()
 
@@ -149,6 +167,18 @@ def _window(value: Any) -> bool:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _at_least_0(value: Any) -> bool:
+    return _finite(value) and value >= 0
+
+
+def _decay(value: Any) -> bool:
+    return _finite(value) and 0 <= value < 1
 
 
 def _one_of(*names: str) -> Callable[[Any], bool]:
@@ -639,7 +669,10 @@ class _Readout(PackedLayer):
 
     def observe(self, gate: Tensor, y: Tensor) -> None:
         """Learns engrams, bits (M, words), and the numbers of their classes, int64 (M,)."""
-        raise TypeError(f"{self.where} ({self.kind}): expected a read-out that is counted, got one that is trained")
+        raise TypeError(
+            f"{self.where} ({self.kind}): expected a read-out that is counted or, pack(model, learning=optimizer), one "
+            "with its optimizer, got one that is trained"
+        )
 
     def _engram(self) -> StochasticEngram:
         return StochasticEngram(self.recruited / self.inputs, temperature=0.0)
@@ -667,21 +700,141 @@ class Dendritic(_Readout):
         """Derives the sums of signs."""
         if self.top_segments > self.segments:
             raise self.fault("top_segments", f"at most {self.segments}", str(self.top_segments))
+        self._derive()
+
+    def _derive(self) -> None:
         ones = ops.pack_signs(torch.ones(1, self.inputs, device=self.weight.device))
         every = ops.binary_matmul(ones, self.weight, self.inputs)
         self.register_buffer("mean_product", self.rate * every[0].float(), persistent=False)
 
-    def scores(self, gate: Tensor) -> Tensor:
-        """As `DendriticReadout.scores`, rounded alike."""
+    def activations(self, gate: Tensor) -> Tensor:
+        """As `DendriticReadout.activations`, rounded alike: float32 (M, C, S)."""
         y = ops.binary_matmul(gate, self.weight, self.inputs, gate).float() - self.mean_product
-        y = (y / math.sqrt(self.recruited)).reshape(-1, self.classes, self.segments)
-        return segment_scores(y, self.top_segments)
+        return (y / math.sqrt(self.recruited)).reshape(-1, self.classes, self.segments)
+
+    def scores(self, gate: Tensor) -> Tensor:
+        """As `DendriticReadout.scores`."""
+        return segment_scores(self.activations(gate), self.top_segments)
 
     def stage(self, whole: bool) -> Stage | None:
         """Of one segment a class; torch adds up several in an order of its own."""
         if self.top_segments > 1:
             return None
         return _stage("dendritic", (self.segments, self.recruited), ("weight", "mean_product"))
+
+
+class LearningDendritic(Dendritic):
+    """`DendriticReadout` that goes on learning by its local loss, a step of `MetaplasticAdam` a batch.
+
+    All that it learns with is of 8 bits: hidden weights and both moments, as ``csrc/core/compact.h`` keeps first and
+    second moments. Floats exist of a block of rows at a time. Random bits follow from the number of the step.
+    """
+
+    kind = "learning dendritic"
+    version = 2
+    fields: ClassVar[Fields] = Dendritic.fields | {
+        "conscience": _at_least_0, "lr": _at_least_0, "beta1": _decay, "beta2": _decay, "eps": _at_least_0,
+        "weight_decay": _at_least_0, "metaplasticity": _at_least_0,
+        "weight_bound": lambda value: value is None or (_finite(value) and value > 0), "step": _count,
+    }  # fmt: skip
+    conscience: float
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    metaplasticity: float
+    weight_bound: float | None
+    step: int
+    hidden: Tensor
+    hidden_scale: Tensor
+    exp_avg: Tensor
+    exp_avg_scale: Tensor
+    exp_avg_sq: Tensor
+    exp_avg_sq_scale: Tensor
+    wins: Tensor
+
+    def layout(self) -> Layout:
+        """The signs, and what they are learned with."""
+        rows = self.classes * self.segments
+        scales = (torch.float32, (rows, -(-self.inputs // SCALE_BLOCK)))
+        return super().layout() | {
+            "hidden": (torch.int8, (rows, self.inputs)), "hidden_scale": scales,
+            "exp_avg": (torch.int8, (rows, self.inputs)), "exp_avg_scale": scales,
+            "exp_avg_sq": (torch.uint8, (rows, self.inputs)), "exp_avg_sq_scale": scales,
+            "wins": (torch.float32, (self.classes, self.segments)),
+        }  # fmt: skip
+
+    def check(self) -> None:
+        """The signs are those of the hidden weights."""
+        for name in ("hidden_scale", "exp_avg_scale", "exp_avg_sq_scale"):
+            scale = getattr(self, name)
+            if not bool((scale.isfinite() & (scale >= 0)).all()):
+                raise self.fault(name, "finite numbers of at least 0", "others")
+        if not bool((self.wins.isfinite() & (self.wins > 0)).all()):
+            raise self.fault("wins", "finite numbers above 0", "others")
+        if not torch.equal(ops.pack_signs(self.hidden.float()), self.weight):
+            raise self.fault("hidden", "numbers with the signs of weight", "others")
+        super().check()
+
+    def observe(self, gate: Tensor, y: Tensor) -> None:
+        """One step by the local loss of a batch."""
+        samples = len(gate)
+        check_labels(samples, y, self.classes)
+        if samples == 0:
+            return
+        own = self.activations(gate)[torch.arange(samples), y]
+        winner = winning_segments(own, y, self.wins, self.conscience, count=True)
+        d = torch.zeros(samples, self.classes * self.segments)
+        d[torch.arange(samples), y * self.segments + winner] = -1.0 / samples / math.sqrt(self.recruited)
+        self.step += 1
+        for first in range(0, d.shape[1], _ROWS):
+            self._update(slice(first, first + _ROWS), d[:, first : first + _ROWS].contiguous(), gate)
+        self._derive()
+
+    def _update(self, rows: slice, d: Tensor, gate: Tensor) -> None:
+        """One step of the hidden weights of some rows."""
+        grad = ops.gated_weight_grad(d, gate, self.inputs, gate) - self.rate * sum_over_samples(d)
+        weight = decode_hidden(self.hidden[rows], self.hidden_scale[rows])
+        ops.metaplastic_adam_(
+            weight, grad, self.exp_avg[rows], self.exp_avg_sq[rows], self.weight[rows],
+            lr=self.lr, beta1=self.beta1, beta2=self.beta2, eps=self.eps, weight_decay=self.weight_decay,
+            metaplasticity=self.metaplasticity, step=self.step,
+            weight_bound=math.inf if self.weight_bound is None else self.weight_bound,
+            exp_avg_scale=self.exp_avg_scale[rows], exp_avg_sq_scale=self.exp_avg_sq_scale[rows],
+            seed=self._seed(0), first_row=rows.start,
+        )  # fmt: skip
+        self.hidden[rows], self.hidden_scale[rows] = encode_hidden(weight, self._seed(1), rows.start)
+
+    def _seed(self, key: int) -> Tensor:
+        return torch.tensor([key, self.step % 2**32])
+
+
+_ROWS = 128  # of a block whose hidden weights exist as floats: 1 MiB of 2048 inputs
+
+
+def decode_hidden(codes: Tensor, scale: Tensor) -> Tensor:
+    """As `decode_first_moment`, by a table of all codes."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.int8)
+    table = decode_first_moment(every.unsqueeze(1), torch.ones(256, 1)).squeeze(1)
+    weight = table[codes.view(torch.uint8).int()]
+    return weight.mul_(scale.repeat_interleave(SCALE_BLOCK, dim=1)[:, : codes.shape[1]])
+
+
+def encode_hidden(weight: Tensor, seed: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes and scales of hidden weights, float32 (N, K), as those of first moments; a negative one has no code 0.
+
+    A first moment without a decay is the gradient: the update codes what it is given as that.
+    """
+    n, k = weight.shape
+    codes, unused = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n, k, dtype=torch.uint8)
+    scale, unused_scale = torch.zeros(2, n, -(-k // SCALE_BLOCK))
+    ops.metaplastic_adam_(
+        weight.clone(), weight, codes, unused, None,
+        lr=0.0, beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.0, metaplasticity=0.0, step=1,
+        exp_avg_scale=scale, exp_avg_sq_scale=unused_scale, seed=seed, first_row=first_row,
+    )  # fmt: skip
+    return codes.masked_fill_((codes == 0) & (weight < 0), -1), scale
 
 
 class Prototype(_Readout):
@@ -781,8 +934,8 @@ class Ridge(_Readout):
 KINDS: dict[str, type[PackedLayer]] = {
     layer.kind: layer
     for layer in (
-        Encode, Standardise, Product, Convolution, MaxPool, Transpose, Sign, Recruit, Gate, Affine,
-        Dendritic, Prototype, Ridge,
+        Encode, Standardise, Product, Convolution, MaxPool, Transpose, Sign, Recruit, Gate, Affine, Dendritic,
+        LearningDendritic, Prototype, Ridge,
     )
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from .layers import Convolution, Encode, Flow, PackedLayer, Product, Sign, State
 
 
 class PackedModel(nn.Module):
-    """A network for evaluation that holds signs, thresholds and settings, and no hidden weights.
+    """A network for evaluation that holds signs, thresholds and settings, and no hidden weights as floats.
 
     :func:`~engram_kernels.pack` makes it of a trained network, :func:`~engram_kernels.load_packed` reads its file. Its
     scores are those of that network in evaluation mode.
@@ -91,13 +91,13 @@ class PackedModel(nn.Module):
     def partial_fit(self, x: Tensor, y: Tensor) -> PackedModel:
         """Goes on learning with samples (M, features) and the numbers of their classes, int64 (M,); returns itself.
 
-        Of prototype and ridge read-outs, which are counted: the scores are then those of a read-out that has observed
-        all samples in the first place.
+        Prototype and ridge read-outs are counted: the scores are then those of a read-out that has observed all samples
+        in the first place. A dendritic read-out that was packed with its optimizer takes one step by its local loss.
         Raises: TypeError for another read-out; RuntimeError for a ridge read-out packed without its moments.
         """
         readout = self.layers[-1]
         if not isinstance(readout, _Readout):
-            raise TypeError(f"partial_fit: expected a prototype or ridge read-out, got {readout.kind}")
+            raise TypeError(f"partial_fit: expected a prototype, ridge or dendritic read-out, got {readout.kind}")
         gate = self._run(self._begin(x), len(self._order) - 1).gate
         assert gate is not None
         readout.observe(gate if gate.dim() == 2 else gate.expand(len(x), -1).contiguous(), y)

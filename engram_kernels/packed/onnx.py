@@ -18,7 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .layers import Affine, Dendritic, Encode, Gate, PackedLayer, Product, Prototype, Recruit, Ridge, Sign, Standardise
+from .layers import (
+    Affine,
+    Dendritic,
+    Encode,
+    Gate,
+    LearningDendritic,
+    PackedLayer,
+    Product,
+    Prototype,
+    Recruit,
+    Ridge,
+    Sign,
+    Standardise,
+)
 from .model import PackedModel
 from .packing import pack
 
@@ -80,9 +93,8 @@ class _Graph:
         """Adds the nodes of a layer."""
         kinds = {
             Encode: self._encode, Standardise: self._standardise, Product: self._product, Sign: self._sign,
-            Recruit: self._recruit,
-            Gate: self._fixed_gate, Affine: self._affine, Dendritic: self._dendritic, Prototype: self._prototype,
-            Ridge: self._ridge,
+            Recruit: self._recruit, Gate: self._fixed_gate, Affine: self._affine, Dendritic: self._dendritic,
+            LearningDendritic: self._dendritic, Prototype: self._prototype, Ridge: self._ridge,
         }  # fmt: skip
         if type(layer) not in kinds:
             raise TypeError(f"model: expected a network without layers on images, got {layer.where} ({layer.kind})")

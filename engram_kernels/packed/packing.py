@@ -15,9 +15,10 @@ from ..encoding import InputEncoding, SampleStandardisation
 from ..engrams import BernoulliEngram, ContextEngram, Engram, StochasticEngram
 from ..layers import BinaryEngramLinear
 from ..networks import EngramMLP
+from ..optim import MetaplasticAdam
 from ..readouts import DendriticReadout, PrototypeReadout, RidgeReadout
-from ..reference import Window
-from .layers import KINDS, Convolution, PackedLayer, Product
+from ..reference import Window, encode_first_moment, encode_second_moment
+from .layers import KINDS, Convolution, PackedLayer, Product, encode_hidden
 from .model import PackedModel
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -33,7 +34,7 @@ def pack(
     sample_shape: tuple[int, int, int] | None = None,
     labels: Sequence[int | str] | None = None,
     settings: dict[str, Any] | None = None,
-    learning: bool = False,
+    learning: bool | MetaplasticAdam = False,
 ) -> PackedModel:
     """A model of sign bits, integer thresholds and settings, whose predictions are those of ``model.eval()``.
 
@@ -55,11 +56,13 @@ def pack(
             ``nn.Unflatten`` says it.
         labels: of the classes, integers or texts, for :meth:`PackedModel.predict`.
         settings: what to tell of the model in its file, as JSON holds it.
-        learning: keeps the moments of a ridge read-out, K² numbers, for :meth:`PackedModel.partial_fit`; a prototype
-            read-out needs nothing more.
+        learning: what :meth:`PackedModel.partial_fit` goes on with. True keeps the moments of a ridge read-out, K²
+            numbers; a prototype read-out needs nothing more. The optimizer of a dendritic read-out keeps hidden
+            weights and moments in 8 bits, 3 bytes a weight, and its settings; counted read-outs take it for True.
 
     Raises: TypeError for a module that is not one of these, ValueError for one with settings or in an order that have
-    no packed form; the message names it.
+    no packed form; the message names it. TypeError for ``learning`` that is neither a bool nor a
+    :class:`MetaplasticAdam`, ValueError for an optimizer that has no weight of a dendritic read-out to keep.
 
     >>> model = torch.nn.Sequential(
     ...     ek.BinaryEngramLinear(64, 256, binary_input=False),
@@ -70,6 +73,8 @@ def pack(
     >>> torch.equal(packed(x), model(x))
     True
     """
+    if not isinstance(learning, (bool, MetaplasticAdam)):
+        raise TypeError(f"learning: expected a bool or a MetaplasticAdam, got {type(learning).__name__}")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -105,6 +110,29 @@ class _Bias(NamedTuple):
 
 class _Norm(NamedTuple):
     """A standardisation of each sample."""
+
+
+def _learning_state(readout: DendriticReadout, optimizer: MetaplasticAdam) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields and tensors with which a dendritic read-out goes on learning."""
+    weight = readout.weight
+    groups = [group for group in optimizer.param_groups if any(own is weight for own in group["params"])]
+    if not groups:
+        raise ValueError("learning: expected the optimizer that has the weight of the dendritic read-out, got another")
+    (group,), state = groups, optimizer.state.get(weight, {})
+    nearest = torch.tensor(1 << 15)  # the middle of the draws that codes are rounded with
+    codes, scale = encode_hidden(weight.detach().float().cpu(), torch.zeros(2, dtype=torch.int64))
+    tensors = {"hidden": codes, "hidden_scale": scale}
+    for name, encode in (("exp_avg", encode_first_moment), ("exp_avg_sq", encode_second_moment)):
+        if f"{name}_scale" in state:
+            tensors |= {key: state[key] for key in (name, f"{name}_scale")}
+        else:
+            moment = state[name].float().cpu() if name in state else torch.zeros(weight.shape)
+            tensors |= dict(zip((name, f"{name}_scale"), encode(moment, nearest), strict=True))
+    bound, (beta1, beta2) = float(group["weight_bound"]), group["betas"]
+    fields: dict[str, Any] = {name: float(group[name]) for name in ("lr", "eps", "weight_decay", "metaplasticity")}
+    fields |= {"beta1": beta1, "beta2": beta2, "weight_bound": bound if math.isfinite(bound) else None}
+    fields |= {"conscience": readout.conscience, "step": int(state.get("step", 0))}
+    return fields, tensors | {"wins": readout.wins}
 
 
 def _flat(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
@@ -152,7 +180,7 @@ class _Packer:
     Values of images lie pixel by pixel, the channels of a pixel together, where the model has channel by channel.
     """
 
-    def __init__(self, learning: bool) -> None:
+    def __init__(self, learning: bool | MetaplasticAdam) -> None:
         self._learning = learning
         self._layers: list[PackedLayer] = []
         self._between: list[_Step] = []
@@ -367,7 +395,12 @@ class _Packer:
         fields: dict[str, Any] = {"inputs": k, "classes": readout.num_classes, "recruited": readout.engram.recruited(k)}
         if isinstance(readout, DendriticReadout):
             fields |= {"segments": readout.segments, "top_segments": readout.top_segments, "rate": readout.rate}
-            self._emit("dendritic", fields, weight=readout.signed_weight()[1])
+            weight = readout.signed_weight()[1]
+            if isinstance(self._learning, MetaplasticAdam):
+                learned_fields, learned = _learning_state(readout, self._learning)
+                self._emit("learning dendritic", fields | learned_fields, weight=weight, **learned)
+            else:
+                self._emit("dendritic", fields, weight=weight)
         elif isinstance(readout, PrototypeReadout):
             self._emit("prototype", fields, counts=_int32(name, readout.counts), samples=readout.samples)
         else:
