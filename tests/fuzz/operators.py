@@ -863,7 +863,7 @@ def sharing(call: Call, written: dict[str, Tensor]) -> set[str]:
     in_place = {
         name: t
         for name, t in call.tensors().items()
-        if name != "seed" and updatable(t) and not (name == "d" and t.dtype != torch.float32)
+        if name != "seed" and updatable(t) and not (name in ("d", "x") and t.dtype != torch.float32)
     }
     pairs = [
         (a, b)
@@ -1161,7 +1161,9 @@ def check_update(before: Arguments, after: Arguments, expected: Arguments, grad:
     bound = 2.0**-21 * (wanted.abs() + old.abs() + step) + 1e-44
     if after["weight"].dtype == torch.bfloat16:
         tipped = int((got != wanted).sum())
-        require(tipped <= 3 + got.numel() // 50, f"weight: {tipped} of {got.numel()} differ in their rounding")
+        likely = float((bound / (2.0**-8 * wanted.abs() + 2.0**-133)).clamp(max=1.0).sum())  # where a step is large
+        most = 3 + got.numel() // 50 + likely
+        require(tipped <= most, f"weight: {tipped} of {got.numel()} differ in their rounding, more than {most:.0f}")
         bound += 2.0**-7 * wanted.abs() + 2.0**-133
     check_near(got, wanted, bound, "weight")
     if after["sign_bits"] is not None:
@@ -1268,7 +1270,9 @@ OPERATORS = {
         check_gated_weight_grad,
     ),
     "real_weight_grad": Operator(
-        real_weight_grad, {"d": TensorRule("M N"), "x": TensorRule("M K")}, check_real_weight_grad
+        real_weight_grad,
+        {"d": TensorRule("M N"), "x": TensorRule("M K", lambda a: (dtype_of("d")(a),))},
+        check_real_weight_grad,
     ),
     "unfold_bits": Operator(unfold_bits, {"bits": TensorRule("M units", BITS)}, check_exact),
     "interleave_bits": Operator(interleave_bits, {"bits": WORDS}, check_exact),
