@@ -781,6 +781,8 @@ class LearningDendritic(Dendritic):
         """One step by the local loss of a batch."""
         samples = len(gate)
         check_labels(samples, y, self.classes)
+        if not gate.is_cpu:
+            raise RuntimeError(f"partial_fit: expected a dendritic read-out on cpu, got one on {gate.device}")
         if samples == 0:
             return
         own = self.activations(gate)[torch.arange(samples), y]

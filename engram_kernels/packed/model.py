@@ -92,8 +92,10 @@ class PackedModel(nn.Module):
         """Goes on learning with samples (M, features) and the numbers of their classes, int64 (M,); returns itself.
 
         Prototype and ridge read-outs are counted: the scores are then those of a read-out that has observed all samples
-        in the first place. A dendritic read-out that was packed with its optimizer takes one step by its local loss.
-        Raises: TypeError for another read-out; RuntimeError for a ridge read-out packed without its moments.
+        in the first place. A dendritic read-out that was packed with its optimizer takes one step by its local loss, on
+        the CPU.
+        Raises: TypeError for another read-out; ValueError for other labels; RuntimeError for a ridge read-out packed
+        without its moments, and for a dendritic one on another device.
         """
         readout = self.layers[-1]
         if not isinstance(readout, _Readout):
