@@ -171,6 +171,17 @@ def test_gated_weight_grad(side_by_side, target, threads, rate):
     )
 
 
+def test_real_weight_grad(side_by_side, target, threads):
+    m, pixels = 100, 784
+    d, x = torch.randn(m, N, device=target.device), torch.randn(m, pixels, device=target.device)
+    side_by_side(
+        f"real_weight_grad {m}x{N}x{pixels}",
+        target,
+        lambda: ops.real_weight_grad(d, x),
+        {"matmul fp32": lambda: d.T @ x},
+    )
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.1, 1.0], ids="rate{}".format)
 def test_gated_input_grad(side_by_side, target, threads, rate):
     m = 100

@@ -92,17 +92,18 @@ def _consume(ctx: Any, update: Callable[..., None]) -> bool:
 
     False if there is none, or if the gradient would not have gone to ``weight.grad`` either, as in torch.autograd.grad.
     """
-    if ctx.weight is None or not ctx.weight.requires_grad:
+    if ctx.weight is None:
         return False
-    consumer = gradient_consumer(ctx.weight)
-    if consumer is None:
-        return False
-    try:
-        accumulates = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
-    except RuntimeError:  # the weight is among the inputs of torch.autograd.grad
-        return False
-    if accumulates:
-        consumer(ctx.weight, update)
+    with torch._C.DisableTorchFunctionSubclass():  # hidden weights answer slowly, and what is asked here is known
+        consumer = gradient_consumer(ctx.weight) if ctx.weight.requires_grad else None
+        if consumer is None:
+            return False
+        try:
+            accumulates = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+        except RuntimeError:  # the weight is among the inputs of torch.autograd.grad
+            return False
+        if accumulates:
+            consumer(ctx.weight, update)
     return accumulates
 
 
