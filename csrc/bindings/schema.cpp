@@ -41,8 +41,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
   m.def(
       "_update_all(Tensor(a!)[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] "
       "sign_bits, Tensor(e!)[] step, float lr, float beta1, float beta2, float eps, float weight_decay, float "
-      "metaplasticity, "
-      "float weight_bound) -> int");
+      "metaplasticity, float weight_bound) -> int");
   m.def(update_schema("_check_update(Tensor weight, Tensor? grad", false, "float[]").c_str());
   m.def(
       "binary_threshold(Tensor x_bits, Tensor w_bits, int k, Tensor threshold, Tensor flip, Tensor? gate_bits=None) "
