@@ -310,6 +310,16 @@ def unfold_bits_cases() -> Iterator[Case]:
         yield Case(f"{w} {samples=}", [*w, samples, group, bits], [expected])
 
 
+def pool_bits_cases() -> Iterator[Case]:
+    windows = [reference.Window(4, 5, channels, 2, 2, 2, 1) for channels in (1, 3, 64, 65)]
+    for w, samples, flipped in itertools.product(windows, (0, 1, 3), (False, True)):
+        bits = bits_of(samples, w.units)
+        flips = bits_of(1, w.out_height * w.out_width * w.channels) if flipped else None
+        largest = reference.pool_signs(bits, w)
+        expected = largest if flips is None else largest ^ flips
+        yield Case(f"{w} {samples=} {flipped=}", [*w, samples, bits, flips], [expected])
+
+
 def interleave_bits_cases() -> Iterator[Case]:
     for samples, rows, k in itertools.product((0, 2), (1, 3, 64, 65), (1, 49, 64, 130)):
         bits = bits_of(samples * rows, k)
@@ -367,6 +377,7 @@ OPERATORS = {
     "binary_conv2d": binary_conv2d_cases,
     "masked_conv2d_input_grad": masked_conv2d_input_grad_cases,
     "gated_conv2d_weight_grad": gated_conv2d_weight_grad_cases,
+    "pool_bits": pool_bits_cases,
 }
 
 

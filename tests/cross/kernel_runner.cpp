@@ -41,6 +41,7 @@ enum class Operator : int64_t {
   kBinaryConv2d,
   kMaskedConv2dInputGrad,
   kGatedConv2dWeightGrad,
+  kPoolBits,
 };
 
 int64_t cases_begun = 0;
@@ -315,6 +316,14 @@ void run(Case& c, Operator op) {
       const auto* bits = c.array<uint64_t>();
       auto* out = c.output<uint64_t>(samples * words_for(rows * k) * kWord);
       return interleave_bits(rt, {bits, samples, rows, k, out});
+    }
+    case Operator::kPoolBits: {
+      PoolBits p{};
+      p.window = window_of(c);
+      const int64_t samples = c.integer();
+      p.bits = c.array<uint64_t>(), p.flip_bits = c.array<uint64_t>();
+      p.out = c.output<uint64_t>(samples * words_for(out_pixels(p.window) * p.window.channels) * kWord);
+      return pool_bits(rt, p, samples);
     }
     case Operator::kBinaryConv2d: {
       BinaryConv2d p{};
