@@ -132,8 +132,10 @@ def cuda_libraries(nvcc: Path) -> Path:
 
 
 def isa_flags() -> dict[str, list[str]]:
-    """Instruction sets built on this machine, with their compiler flags."""
-    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    """Instruction sets of the processor that is built for, with their compiler flags."""
+    target = sysconfig.get_platform().rpartition("-")[2]  # _PYTHON_HOST_PLATFORM changes it
+    machine = platform.machine() if target == "universal2" else target
+    machine = {"AMD64": "x86_64", "amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
     return CPU_BUILD["instruction_sets"].get(machine, {"scalar": []})
 
 

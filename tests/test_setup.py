@@ -43,6 +43,22 @@ def test_a_compiler_may_have_a_launcher_and_options(monkeypatch, value, words, h
         assert command[: len(words)] == words and command[command.index("-o") + 1] == str(target)
 
 
+@pytest.mark.parametrize(
+    "host, isas",
+    [
+        ("linux-x86_64", ["scalar", "avx2", "avx512"]),
+        ("linux-aarch64", ["scalar", "neon"]),
+        ("macosx-11.0-arm64", ["scalar", "neon"]),
+        ("win-amd64", ["scalar", "avx2", "avx512"]),
+        ("linux-riscv64", ["scalar"]),
+    ],
+)
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere Python has no name of another processor")
+def test_kernels_are_those_of_the_processor_that_is_built_for(monkeypatch, host, isas):
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", host)
+    assert list(setup.isa_flags()) == isas
+
+
 def test_a_kernel_is_compiled_through_a_launcher(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", f"env {os.environ.get('CXX', 'c++')}")
     target, command = next((t, c) for t, c in setup.kernel_commands(tmp_path).items() if t.name == "tables.o")
