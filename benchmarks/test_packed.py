@@ -1,4 +1,7 @@
-"""Prediction of 784-2048-2048-10: a packed network beside torch float32, torch dynamic int8 and ONNX Runtime int8."""
+"""Prediction by packed networks: 784-2048-2048-10 beside torch float32, torch dynamic int8 and ONNX Runtime int8.
+
+And three convolutions and two layers on images of 28x28, beside torch float32.
+"""
 
 import functools
 import io
@@ -64,5 +67,53 @@ def test_packed_prediction(side_by_side, target, threads, batch, engram, tmp_pat
             "torch dynamic int8": functools.partial(call, int8, floats),
             "ONNX Runtime int8": functools.partial(session.run, None, {"x": floats.numpy()}),
         },
+        peak=False,
+    )
+
+
+def convolutions(channels, binary):
+    """Three convolutions and two layers; the float twin has its batch normalisation folded in, as above."""
+    convolution, linear = (ek.BinaryEngramConv2d, ek.BinaryEngramLinear) if binary else (nn.Conv2d, nn.Linear)
+
+    def normalised(norm, units):
+        return norm(units) if binary else nn.ReLU()
+
+    hidden, c = 512, channels
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        convolution(1, c, 5, padding=2, **({"binary_input": False} if binary else {})),
+        normalised(nn.BatchNorm2d, c),
+        convolution(c, c, 3, padding=1),
+        nn.MaxPool2d(2),
+        normalised(nn.BatchNorm2d, c),
+        convolution(c, 2 * c, 3, padding=1),
+        nn.MaxPool2d(2),
+        normalised(nn.BatchNorm2d, 2 * c),
+        nn.Flatten(),
+        linear(2 * c * 49, hidden),
+        normalised(nn.BatchNorm1d, hidden),
+        linear(hidden, 10),
+    ).eval()
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+@pytest.mark.parametrize("channels", [32, 64])
+def test_packed_convolutions(side_by_side, target, threads, channels, batch):
+    if target.device != "cpu":
+        pytest.skip("packed networks are measured on the CPU")
+    x = torch.randint(256, (batch, 784), dtype=torch.uint8)
+    floats = x.float() / 255
+    twin = convolutions(channels, binary=False).to(memory_format=torch.channels_last)
+    packed = ek.pack(convolutions(channels, binary=True))
+
+    def call(model, x):
+        with torch.inference_mode():
+            return model(x)
+
+    side_by_side(
+        f"predict convolutions of {channels}, {channels}, {2 * channels} channels, batch {batch}",
+        target,
+        functools.partial(call, packed, x),
+        {"torch float32": functools.partial(call, twin, floats)},
         peak=False,
     )
