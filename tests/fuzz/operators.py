@@ -1161,7 +1161,8 @@ def check_update(before: Arguments, after: Arguments, expected: Arguments, grad:
     bound = 2.0**-21 * (wanted.abs() + old.abs() + step) + 1e-44
     if after["weight"].dtype == torch.bfloat16:
         tipped = int((got != wanted).sum())
-        likely = float((bound / (2.0**-8 * wanted.abs() + 2.0**-133)).clamp(max=1.0).sum())  # where a step is large
+        shares = (bound / (2.0**-8 * wanted.abs() + 2.0**-133)).nan_to_num(nan=1.0).clamp(max=1.0)
+        likely = float(shares.sum())  # where a step is large
         most = 3 + got.numel() // 50 + likely
         require(tipped <= most, f"weight: {tipped} of {got.numel()} differ in their rounding, more than {most:.0f}")
         bound += 2.0**-7 * wanted.abs() + 2.0**-133
