@@ -698,8 +698,8 @@ def metaplastic_adam_(
     """One metaplastic Adam step in place (Laborieux et al. 2021); all (N, K), ``sign_bits`` (N, words) or None.
 
     ``W -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)``, where ``mu' = mu (1 - tanh^2(m |W|))`` if the
-    step would shrink ``|W|`` and ``mu`` otherwise. ``weight_decay`` is coupled: it is added to the gradient.
-    ``W`` is then clipped to ``[-weight_bound, weight_bound]``.
+    step would shrink ``|W|`` and ``mu`` otherwise. ``weight_decay`` is coupled: it is added to the gradient. A
+    metaplasticity ``m`` above 1e38 counts as 1e38, since infinity times a weight of 0 would be a NaN. ``W`` is then clipped to ``[-weight_bound, weight_bound]``.
 
     Where the gradient (with decay) is not finite, ``W``, ``mu`` and ``v`` stay as they are; where the new ``W`` would
     be a NaN, ``W`` does. Raises: RuntimeError in either case, once everything else is updated.
@@ -719,7 +719,8 @@ def metaplastic_adam_(
     finite = g.isfinite()
     mu = torch.where(finite, beta1 * mu + (1 - beta1) * g, mu)
     v = torch.where(finite, beta2 * v + (1 - beta2) * (g * g), v)
-    step_avg = torch.where(w.sign() * mu.sign() > 0, mu * (1 - torch.tanh(metaplasticity * w.abs()) ** 2), mu)
+    consolidation = torch.tanh(min(metaplasticity, 1e38) * w.abs()) ** 2
+    step_avg = torch.where(w.sign() * mu.sign() > 0, mu * (1 - consolidation), mu)
     step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
     stepped = w - torch.where(finite, step_size * (step_avg / (v.sqrt() + eps)), 0.0)
     failed = bool((~finite | stepped.isnan()).any())

@@ -68,7 +68,7 @@ class Stack {
   const StableIValue* next_;
 };
 
-// Above it every weight but 0 is consolidated alike, and infinity times a weight of 0 would be a NaN.
+// Infinity times a weight of 0 would be a NaN.
 constexpr double kMostMetaplasticity = 1e38;
 
 // What both updates do, all but the gradient; tensors on any device, if it is the weight's. `read` are contiguous
