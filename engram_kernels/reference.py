@@ -699,7 +699,8 @@ def metaplastic_adam_(
 
     ``W -= lr sqrt(1 - beta2^t) / (1 - beta1^t) * mu' / (sqrt(v) + eps)``, where ``mu' = mu (1 - tanh^2(m |W|))`` if the
     step would shrink ``|W|`` and ``mu`` otherwise. ``weight_decay`` is coupled: it is added to the gradient. A
-    metaplasticity ``m`` above 1e38 counts as 1e38, since infinity times a weight of 0 would be a NaN. ``W`` is then clipped to ``[-weight_bound, weight_bound]``.
+    metaplasticity ``m`` above 1e38 counts as 1e38, since infinity times a weight of 0 would be a NaN. ``W`` is then
+    clipped to ``[-weight_bound, weight_bound]``.
 
     Where the gradient (with decay) is not finite, ``W``, ``mu`` and ``v`` stay as they are; where the new ``W`` would
     be a NaN, ``W`` does. Raises: RuntimeError in either case, once everything else is updated.
