@@ -19,8 +19,6 @@ using runtime::Stage;
 using runtime::State;
 using runtime::Type;
 
-constexpr int64_t kRowBits = 2 * kWordBits;  // rows of a multiple of that have no padding
-
 // As reference.PACKED_STAGES numbers them.
 enum Kind : int64_t {
   kProduct,

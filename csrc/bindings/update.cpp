@@ -71,7 +71,7 @@ class Stack {
 // Infinity times a weight of 0 would be a NaN.
 constexpr double kMostMetaplasticity = 1e38;
 
-// What both updates do, all but the gradient; tensors on any device, if it is the weight's. `read` are contiguous
+// What all updates do, except for the gradient; tensors on any device, if it is the weight's. `read` are contiguous
 // tensors that the update reads.
 cpu::MetaplasticAdam check_update(UpdateArguments& u, std::initializer_list<Named> read) {
   const Place place = place_of("weight", u.weight);

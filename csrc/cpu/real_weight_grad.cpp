@@ -3,8 +3,8 @@
 //   real_weight_grad   dW[n,k] = sum_m d[m,n] x[m,k]     d [M, N], x [M, K], dW [N, K]
 //
 // An outer product a sample, summed in registers: kOuterRows outputs by kOuterVectors vectors of units, over
-// kSampleChunk samples at a time. The samples of a panel of units stay in the first-level cache while all outputs of a
-// block pass by, those of d as they are read, from a copy. Bound by multiply-adds.
+// kSampleChunk samples at a time. A panel of units of x stays in the first-level cache while it meets all outputs of a
+// block. The block's part of d is copied once, in the order in which it is read. Bound by multiply-adds.
 #include "cpu/simd.h"
 #include "cpu/tables.h"
 
@@ -55,8 +55,8 @@ void add_panel(int vectors, const float* d, const float* x, int64_t x_stride, in
 
 void real_weight_grad(const RealWeightGrad& p, Block part) {
   alignas(64) float d[kOutputs * kSampleChunk];      // by tile of kOuterRows outputs and sample
-  alignas(64) float x[kSampleChunk * kPanel];        // where a panel is short of whole vectors
-  alignas(64) float tile[kOuterRows * kPanel] = {};  // where the result is, or is short of outputs
+  alignas(64) float x[kSampleChunk * kPanel];        // a panel whose units do not fill their vectors
+  alignas(64) float tile[kOuterRows * kPanel] = {};  // sums of such a panel, or of too few outputs
   for (int64_t n = part.rows.begin; n < part.rows.end; n += kOutputs) {
     const int64_t outputs = smaller(kOutputs, part.rows.end - n);
     int64_t first = 0;

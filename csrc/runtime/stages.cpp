@@ -208,7 +208,6 @@ void Transpose::run(State& state, const Call& call) const {
 // ---- signs and gates
 
 int64_t threshold_period(int64_t channels, int64_t units) {
-  constexpr int64_t kRowBits = 2 * kWordBits;  // rows of a multiple of that have no padding
   const int64_t period = std::lcm(channels, kRowBits);
   return units % period == 0 ? period : units;
 }
