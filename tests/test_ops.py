@@ -501,6 +501,44 @@ def test_compact_updates_agree(isa, weight_bound, k, state_dtype, weight_dtype):
     assert torch.equal(mine[3], reference.pack_signs(mine[0]))
 
 
+@pytest.mark.parametrize("exponent", [-126, -111, -110, -96, -95, -94, -30, 60, 124, 125, 126])
+def test_compact_moments_agree_at_the_ends_of_their_scales(isa, exponent):
+    mine, settings = compact_arguments(4, 130, torch.bfloat16, torch.int8)
+    mine[1] = torch.randint(-127, 128, (4, 130), dtype=torch.int8)
+    mine[2] = torch.randint(256, (4, 130), dtype=torch.uint8)
+    for name, most in (("exp_avg_scale", 120), ("exp_avg_sq_scale", 126)):  # whose quotient is finite
+        settings[name].fill_(2.0 ** min(exponent, most))[0] = 0
+    theirs, their_settings = cloned(mine, settings)
+    grad = (torch.randn(4, 130) * 2.0 ** min(exponent / 2, 50)).bfloat16()
+    ops.metaplastic_adam_(mine[0], grad, *mine[1:], **settings)
+    reference.metaplastic_adam_(theirs[0], grad, *theirs[1:], **their_settings)
+    assert torch.equal(mine[1], theirs[1]) and torch.equal(mine[2], theirs[2])
+    for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+        assert torch.equal(settings[name], their_settings[name])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", STATES)
+def test_a_gradient_that_is_not_finite_changes_nothing_beside_it(isa, state_dtype, weight_dtype):
+    """Words that hold one are worked on number by number, all others at once: to the same bits."""
+    arguments, settings = compact_arguments(5, 150, weight_dtype, state_dtype)
+    alone = torch.zeros(150, dtype=torch.bool)
+    alone[[3, 66, 149]] = True  # one in every word, with moments that set no scale
+    arguments[1][:, alone], arguments[2][:, alone] = 0, 1 if state_dtype == torch.int8 else 1e-6
+    settings |= {"weight_decay": 0.0, "weight_bound": 0.3}
+    grad = torch.randn(5, 150).to(weight_dtype)
+    grad[:, alone] = 0.0
+    broken, broken_settings = cloned(arguments, settings)
+    ops.metaplastic_adam_(arguments[0], grad, *arguments[1:], **settings)
+    grad[:, alone] = math.nan
+    with pytest.raises(RuntimeError, match="grad: expected finite steps"):
+        ops.metaplastic_adam_(broken[0], grad, *broken[1:], **broken_settings)
+    for a, b in zip(arguments[:3], broken[:3], strict=True):
+        assert torch.equal(a[:, ~alone], b[:, ~alone])
+    for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+        assert name not in settings or torch.equal(settings[name], broken_settings[name])
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize("k", [1, 63, 64, 130, 1000])

@@ -53,7 +53,9 @@ ENGRAM_FUNCTION RoundingKey rounding_key(uint64_t seed, uint32_t offset) {
   return {{draws.word[0], draws.word[1], draws.word[2], draws.word[3]}};
 }
 
-ENGRAM_FUNCTION uint32_t mixed(uint32_t x, uint32_t key) {
+// T: uint32_t, or a vector of them.
+template <typename T>
+ENGRAM_FUNCTION T mixed(T x, uint32_t key) {
   x = (x ^ x >> 16) * 0x7FEB352Du;
   x = (x ^ x >> 15 ^ key) * 0x846CA68Bu;
   return x ^ x >> 16;
@@ -67,8 +69,9 @@ ENGRAM_FUNCTION RoundingRow rounding_row(const RoundingKey& step, uint64_t row) 
   const uint32_t low = static_cast<uint32_t>(row), high = static_cast<uint32_t>(row >> 32);
   return {mixed(step.word[0] + low, step.word[1] + high), mixed(step.word[2] + low, step.word[3] + high)};
 }
+constexpr uint32_t kDrawStep = 0x9E3779B9u;
 ENGRAM_FUNCTION uint32_t rounding_draw(RoundingRow row, uint32_t number) {
-  return mixed(row.start + number * 0x9E3779B9u, row.key);
+  return mixed(row.start + number * kDrawStep, row.key);
 }
 
 ENGRAM_FUNCTION uint16_t to_bfloat16(float x, uint32_t random16) {
@@ -88,7 +91,10 @@ ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {
 }
 
 // The noise of a moment, which is added to bits of which kDrop are cut off: the middle of one of 2^16 steps.
-ENGRAM_FUNCTION uint32_t moment_noise(uint32_t random16) { return (random16 << (kDrop - 16)) + (1u << (kDrop - 17)); }
+template <typename T>
+ENGRAM_FUNCTION T moment_noise(T random16) {
+  return (random16 << (kDrop - 16)) + (1u << (kDrop - 17));
+}
 
 ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t noise) {
   const float magnitude = float_from_bits(bits_from_float(x) & 0x7FFFFFFFu) * reciprocal + float_from_bits(kFirstBits);

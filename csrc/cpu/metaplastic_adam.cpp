@@ -10,9 +10,14 @@
 // (Laborieux et al. 2021, eq. 2 and their published optimizer, which tests the sign of the momentum.)
 // 1 - tanh^2(z) = 4 t / (1 + t)^2 with t = e^{-2z}. All tensors [N, K]: the weight float32 or bfloat16, the moments
 // float32 or in one of the compact formats of core/compact.h, rounded with random bits; the weight is clipped before,
-// so that a bound which bfloat16 represents holds after rounding too. Range in words of 64 weights. Bound by memory
-// (float32: 4 reads and 3 writes of 4 bytes a weight, and one bit); the compact formats by their conversions and random
-// numbers. Only single IEEE operations and no fused multiply-add, so that every instruction set computes the same bits.
+// so that a bound which bfloat16 represents holds after rounding too. Range in words of 64 weights. float32 is bound by
+// memory (4 reads and 3 writes of 4 bytes a weight, and one bit), compact formats by arithmetic: with int8 moments and
+// bfloat16 weights 68 products, 60 sums, 4 roots and 4 quotients a word, in vectors of 16, and as many operations again
+// to read, round, draw and pack. Only single IEEE operations, so that every instruction set computes the same bits; a
+// product is fused to a sum only where it is exact.
+//
+// A word is worked on in vectors, as if every step were a number and every scale in the middle of its range. Where that
+// turns out wrong nothing has been written, and the word is worked on number by number.
 #include <cstring>
 #include <type_traits>
 
@@ -26,165 +31,264 @@ namespace {
 
 static_assert(kScaleBlock == kWordBits, "a word has one scale");
 
-// 2^x for x <= 0, relative error below 3e-7; below -125 the result is 2^-125. Estrin's scheme, since the length of the
-// chain of operations, not their number, would bound the update.
-ENGRAM_INLINE float power_of_two(float x) {
-  x = x > -125.0f ? x : -125.0f;
-  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
-  const float f = x - (shifted - 12582912.0f);
-  const float f2 = f * f;
-  const float low = 1.0f + f * 0.693146862f, middle = 0.240222379f + f * 0.0555089302f;
-  const float high = 0.00967169809f + f * 0.00132186932f;
-  const float p = low + f2 * (middle + f2 * high);
-  return float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
+constexpr uint32_t kSign = 0x80000000u, kInfinity = 0x7F800000u, kNaN = 0x7FC00000u;
+constexpr float kLeastPower = -125.0f;
+
+// Of the exponent of t: slope * |W| is its binary logarithm.
+ENGRAM_INLINE float slope_of(const MetaplasticAdam& p) { return -2.0f * 1.44269504f * p.metaplasticity; }
+
+// 4 * 2^x for -125 <= x <= 0, relative error below 3e-7. Estrin's scheme, since the length of the chain of operations,
+// not their number, would bound the update.
+template <typename T>
+ENGRAM_INLINE T four_times_power_of_two(T x) {
+  // 1.5 * 2^23: the low bits are the nearest integer, and 2 more
+  constexpr float kInteger = 12582912.0f, kShift = kInteger + 2.0f;
+  const T shifted = x + kShift;
+  const T f = x - (shifted - kShift);
+  const T f2 = f * f;
+  const T low = 1.0f + f * 0.693146862f, middle = 0.240222379f + f * 0.0555089302f;
+  const T high = 0.00967169809f + f * 0.00132186932f;
+  const T p = low + f2 * (middle + f2 * high);
+  return floats_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// The update of n <= 64 weights, written to be vectorised. In stages over all of them: operations that wait for each
-// other, root and quotient above all, would otherwise fill the processor's window. First the moments, the divisor of
-// the step but for its power of t, and the binary logarithm of t.
-ENGRAM_INLINE void update_moments(const MetaplasticAdam& p, int64_t n, const float* __restrict w,
-                                  const float* __restrict grad, float* __restrict exp_avg, float* __restrict exp_avg_sq,
-                                  float* __restrict root, float* __restrict t) {
-  constexpr float kLog2E = 1.44269504f;
-  constexpr uint32_t kInfinity = 0x7F800000u, kNaN = 0x7FC00000u;
-  const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
-  const float slope = -2.0f * kLog2E * p.metaplasticity;
-  for (int64_t i = 0; i < n; ++i) {
-    const float weight = w[i];
-    const float g = grad[i] + p.weight_decay * weight;
-    const bool finite = (bits_from_float(g) & kInfinity) != kInfinity;
-    // computed for all and then chosen: arithmetic on one side of a choice would keep the loop from being vectorised
-    const float old_mu = exp_avg[i], old_v = exp_avg_sq[i];
-    const float next_mu = keep1 * old_mu + take1 * g, next_v = keep2 * old_v + take2 * (g * g);
-    const float next_root = __builtin_sqrtf(next_v) + p.eps;
-    const float mu = finite ? next_mu : old_mu;
-    exp_avg[i] = mu;
-    exp_avg_sq[i] = finite ? next_v : old_v;
-    root[i] = finite ? next_root : float_from_bits(kNaN);  // no step
-    // Same signs: the step would shrink |W|. Otherwise t = 1, and the factor 4 t / (1 + t)^2 is exactly 1, as it is
-    // where the weight is 0.
-    const bool opposed = static_cast<int32_t>(bits_from_float(weight) ^ bits_from_float(mu)) >= 0;
-    t[i] = opposed ? slope * __builtin_fabsf(weight) : 0.0f;
-  }
-}
-
-// Then the weights. True if one could not be updated.
-ENGRAM_INLINE bool update_weights(const MetaplasticAdam& p, int64_t n, const float* __restrict mu,
-                                  const float* __restrict root, const float* __restrict t, float* __restrict w) {
-  uint32_t failed = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float quotient = (mu[i] * (4.0f * t[i])) / (root[i] * ((1.0f + t[i]) * (1.0f + t[i])));
-    const float stepped = w[i] - p.step_size * quotient;
-    const bool number = stepped == stepped;
-    failed |= static_cast<uint32_t>(!number);
-    const float kept = number ? stepped : w[i];
-    const float clipped = kept > p.weight_bound ? p.weight_bound : kept;
-    w[i] = clipped < -p.weight_bound ? -p.weight_bound : clipped;
-  }
-  return failed != 0;
-}
-
-// How the 64 numbers of a word are held in memory. Formats other than float32 read them into floats and write them
-// back; `noise` is that of the random bits of each, `scale` that of the block, made before what does not wait for it.
+// How numbers are held in memory: `read` and `write` one, `load` and `store` a word. `noise` is what rounds a number,
+// of the random bits that it has; scales are those of a block.
 struct Float32 {
   using Held = float;
+  ENGRAM_INLINE float read(float held, float) { return held; }
+  ENGRAM_INLINE float write(float x, float, uint32_t) { return x; }
+  ENGRAM_INLINE void load(const float* from, Floats* to) {
+    for (int i = 0; i < kWordVectors; ++i) to[i] = engram::cpu::ENGRAM_ISA::load(from + kLanes * i);
+  }
+  ENGRAM_INLINE void store(const Floats* x, const Lanes*, float* to) {
+    for (int i = 0; i < kWordVectors; ++i) engram::cpu::ENGRAM_ISA::store(to + kLanes * i, x[i]);
+  }
 };
 template <typename Format>
 constexpr bool kIsFloat = std::is_same_v<Format, Float32>;
 
 struct BFloat16 {
   using Held = uint16_t;
-  ENGRAM_INLINE uint32_t noise(uint32_t random16) { return random16; }
-  ENGRAM_INLINE void read(const Held* __restrict from, float, int64_t n, float* __restrict to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat16(from[i]);
+  ENGRAM_INLINE float read(uint16_t held, float) { return from_bfloat16(held); }
+  ENGRAM_INLINE uint16_t write(float x, float, uint32_t noise) { return to_bfloat16(x, noise); }
+  template <typename T>
+  ENGRAM_INLINE T noise(T random16) {
+    return random16;
   }
-  ENGRAM_INLINE void write(const float* __restrict from, float, const uint32_t* __restrict noise, int64_t n,
-                           Held* __restrict to) {
-#if defined(ENGRAM_HAS_COMPACT)
-    if (n == kWordBits) return write_bfloat16(from, noise, to);
-#endif
-    for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i], noise[i]);
+  ENGRAM_INLINE void load(const uint16_t* from, Floats* to) { read_bfloat16(from, to); }
+  ENGRAM_INLINE void store(const Floats* x, const Lanes* noise, uint16_t* to) {
+    Lanes sums[kWordVectors];
+    for (int i = 0; i < kWordVectors; ++i) sums[i] = bits_of(x[i]) + noise[i];
+    write_bfloat16(sums, to);
   }
 };
 
-ENGRAM_INLINE void read_codes(const int8_t* from, float scale, int64_t n, float* __restrict to) {
-#if defined(ENGRAM_HAS_COMPACT)
-  if (n == kWordBits) return read_first_moments(from, scale, to);
-#endif
-  for (int64_t i = 0; i < n; ++i) to[i] = from_first_moment(from[i], scale);
-}
-ENGRAM_INLINE void read_codes(const uint8_t* from, float scale, int64_t n, float* __restrict to) {
-#if defined(ENGRAM_HAS_COMPACT)
-  if (n == kWordBits) return read_second_moments(from, scale, to);
-#endif
-  for (int64_t i = 0; i < n; ++i) to[i] = from_second_moment(from[i], scale);
-}
-ENGRAM_INLINE void write_codes(const float* __restrict from, float reciprocal, const uint32_t* __restrict noise,
-                               int64_t n, int8_t* __restrict to) {
-#if defined(ENGRAM_HAS_COMPACT)
-  if (n == kWordBits) return write_first_moments(from, reciprocal, noise, to);
-#endif
-  for (int64_t i = 0; i < n; ++i) to[i] = to_first_moment(from[i], reciprocal, noise[i]);
-}
-ENGRAM_INLINE void write_codes(const float* __restrict from, float reciprocal, const uint32_t* __restrict noise,
-                               int64_t n, uint8_t* __restrict to) {
-#if defined(ENGRAM_HAS_COMPACT)
-  if (n == kWordBits) return write_second_moments(from, reciprocal, noise, to);
-#endif
-  for (int64_t i = 0; i < n; ++i) to[i] = to_second_moment(from[i], reciprocal, noise[i]);
-}
-ENGRAM_INLINE uint32_t largest_of(const float* from, int64_t n) {
-#if defined(ENGRAM_HAS_COMPACT)
-  if (n == kWordBits) return largest_magnitude(from);
-#endif
-  uint32_t largest = 0;  // floats without their sign are ordered like their bits
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = bits_from_float(from[i]) & 0x7FFFFFFFu;
-    largest = largest < magnitude ? magnitude : largest;
+struct FirstScaled {
+  using Held = int8_t;
+  ENGRAM_INLINE float read(int8_t held, float scale) { return from_first_moment(held, scale); }
+  ENGRAM_INLINE int8_t write(float x, float reciprocal, uint32_t noise) {
+    return to_first_moment(x, reciprocal, noise);
   }
-  return largest;
-}
-
-template <typename Code, uint32_t kCarry>
-struct Scaled {
-  using Held = Code;
-  ENGRAM_INLINE uint32_t noise(uint32_t random16) { return moment_noise(random16); }
-  ENGRAM_INLINE void read(const Held* __restrict from, float scale, int64_t n, float* __restrict to) {
-    read_codes(from, scale, n, to);
+  template <typename T>
+  ENGRAM_INLINE T noise(T random16) {
+    return moment_noise(random16);
   }
-  ENGRAM_INLINE float scale_of(const float* x, int64_t n) { return block_scale(largest_of(x, n), kCarry); }
-  ENGRAM_INLINE void write(const float* __restrict from, float scale, const uint32_t* __restrict noise, int64_t n,
-                           Held* __restrict to) {
-    write_codes(from, reciprocal_of_scale(scale), noise, n, to);
+  ENGRAM_INLINE void load(const int8_t* from, const float* scale, Floats* to) { read_first_moments(from, scale, to); }
+  ENGRAM_INLINE void store(const Floats* x, const BlockScales& scales, const Lanes* noise, int8_t* to) {
+    write_first_codes(x, scales, noise, to);
   }
 };
-using FirstScaled = Scaled<int8_t, kFirstCarry>;
-using SecondScaled = Scaled<uint8_t, kSecondCarry>;
+struct SecondScaled {
+  using Held = uint8_t;
+  ENGRAM_INLINE float read(uint8_t held, float scale) { return from_second_moment(held, scale); }
+  ENGRAM_INLINE uint8_t write(float x, float reciprocal, uint32_t noise) {
+    return to_second_moment(x, reciprocal, noise);
+  }
+  ENGRAM_INLINE void load(const uint8_t* from, const float* scale, Floats* to) { read_second_moments(from, scale, to); }
+  ENGRAM_INLINE void store(const Floats* x, const BlockScales& scales, const Lanes* noise, uint8_t* to) {
+    write_second_codes(x, scales, noise, to);
+  }
+};
 template <typename Format>
 constexpr bool kIsScaled = std::is_same_v<Format, FirstScaled>;
 
-// The noise that the 64 units of a row from `unit` are rounded with.
-template <typename Weight, typename Moment>
-struct Noise {
-  alignas(64) uint32_t of_weight[kWordBits], of_moments[kWordBits];
+// Where the numbers of a word lie.
+template <typename Weight, typename Grad, typename First, typename Second>
+struct Place {
+  typename Weight::Held* weight;
+  const typename Grad::Held* grad;
+  typename First::Held* exp_avg;
+  typename Second::Held* exp_avg_sq;
+  float *first_scale, *second_scale;
+};
 
-  ENGRAM_INLINE void draw(RoundingRow row, int64_t unit, Noise& noise) {
-    const auto first = static_cast<uint32_t>(unit);
-    if constexpr (!kIsFloat<Weight>) {
-      for (uint32_t i = 0; i < kWordBits; ++i) {
-        const uint32_t random = rounding_draw(row, first + i);
-        noise.of_weight[i] = random >> 16;
-        if constexpr (!kIsFloat<Moment>) noise.of_moments[i] = Moment::noise(random & 0xFFFFu);
-      }
-    } else {
-      alignas(64) uint32_t draws[kWordBits / 2];
-      alignas(64) uint16_t halves[kWordBits];
-      for (uint32_t i = 0; i < kWordBits / 2; ++i) draws[i] = rounding_draw(row, first / 2 + i);
-      memcpy(halves, draws, sizeof halves);
-      for (uint32_t i = 0; i < kWordBits; ++i) noise.of_moments[i] = Moment::noise(halves[i]);
-    }
+// The noise that the 64 units of a row from `unit` are rounded with. The counters of draws are sums, not products.
+struct Noise {
+  Lanes of_weight[kWordVectors], of_moments[kWordVectors];
+};
+struct DrawSteps {
+  alignas(64) uint32_t step[kWordBits];
+  constexpr DrawSteps() : step() {
+    for (uint32_t i = 0; i < kWordBits; ++i) step[i] = i * kDrawStep;
   }
 };
+template <typename Weight, typename Moment>
+ENGRAM_INLINE void draw(RoundingRow row, int64_t unit, Noise& noise) {
+  static constexpr DrawSteps kSteps;
+  constexpr bool kOwnDraw = !kIsFloat<Weight>;
+  const uint32_t start = row.start + static_cast<uint32_t>(kOwnDraw ? unit : unit / 2) * kDrawStep;
+  const auto* steps = reinterpret_cast<const Lanes*>(kSteps.step);
+  if constexpr (kOwnDraw) {
+    for (int i = 0; i < kWordVectors; ++i) {
+      const Lanes random = mixed(steps[i] + start, row.key);
+      noise.of_weight[i] = random >> 16;
+      if constexpr (!kIsFloat<Moment>) noise.of_moments[i] = Moment::noise(random & 0xFFFFu);
+    }
+  } else {
+    Lanes random[kWordVectors / 2];
+    for (int i = 0; i < kWordVectors / 2; ++i) random[i] = mixed(steps[i] + start, row.key);
+    alignas(64) uint16_t halves[kWordBits];
+    memcpy(halves, random, sizeof halves);
+    for (int i = 0; i < kWordVectors; ++i) noise.of_moments[i] = Moment::noise(widened(halves + kLanes * i));
+  }
+}
+
+// Whether the codes of a block can be read as floats that the scale has multiplied already: where code 0 is held as a
+// normal number and the scale is a power of two, or where it is 0.
+ENGRAM_INLINE bool can_shift(uint32_t scale_bits, uint32_t zero_bits) {
+  const uint32_t least = (uint32_t{128} << 23) - zero_bits, most = uint32_t{253} << 23;
+  return scale_bits == 0 || (scale_bits - least <= most - least && (scale_bits & 0x007FFFFFu) == 0);
+}
+ENGRAM_INLINE uint32_t bits_at(const float* p) {
+  uint32_t bits;
+  memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+alignas(64) constexpr uint8_t kNoCodes[kWordBits] = {};
+constexpr float kNoScale = 1.0f;
+
+// A whole word. False, and nothing written, if it has to be worked on number by number.
+template <typename Weight, typename Grad, typename First, typename Second>
+ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Place<Weight, Grad, First, Second>& at,
+                               RoundingRow rounding, int64_t unit, uint64_t* sign_bits) {
+  Floats w[kWordVectors], g[kWordVectors], mu[kWordVectors], v[kWordVectors], root[kWordVectors], t4[kWordVectors];
+  if constexpr (kIsScaled<First>) {
+    const uint32_t first = bits_at(at.first_scale), second = bits_at(at.second_scale);
+    if (!can_shift(first, kFirstBits) || !can_shift(second, kSecondBits)) return false;
+    First::load(first == 0 ? reinterpret_cast<const int8_t*>(kNoCodes) : at.exp_avg,
+                first == 0 ? &kNoScale : at.first_scale, mu);
+    Second::load(second == 0 ? kNoCodes : at.exp_avg_sq, second == 0 ? &kNoScale : at.second_scale, v);
+  } else {
+    First::load(at.exp_avg, mu);
+    Second::load(at.exp_avg_sq, v);
+  }
+  Weight::load(at.weight, w);
+  Grad::load(at.grad, g);
+  Lanes largest_mu = {}, largest_v = {};
+  for (int i = 0; i < kWordVectors; ++i) {
+    const Floats step = g[i] + p.weight_decay * w[i];
+    mu[i] = p.beta1 * mu[i] + p.one_minus_beta1 * step;
+    v[i] = p.beta2 * v[i] + p.one_minus_beta2 * (step * step);
+    root[i] = square_root(v[i]) + p.eps;
+    largest_v = larger(largest_v, bits_of(v[i]));
+    if constexpr (kIsScaled<First>) largest_mu = larger(largest_mu, bits_of(mu[i]) & ~kSign);
+  }
+  [[maybe_unused]] BlockScales scales;
+  if constexpr (kIsScaled<First>) {
+    if (!make_scales(largest_mu, largest_v, &scales)) return false;
+  } else {
+    if (any_at_least(largest_v, kInfinity)) return false;
+  }
+  const float slope = slope_of(p);
+  for (int i = 0; i < kWordVectors; ++i) {
+    const Floats x = floats_of(bits_of(slope * w[i]) ^ (bits_of(mu[i]) & kSign));
+    t4[i] = four_times_power_of_two(larger(smaller_of(x, zero()), all(kLeastPower)));
+  }
+  for (int i = 0; i < kWordVectors; ++i) {
+    const Floats one_and_t = add_product(all(1.0f), t4[i], all(0.25f));  // a quarter is exact
+    w[i] = w[i] - p.step_size * ((mu[i] * t4[i]) / (root[i] * (one_and_t * one_and_t)));
+  }
+  if (any_nan(w)) return false;
+  for (int i = 0; i < kWordVectors; ++i) w[i] = within(w[i], all(p.weight_bound));
+  [[maybe_unused]] Noise noise;
+  if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) draw<Weight, First>(rounding, unit, noise);
+  if constexpr (kIsScaled<First>) {
+    write_scales(scales, at.first_scale, at.second_scale);
+    First::store(mu, scales, noise.of_moments, at.exp_avg);
+    Second::store(v, scales, noise.of_moments, at.exp_avg_sq);
+  } else {
+    First::store(mu, noise.of_moments, at.exp_avg);
+    Second::store(v, noise.of_moments, at.exp_avg_sq);
+  }
+  Weight::store(w, noise.of_weight, at.weight);
+  if (sign_bits == nullptr) return true;
+  if constexpr (kIsFloat<Weight>)
+    *sign_bits = signs_of(w);
+  else
+    *sign_bits = signs_of(at.weight);  // rounding may have made a small negative weight -0, whose sign is +1
+  return true;
+}
+
+// n <= 64 weights of a row, one by one. True if one could not be updated.
+template <typename Weight, typename Grad, typename First, typename Second>
+__attribute__((noinline)) bool update_weights(const MetaplasticAdam& p, const Place<Weight, Grad, First, Second>& at,
+                                              RoundingRow rounding, int64_t unit, int64_t n, uint64_t* sign_bits) {
+  const float slope = slope_of(p);
+  float first_scale = 1.0f, second_scale = 1.0f;
+  if constexpr (kIsScaled<First>) first_scale = *at.first_scale, second_scale = *at.second_scale;
+  float w[kWordBits], mu[kWordBits], v[kWordBits];
+  uint32_t noise_of_weight[kWordBits], noise_of_moments[kWordBits];
+  uint32_t largest_mu = 0, largest_v = 0;
+  bool failed = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const float weight = Weight::read(at.weight[i], 1.0f);
+    const float old_mu = First::read(at.exp_avg[i], first_scale), old_v = Second::read(at.exp_avg_sq[i], second_scale);
+    const float g = Grad::read(at.grad[i], 1.0f) + p.weight_decay * weight;
+    const bool finite = (bits_from_float(g) & kInfinity) != kInfinity;
+    mu[i] = finite ? p.beta1 * old_mu + p.one_minus_beta1 * g : old_mu;
+    v[i] = finite ? p.beta2 * old_v + p.one_minus_beta2 * (g * g) : old_v;
+    const float root = finite ? __builtin_sqrtf(v[i]) + p.eps : float_from_bits(kNaN);  // no step
+    const float x = float_from_bits(bits_from_float(slope * weight) ^ (bits_from_float(mu[i]) & kSign));
+    const float shrinking = x < 0.0f ? x : 0.0f;
+    const float t4 = four_times_power_of_two(shrinking > kLeastPower ? shrinking : kLeastPower),
+                one_and_t = 1.0f + t4 * 0.25f;
+    const float stepped = weight - p.step_size * ((mu[i] * t4) / (root * (one_and_t * one_and_t)));
+    const bool number = stepped == stepped;
+    failed |= !number;
+    const float kept = number ? stepped : weight;
+    const float clipped = kept > p.weight_bound ? p.weight_bound : kept;
+    w[i] = clipped < -p.weight_bound ? -p.weight_bound : clipped;
+    const uint32_t size_mu = bits_from_float(mu[i]) & ~kSign, size_v = bits_from_float(v[i]) & ~kSign;
+    largest_mu = largest_mu < size_mu ? size_mu : largest_mu;
+    largest_v = largest_v < size_v ? size_v : largest_v;
+    if constexpr (!kIsFloat<Weight>) {
+      const uint32_t random = rounding_draw(rounding, static_cast<uint32_t>(unit + i));
+      noise_of_weight[i] = random >> 16, noise_of_moments[i] = random & 0xFFFFu;
+    } else if constexpr (!kIsFloat<First>) {
+      const uint32_t random = rounding_draw(rounding, static_cast<uint32_t>((unit + i) / 2));
+      noise_of_moments[i] = (unit + i) % 2 == 0 ? random & 0xFFFFu : random >> 16;
+    }
+  }
+  float by1 = 1.0f, by2 = 1.0f;
+  if constexpr (kIsScaled<First>) {
+    const float scale1 = block_scale(largest_mu, kFirstCarry), scale2 = block_scale(largest_v, kSecondCarry);
+    *at.first_scale = scale1, *at.second_scale = scale2;
+    by1 = reciprocal_of_scale(scale1), by2 = reciprocal_of_scale(scale2);
+  }
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t noise = 0;
+    if constexpr (!kIsFloat<First>) noise = First::noise(noise_of_moments[i]);
+    at.exp_avg[i] = First::write(mu[i], by1, noise);
+    at.exp_avg_sq[i] = Second::write(v[i], by2, noise);
+    at.weight[i] = Weight::write(w[i], 1.0f, kIsFloat<Weight> ? 0 : noise_of_weight[i]);
+    // as rounded, which may have made a small negative weight -0, whose sign is +1
+    bits |= static_cast<uint64_t>(Weight::read(at.weight[i], 1.0f) >= 0.0f) << i;
+  }
+  if (sign_bits != nullptr) *sign_bits = bits;
+  return failed;
+}
 
 // Has a word's numbers come to the cache.
 template <typename Held>
@@ -194,68 +298,21 @@ ENGRAM_INLINE void fetch(const Held* numbers) {
   for (int64_t i = 0; i < kWordBits * static_cast<int64_t>(sizeof(Held)); i += kCacheLine) __builtin_prefetch(from + i);
 }
 
-// n weights of a row from unit `unit`; inlined with n known, so that whole words are vectorised.
+// n < 64 weights at the end of a row, as a whole word that 0 fills up.
 template <typename Weight, typename Grad, typename First, typename Second>
-ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, RoundingRow rounding, int64_t row, int64_t unit, int64_t n) {
-  const int64_t at = row * p.K + unit, block = row * ceil_div(p.K, kScaleBlock) + unit / kScaleBlock;
-  auto* weight = static_cast<typename Weight::Held*>(p.weight) + at;
-  const auto* grad =
-      static_cast<const typename Grad::Held*>(p.grad) + (row - p.grad_row) * p.grad_stride + unit - p.grad_unit;
-  auto* exp_avg = static_cast<typename First::Held*>(p.exp_avg) + at;
-  auto* exp_avg_sq = static_cast<typename Second::Held*>(p.exp_avg_sq) + at;
-
-  if (p.ahead > 0) fetch(weight + p.ahead), fetch(exp_avg + p.ahead), fetch(exp_avg_sq + p.ahead);
-
-  // float32 is worked on where it lies, everything else in these
-  alignas(64) float w_read[kWordBits], g_read[kWordBits], mu_read[kWordBits], v_read[kWordBits];
-  float *w = w_read, *mu = mu_read, *v = v_read;
-  const float* g = g_read;
-  [[maybe_unused]] float first_scale = 1.0f, second_scale = 1.0f;
-  if constexpr (kIsFloat<Weight>)
-    w = weight;
-  else
-    Weight::read(weight, 1.0f, n, w_read);
-  if constexpr (kIsFloat<Grad>)
-    g = grad;
-  else
-    Grad::read(grad, 1.0f, n, g_read);
-  if constexpr (kIsFloat<First>) {
-    mu = exp_avg, v = exp_avg_sq;
-  } else {
-    if constexpr (kIsScaled<First>) first_scale = p.exp_avg_scale[block], second_scale = p.exp_avg_sq_scale[block];
-    First::read(exp_avg, first_scale, n, mu_read);
-    Second::read(exp_avg_sq, second_scale, n, v_read);
-  }
-  alignas(64) float root[kWordBits], t[kWordBits];
-  update_moments(p, n, w, g, mu, v, root, t);
-  if constexpr (kIsScaled<First>) {
-    p.exp_avg_scale[block] = first_scale = First::scale_of(mu, n);
-    p.exp_avg_sq_scale[block] = second_scale = Second::scale_of(v, n);
-  }
-  for (int64_t i = 0; i < n; ++i) t[i] = power_of_two(t[i]);
-  Noise<Weight, First> noise;
-  if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) noise.draw(rounding, unit, noise);
-  if constexpr (!kIsFloat<First>) {
-    First::write(mu, first_scale, noise.of_moments, n, exp_avg);
-    Second::write(v, second_scale, noise.of_moments, n, exp_avg_sq);
-  }
-  bool failed = update_weights(p, n, mu, root, t, w);
-  if constexpr (!kIsFloat<Weight>) {
-    Weight::write(w, 1.0f, noise.of_weight, n, weight);
-    Weight::read(weight, 1.0f, n, w);  // rounding may have made a small negative weight -0, whose sign is +1
-  }
-  if (p.sign_bits == nullptr) return failed;
-  uint64_t bits = 0;
-  if (n == kWordBits) {
-    bits = signs_of_64(w, failed);
-  } else {
-    for (int64_t i = 0; i < n; ++i) bits |= static_cast<uint64_t>(w[i] >= 0.0f) << i;
-  }
-  uint64_t* to = p.sign_bits + row * p.words + unit / kWordBits;
-  *to = bits;
-  if (unit + n == p.K)
-    for (uint64_t* padding = to + 1; padding < p.sign_bits + (row + 1) * p.words; ++padding) *padding = 0;
-  return failed;
+__attribute__((noinline)) bool update_tail(const MetaplasticAdam& p, const Place<Weight, Grad, First, Second>& at,
+                                           RoundingRow rounding, int64_t unit, int64_t n, uint64_t* sign_bits) {
+  alignas(64) typename Weight::Held weight[kWordBits] = {};
+  alignas(64) typename Grad::Held grad[kWordBits] = {};
+  alignas(64) typename First::Held exp_avg[kWordBits] = {};
+  alignas(64) typename Second::Held exp_avg_sq[kWordBits] = {};
+  const auto copy = [n](auto* to, const auto* from) { memcpy(to, from, static_cast<size_t>(n) * sizeof *from); };
+  copy(weight, at.weight), copy(grad, at.grad), copy(exp_avg, at.exp_avg), copy(exp_avg_sq, at.exp_avg_sq);
+  const Place<Weight, Grad, First, Second> filled{weight, grad, exp_avg, exp_avg_sq, at.first_scale, at.second_scale};
+  if (!update_word(p, filled, rounding, unit, sign_bits)) return false;
+  copy(at.weight, weight), copy(at.exp_avg, exp_avg), copy(at.exp_avg_sq, exp_avg_sq);
+  if (sign_bits != nullptr) *sign_bits &= valid_bits(0, n);
+  return true;
 }
 
 template <typename Weight, typename Grad, typename First, typename Second>
@@ -265,12 +322,24 @@ bool update_words(const MetaplasticAdam& p, Range words) {
   for (int64_t word = words.begin; word < words.end;) {
     const int64_t row = word / used, end = smaller(words.end, (row + 1) * used);
     const RoundingRow rounding = rounding_row(p.rounding, p.first_row + static_cast<uint64_t>(row));
-    for (int64_t unit = word % used * kWordBits; word < end; ++word, unit += kWordBits) {
-      if (p.K - unit >= kWordBits)
-        failed |= update_word<Weight, Grad, First, Second>(p, rounding, row, unit, kWordBits);
-      else
-        failed |= update_word<Weight, Grad, First, Second>(p, rounding, row, unit, p.K - unit);
+    const auto* grad =
+        static_cast<const typename Grad::Held*>(p.grad) + (row - p.grad_row) * p.grad_stride - p.grad_unit;
+    for (; word < end; ++word) {
+      const int64_t unit = (word - row * used) * kWordBits, i = row * p.K + unit, n = smaller(p.K - unit, kWordBits);
+      const Place<Weight, Grad, First, Second> at{static_cast<typename Weight::Held*>(p.weight) + i,
+                                                  grad + unit,
+                                                  static_cast<typename First::Held*>(p.exp_avg) + i,
+                                                  static_cast<typename Second::Held*>(p.exp_avg_sq) + i,
+                                                  p.exp_avg_scale + word,
+                                                  p.exp_avg_sq_scale + word};
+      if (p.ahead > 0) fetch(at.weight + p.ahead), fetch(at.exp_avg + p.ahead), fetch(at.exp_avg_sq + p.ahead);
+      uint64_t* bits = p.sign_bits == nullptr ? nullptr : p.sign_bits + row * p.words + unit / kWordBits;
+      if (n == kWordBits ? update_word(p, at, rounding, unit, bits) : update_tail(p, at, rounding, unit, n, bits))
+        continue;
+      failed |= update_weights(p, at, rounding, unit, n, bits);
     }
+    if (p.sign_bits != nullptr && end == (row + 1) * used)
+      for (int64_t padding = used; padding < p.words; ++padding) p.sign_bits[row * p.words + padding] = 0;
   }
   return failed;
 }

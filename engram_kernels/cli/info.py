@@ -81,7 +81,7 @@ def processor() -> str:
 def _cpu_features() -> list[str]:
     info = _cpu_info()
     flags = set((info.get("flags") or info.get("Features") or "").split())
-    known = ("avx2", "avx512f", "avx512bw", "avx512_vpopcntdq", "asimd", "sve")
+    known = ("avx2", "avx512f", "avx512bw", "avx512vbmi", "avx512_vpopcntdq", "asimd", "sve")
     return [flag for flag in known if flag in flags]
 
 

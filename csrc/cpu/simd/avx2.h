@@ -137,6 +137,76 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
   return word;
 }
 
+using Lanes = uint32_t __attribute__((vector_size(kVectorBytes), aligned(kVectorBytes)));
+ENGRAM_INLINE Floats square_root(Floats v) { return _mm256_sqrt_ps(v); }
+ENGRAM_INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+ENGRAM_INLINE Floats smaller_of(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+ENGRAM_INLINE Floats within(Floats v, Floats bound) {
+  return _mm256_max_ps(_mm256_min_ps(v, bound), _mm256_xor_ps(bound, _mm256_set1_ps(-0.0f)));
+}
+ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) {
+  return reinterpret_cast<Lanes>(_mm256_max_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+ENGRAM_INLINE uint32_t largest_lane(Lanes v) {
+  const auto both = reinterpret_cast<__m256i>(v);
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1))));
+}
+ENGRAM_INLINE bool any_at_least(Lanes v, uint32_t limit) { return largest_lane(v) >= limit; }
+ENGRAM_INLINE bool any_nan(const Floats* v) {
+  __m256 unordered = _mm256_setzero_ps();
+  for (int g = 0; g < 8; g += 2) unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v[g], v[g + 1], _CMP_UNORD_Q));
+  return _mm256_movemask_ps(unordered) != 0;
+}
+ENGRAM_INLINE uint64_t signs_of(const Floats* x) {
+  uint64_t word = 0;
+  for (int g = 0; g < 8; ++g) {
+    const int ge = _mm256_movemask_ps(_mm256_cmp_ps(x[g], _mm256_setzero_ps(), _CMP_GE_OQ));
+    word |= static_cast<uint64_t>(static_cast<unsigned>(ge)) << (8 * g);
+  }
+  return word;
+}
+ENGRAM_INLINE uint64_t signs_of(const uint16_t* x) {
+  bool nan = false;
+  return signs_of_64(x, 0x7F80, nan);
+}
+
+ENGRAM_INLINE Lanes widened(const uint16_t* from) {
+  return reinterpret_cast<Lanes>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+ENGRAM_INLINE Lanes widened(const int8_t* from) {
+  return reinterpret_cast<Lanes>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+ENGRAM_INLINE Lanes widened(const uint8_t* from) {
+  return reinterpret_cast<Lanes>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+// Packing works within 128-bit halves; a permutation puts the numbers back into order.
+ENGRAM_INLINE void narrow(const Lanes* from, uint16_t* to) {
+  const auto v = reinterpret_cast<const __m256i*>(from);
+  for (int g = 0; g < 4; ++g)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * g),
+                        _mm256_permute4x64_epi64(_mm256_packus_epi32(v[2 * g], v[2 * g + 1]), 0xD8));
+}
+ENGRAM_INLINE __m256i packed_words(const Lanes* from, int first) {
+  const auto v = reinterpret_cast<const __m256i*>(from);
+  return _mm256_packs_epi32(v[first], v[first + 1]);
+}
+ENGRAM_INLINE void narrow(const Lanes* from, int8_t* to) {
+  for (int g = 0; g < 2; ++g)
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to + 32 * g),
+        _mm256_permutevar8x32_epi32(_mm256_packs_epi16(packed_words(from, 4 * g), packed_words(from, 4 * g + 2)),
+                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+ENGRAM_INLINE void narrow(const Lanes* from, uint8_t* to) {
+  for (int g = 0; g < 2; ++g)
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to + 32 * g),
+        _mm256_permutevar8x32_epi32(_mm256_packus_epi16(packed_words(from, 4 * g), packed_words(from, 4 * g + 2)),
+                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+
 ENGRAM_INLINE void transpose_words(const uint64_t* in, int64_t in_stride, uint64_t* out, int64_t out_stride) {
   transpose_plainly<kBitLanes>(in, in_stride, out, out_stride);
 }

@@ -1,4 +1,4 @@
-// AVX-512 with F, BW, VL, DQ and VPOPCNTDQ.
+// AVX-512 with F, BW, VL, DQ, VBMI and VPOPCNTDQ.
 #pragma once
 
 #include <immintrin.h>
@@ -112,93 +112,191 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
   return word;
 }
 
+using Lanes = uint32_t __attribute__((vector_size(kVectorBytes), aligned(kVectorBytes)));
+ENGRAM_INLINE Floats square_root(Floats v) { return _mm512_sqrt_ps(v); }
+ENGRAM_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+ENGRAM_INLINE Floats smaller_of(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+ENGRAM_INLINE Floats within(Floats v, Floats bound) { return _mm512_range_ps(v, bound, 0x2); }
+ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+ENGRAM_INLINE uint32_t largest_lane(Lanes v) { return _mm512_reduce_max_epu32(reinterpret_cast<__m512i>(v)); }
+ENGRAM_INLINE bool any_at_least(Lanes v, uint32_t limit) {
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(v), _mm512_set1_epi32(static_cast<int>(limit))) != 0;
+}
+ENGRAM_INLINE bool any_nan(const Floats* v) {
+  return (_mm512_cmp_ps_mask(v[0], v[1], _CMP_UNORD_Q) | _mm512_cmp_ps_mask(v[2], v[3], _CMP_UNORD_Q)) != 0;
+}
+ENGRAM_INLINE uint64_t signs_of(const Floats* x) {
+  const auto signs = [&](int g) { return _mm512_cmp_ps_mask(x[g], _mm512_setzero_ps(), _CMP_GE_OQ); };
+  return _mm512_kunpackd(_mm512_kunpackw(signs(3), signs(2)), _mm512_kunpackw(signs(1), signs(0)));
+}
+ENGRAM_INLINE uint64_t signs_of(const uint16_t* x) {  // every positive value, and -0
+  const __m512i zero = _mm512_set1_epi16(INT16_MIN);
+  return _mm512_kunpackd(_mm512_cmple_epu16_mask(_mm512_loadu_si512(x + 32), zero),
+                         _mm512_cmple_epu16_mask(_mm512_loadu_si512(x), zero));
+}
+
+ENGRAM_INLINE Lanes widened(const uint16_t* from) {
+  return reinterpret_cast<Lanes>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+
 #define ENGRAM_HAS_COMPACT
-// The high halves of two vectors of 32-bit numbers.
-ENGRAM_INLINE __m512i high_halves(__m512i a, __m512i b) {
+ENGRAM_INLINE void read_bfloat16(const uint16_t* from, Floats* to) {
+  alignas(64) static constexpr uint16_t kFirst[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                      0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  const __m512i first = _mm512_load_si512(kFirst), second = _mm512_or_si512(first, _mm512_set1_epi16(16));
+  for (int h = 0; h < 2; ++h) {
+    const __m512i v = _mm512_loadu_si512(from + 32 * h);
+    to[2 * h] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, first, v));
+    to[2 * h + 1] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, second, v));
+  }
+}
+// The high halves of sums.
+ENGRAM_INLINE void write_bfloat16(const Lanes* sums, uint16_t* to) {
   alignas(64) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  return _mm512_permutex2var_epi16(a, _mm512_load_si512(kOdd), b);
-}
-ENGRAM_INLINE void write_bfloat16(const float* x, const uint32_t* noise, uint16_t* to) {
-  __m512i sums[4];
-  for (int g = 0; g < 4; ++g) sums[g] = _mm512_add_epi32(_mm512_loadu_si512(x + 16 * g), load_indices(noise + 16 * g));
-  for (int h = 0; h < 2; ++h) _mm512_storeu_si512(to + 32 * h, high_halves(sums[2 * h], sums[2 * h + 1]));
-}
-ENGRAM_INLINE uint32_t largest_magnitude(const float* x) {
-  __m512i largest = _mm512_setzero_si512();
-  for (int g = 0; g < 4; ++g) {
-    const __m512i magnitudes = _mm512_and_si512(_mm512_loadu_si512(x + 16 * g), _mm512_set1_epi32(INT32_MAX));
-    largest = _mm512_max_epu32(largest, magnitudes);
-  }
-  return _mm512_reduce_max_epu32(largest);
-}
-
-// Of the floats of codes the upper half holds every bit that is not 0; those of code 0 are `zero_bits`. A vector of
-// codes has its lanes' quarters in the order in which unpacking leaves them.
-ENGRAM_INLINE void floats_of_codes(__m512i codes, uint32_t zero_bits, __m512* floats) {
-  const __m512i unpacking = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i none = _mm512_setzero_si512(), from = _mm512_permutexvar_epi32(unpacking, codes);
-  const __m512i above = _mm512_set1_epi16(static_cast<int16_t>(zero_bits >> 16));
-  const __m512i bytes[2] = {_mm512_unpacklo_epi8(from, none), _mm512_unpackhi_epi8(from, none)};
-  const __m512 zero = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(zero_bits)));
+  const __m512i odd = _mm512_load_si512(kOdd);
   for (int h = 0; h < 2; ++h) {
-    const __m512i upper = _mm512_add_epi16(_mm512_slli_epi16(bytes[h], kDrop - 16), above);
-    floats[2 * h] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_unpacklo_epi16(none, upper)), zero);
-    floats[2 * h + 1] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_unpackhi_epi16(none, upper)), zero);
+    const auto a = reinterpret_cast<__m512i>(sums[2 * h]), b = reinterpret_cast<__m512i>(sums[2 * h + 1]);
+    _mm512_storeu_si512(to + 32 * h, _mm512_permutex2var_epi16(a, odd, b));
   }
 }
-ENGRAM_INLINE void read_first_moments(const int8_t* codes, float scale, float* to) {
-  const __m512i held = _mm512_loadu_si512(codes);
-  const uint64_t negative = _mm512_movepi8_mask(held);
-  const __m512 by = _mm512_set1_ps(scale), minus = _mm512_set1_ps(-scale);
-  __m512 floats[4];
-  floats_of_codes(_mm512_abs_epi8(held), kFirstBits, floats);
-  for (int g = 0; g < 4; ++g) {
-    const __m512 signed_scale = _mm512_mask_mov_ps(by, static_cast<__mmask16>(negative >> 16 * g), minus);
-    store(to + 16 * g, _mm512_mul_ps(floats[g], signed_scale));
-  }
+// Constants that are loaded: a compiler that sees their values makes each anew, by a move between register files.
+struct CompactConstants {
+  uint32_t sign, magnitude, first_zero, second_zero, first_carry, second_carry, exponent, limit, twice, negative;
+  uint32_t first_shift, second_shift;
+  uint16_t sign16, first_shift16, second_shift16, places;
+  uint64_t pairs[3];
+  uint8_t flip, one;
+};
+constexpr uint32_t kOneBits = uint32_t{127} << 23;
+static const CompactConstants kCompactConstants = {
+    0x80000000u,
+    0x7FFFFFFFu,
+    kFirstBits,
+    kSecondBits,
+    kFirstCarry,
+    kSecondCarry,
+    0x7F800000u,
+    uint32_t{253} << 23,
+    uint32_t{254} << 23,
+    kFirstBits + (uint32_t{128} << kDrop) + (uint32_t{1} << kDrop) - 1,
+    kFirstBits - kOneBits,
+    kSecondBits - kOneBits,
+    0x8000u,
+    static_cast<uint16_t>((kFirstBits - kOneBits) >> 16),
+    static_cast<uint16_t>((kSecondBits - kOneBits) >> 16),
+    kDrop | (kDrop + 32) << 8,
+    {uint64_t{0xFFFF} << 16, uint64_t{0xFFFF} << 32, uint64_t{0xFFFF} << 48},
+    128,
+    1};
+ENGRAM_INLINE const CompactConstants& compact_constants() {
+  const CompactConstants* constants = &kCompactConstants;
+  asm("" : "+r"(constants));
+  return *constants;
 }
-ENGRAM_INLINE void read_second_moments(const uint8_t* codes, float scale, float* to) {
-  __m512 floats[4];
-  floats_of_codes(_mm512_loadu_si512(codes), kSecondBits, floats);
-  for (int g = 0; g < 4; ++g) store(to + 16 * g, _mm512_mul_ps(floats[g], _mm512_set1_ps(scale)));
-}
+ENGRAM_INLINE __m512i each32(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
+ENGRAM_INLINE __m512i each16(uint16_t v) { return _mm512_set1_epi16(static_cast<int16_t>(v)); }
 
-// The codes of magnitudes as integers of 16 bits, which the packing that follows saturates.
-ENGRAM_INLINE void wide_codes(const __m512* magnitudes, float reciprocal, uint32_t zero_bits, const uint32_t* noise,
-                              __m512i* codes) {
-  const __m512 zero = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(zero_bits)));
-  const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(zero_bits >> kDrop));
+// Of the floats of codes the upper half holds every bit that is not 0. Quarters of 4 bytes are ordered such that
+// unpacking twice leaves the codes in order.
+ENGRAM_INLINE __m512i before_unpacking(const void* codes) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+}
+ENGRAM_INLINE uint16_t upper_half(const float* v) {
+  uint16_t halves[2];
+  memcpy(halves, v, sizeof halves);
+  return halves[1];
+}
+ENGRAM_INLINE void read_first_moments(const int8_t* codes, const float* scale, Floats* to) {
+  const CompactConstants& c = compact_constants();
+  const __m512i from = before_unpacking(codes), none = _mm512_setzero_si512();
+  const __m512i sign16 = each16(c.sign16), sign = each32(c.sign);
+  const __m512i zero16 = _mm512_add_epi16(each16(upper_half(scale)), each16(c.first_shift16));
+  const __m512i zero = _mm512_add_epi32(_mm512_castps_si512(_mm512_set1_ps(*scale)), each32(c.first_shift));
+  const __m512i high[2] = {_mm512_unpacklo_epi8(none, from), _mm512_unpackhi_epi8(none, from)};
+  for (int h = 0; h < 2; ++h) {
+    const __m512i positive = _mm512_add_epi16(_mm512_srli_epi16(_mm512_abs_epi16(high[h]), 24 - kDrop), zero16);
+    const __m512i upper = _mm512_ternarylogic_epi64(high[h], sign16, positive, 0xEA);  // (high & sign) | positive
+    const __m512i values[2] = {_mm512_unpacklo_epi16(none, upper), _mm512_unpackhi_epi16(none, upper)};
+    for (int i = 0; i < 2; ++i) {
+      const __m512i signed_zero = _mm512_ternarylogic_epi64(values[i], sign, zero, 0xEA);
+      to[2 * h + i] = _mm512_sub_ps(_mm512_castsi512_ps(values[i]), _mm512_castsi512_ps(signed_zero));
+    }
+  }
+}
+ENGRAM_INLINE void read_second_moments(const uint8_t* codes, const float* scale, Floats* to) {
+  const CompactConstants& c = compact_constants();
+  const __m512i from = before_unpacking(codes), none = _mm512_setzero_si512();
+  const __m512i zero16 = _mm512_add_epi16(each16(upper_half(scale)), each16(c.second_shift16));
+  const __m512 zero =
+      _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(_mm512_set1_ps(*scale)), each32(c.second_shift)));
+  const __m512i bytes[2] = {_mm512_unpacklo_epi8(from, none), _mm512_unpackhi_epi8(from, none)};
+  for (int h = 0; h < 2; ++h) {
+    const __m512i upper = _mm512_add_epi16(_mm512_slli_epi16(bytes[h], kDrop - 16), zero16);
+    to[2 * h] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_unpacklo_epi16(none, upper)), zero);
+    to[2 * h + 1] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_unpackhi_epi16(none, upper)), zero);
+  }
+}
+struct BlockScales {
+  __m512i scales;  // the first moment's in the lower half, the second's in the upper
+  Floats first_reciprocal, second_reciprocal;
+};
+ENGRAM_INLINE bool make_scales(Lanes first, Lanes second, BlockScales* to) {
+  const CompactConstants& c = compact_constants();
+  const auto a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
+  __m512i most = _mm512_max_epu32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE));
+  most = _mm512_max_epu32(most, _mm512_shuffle_i64x2(most, most, 0xB1));
+  most = _mm512_max_epu32(most, _mm512_shuffle_epi32(most, static_cast<_MM_PERM_ENUM>(0x4E)));
+  most = _mm512_max_epu32(most, _mm512_shuffle_epi32(most, static_cast<_MM_PERM_ENUM>(0xB1)));
+  const __m512i carries = _mm512_mask_blend_epi32(0xFF00, each32(c.first_carry), each32(c.second_carry));
+  const __m512i scales = _mm512_and_si512(_mm512_add_epi32(most, carries), each32(c.exponent));
+  to->scales = scales;
+  const __m512i reciprocals = _mm512_maskz_sub_epi32(_mm512_test_epi32_mask(scales, scales), each32(c.twice), scales);
+  to->first_reciprocal = _mm512_castsi512_ps(_mm512_shuffle_i64x2(reciprocals, reciprocals, 0x44));
+  to->second_reciprocal = _mm512_castsi512_ps(_mm512_shuffle_i64x2(reciprocals, reciprocals, 0xEE));
+  return _mm512_cmpge_epu32_mask(scales, each32(c.limit)) == 0;
+}
+ENGRAM_INLINE void write_scales(const BlockScales& scales, float* first, float* second) {
+  _mm_store_ss(first, _mm512_castps512_ps128(_mm512_castsi512_ps(scales.scales)));
+  _mm_store_ss(second,
+               _mm512_castps512_ps128(_mm512_castsi512_ps(_mm512_shuffle_i64x2(scales.scales, scales.scales, 0xEE))));
+}
+// Bits kDrop to kDrop + 7 of 64 sums.
+ENGRAM_INLINE __m512i code_bytes(const __m512i* sums) {
+  const CompactConstants& c = compact_constants();
+  const __m512i places = each16(c.places);
+  __m512i bytes = _mm512_multishift_epi64_epi8(places, sums[0]);
+  for (int g = 1; g < 4; ++g)  // two bytes of every word of 64 bits
+    bytes = _mm512_ternarylogic_epi64(_mm512_set1_epi64(static_cast<int64_t>(c.pairs[g - 1])),
+                                      _mm512_multishift_epi64_epi8(places, sums[g]), bytes, 0xCA);
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
+                                                      2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), bytes);
+}
+ENGRAM_INLINE void write_first_codes(const Floats* x, const BlockScales& scales, const Lanes* noise, int8_t* to) {
+  const CompactConstants& c = compact_constants();
   __m512i sums[4];
   for (int g = 0; g < 4; ++g) {
-    const __m512 value = _mm512_add_ps(_mm512_mul_ps(magnitudes[g], _mm512_set1_ps(reciprocal)), zero);
-    sums[g] = _mm512_add_epi32(_mm512_castps_si512(value), load_indices(noise + 16 * g));
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x[g]), each32(c.magnitude));
+    const __m512 value = _mm512_fmadd_ps(_mm512_castsi512_ps(magnitude), scales.first_reciprocal,
+                                         _mm512_castsi512_ps(each32(c.first_zero)));
+    sums[g] = _mm512_add_epi32(_mm512_castps_si512(value), reinterpret_cast<__m512i>(noise[g]));
+    // 128 - code, and no borrow by what is cut off
+    sums[g] =
+        _mm512_mask_sub_epi32(sums[g], _mm512_movepi32_mask(_mm512_castps_si512(x[g])), each32(c.negative), sums[g]);
   }
-  for (int h = 0; h < 2; ++h)
-    codes[h] = _mm512_sub_epi16(_mm512_srli_epi16(high_halves(sums[2 * h], sums[2 * h + 1]), kDrop - 16), below);
+  _mm512_storeu_si512(to, _mm512_xor_si512(code_bytes(sums), _mm512_set1_epi8(static_cast<char>(c.flip))));
 }
-ENGRAM_INLINE __m512i packing_undone(__m512i bytes) {
-  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes);
-}
-ENGRAM_INLINE void write_first_moments(const float* x, float reciprocal, const uint32_t* noise, int8_t* to) {
-  __m512 magnitudes[4];
-  uint64_t negative = 0;
+ENGRAM_INLINE void write_second_codes(const Floats* x, const BlockScales& scales, const Lanes* noise, uint8_t* to) {
+  static_assert((kSecondBits >> kDrop & 0xFF) == 0, "the bits of a sum are its code's");
+  const CompactConstants& c = compact_constants();
+  __m512i sums[4];
   for (int g = 0; g < 4; ++g) {
-    const __m512 v = load(x + 16 * g);
-    negative |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, zero(), _CMP_LT_OQ)) << (16 * g);
-    magnitudes[g] = _mm512_abs_ps(v);
+    const __m512 value = _mm512_fmadd_ps(x[g], scales.second_reciprocal, _mm512_castsi512_ps(each32(c.second_zero)));
+    sums[g] = _mm512_add_epi32(_mm512_castps_si512(value), reinterpret_cast<__m512i>(noise[g]));
   }
-  __m512i wide[2];
-  wide_codes(magnitudes, reciprocal, kFirstBits, noise, wide);
-  const __m512i codes = packing_undone(_mm512_packs_epi16(wide[0], wide[1]));
-  _mm512_storeu_si512(to, _mm512_mask_sub_epi8(codes, negative, _mm512_setzero_si512(), codes));
-}
-ENGRAM_INLINE void write_second_moments(const float* x, float reciprocal, const uint32_t* noise, uint8_t* to) {
-  const __m512 values[4] = {load(x), load(x + 16), load(x + 32), load(x + 48)};
-  __m512i wide[2];
-  wide_codes(values, reciprocal, kSecondBits, noise, wide);
-  const __m512i codes = packing_undone(_mm512_packus_epi16(wide[0], wide[1]));
-  _mm512_storeu_si512(to, _mm512_max_epu8(codes, _mm512_set1_epi8(1)));
+  _mm512_storeu_si512(to, _mm512_max_epu8(code_bytes(sums), _mm512_set1_epi8(static_cast<char>(c.one))));
 }
 
 ENGRAM_INLINE void transpose_words(const uint64_t* in, int64_t in_stride, uint64_t* out, int64_t out_stride) {

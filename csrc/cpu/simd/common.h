@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #define ENGRAM_INLINE static inline __attribute__((always_inline))
 
@@ -44,6 +45,23 @@ struct SixNumbers {
   uint32_t middle, first, last;
   int32_t sum;
 };
+
+// As many numbers as a vector of 32 bits has lanes.
+template <typename Lanes, typename T>
+ENGRAM_INLINE Lanes widened_plainly(const T* from) {
+  typedef T Narrow __attribute__((vector_size(sizeof(T) * sizeof(Lanes) / sizeof(uint32_t))));
+  Narrow v;
+  memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Lanes);
+}
+
+// The low parts of 64 numbers.
+template <typename Lanes, typename T>
+ENGRAM_INLINE void narrow_plainly(const Lanes* from, T* to) {
+  alignas(64) uint32_t wide[64];
+  memcpy(wide, from, sizeof wide);
+  for (int i = 0; i < 64; ++i) to[i] = static_cast<T>(wide[i]);
+}
 
 // out[j * out_stride + i] = in[i * in_stride + j] for i, j < kSize.
 template <int kSize, typename T>

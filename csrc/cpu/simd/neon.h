@@ -103,6 +103,40 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
   return word;
 }
 
+using Lanes = uint32_t __attribute__((vector_size(16), aligned(16)));
+ENGRAM_INLINE Floats square_root(Floats v) { return vsqrtq_f32(v); }
+ENGRAM_INLINE Floats larger(Floats a, Floats b) { return vmaxq_f32(a, b); }
+ENGRAM_INLINE Floats smaller_of(Floats a, Floats b) { return vminq_f32(a, b); }
+ENGRAM_INLINE Floats within(Floats v, Floats bound) { return vmaxq_f32(vminq_f32(v, bound), vnegq_f32(bound)); }
+ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) {
+  return reinterpret_cast<Lanes>(vmaxq_u32(reinterpret_cast<uint32x4_t>(a), reinterpret_cast<uint32x4_t>(b)));
+}
+ENGRAM_INLINE uint32_t largest_lane(Lanes v) { return vmaxvq_u32(reinterpret_cast<uint32x4_t>(v)); }
+ENGRAM_INLINE bool any_at_least(Lanes v, uint32_t limit) { return largest_lane(v) >= limit; }
+ENGRAM_INLINE bool any_nan(const Floats* v) {
+  uint32x4_t ordered = vdupq_n_u32(~0u);
+  for (int g = 0; g < 16; ++g) ordered = vandq_u32(ordered, vceqq_f32(v[g], v[g]));
+  return vminvq_u32(ordered) == 0;
+}
+ENGRAM_INLINE uint64_t signs_of(const Floats* x) {
+  uint64_t word = 0;
+  for (int g = 0; g < 16; ++g) word |= nibble_from(vcgezq_f32(x[g])) << (4 * g);
+  return word;
+}
+ENGRAM_INLINE uint64_t signs_of(const uint16_t* x) {
+  bool nan = false;
+  return signs_of_64(x, 0x7F80, nan);
+}
+
+template <typename T>
+ENGRAM_INLINE Lanes widened(const T* from) {
+  return widened_plainly<Lanes>(from);
+}
+template <typename T>
+ENGRAM_INLINE void narrow(const Lanes* from, T* to) {
+  narrow_plainly(from, to);
+}
+
 constexpr int kTransposeSize = 4;
 template <typename T>
 ENGRAM_INLINE void transpose_block(const T* in, int64_t in_stride, T* out, int64_t out_stride) {

@@ -95,6 +95,43 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
   return word;
 }
 
+using Lanes = uint32_t __attribute__((vector_size(16), aligned(16)));
+ENGRAM_INLINE Floats square_root(Floats v) {
+  return Floats{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]), __builtin_sqrtf(v[3])};
+}
+ENGRAM_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+ENGRAM_INLINE Floats smaller_of(Floats a, Floats b) { return a < b ? a : b; }
+ENGRAM_INLINE Floats within(Floats v, Floats bound) { return larger(smaller_of(v, bound), -bound); }
+ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+ENGRAM_INLINE uint32_t largest_lane(Lanes v) {
+  const uint32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
+ENGRAM_INLINE bool any_at_least(Lanes v, uint32_t limit) { return largest_lane(v) >= limit; }
+ENGRAM_INLINE bool any_nan(const Floats* v) {
+  Mask unordered = {};
+  for (int g = 0; g < 16; ++g) unordered |= v[g] != v[g];
+  return (unordered[0] | unordered[1] | unordered[2] | unordered[3]) != 0;
+}
+ENGRAM_INLINE uint64_t signs_of(const Floats* x) {
+  uint64_t word = 0;
+  for (int i = 0; i < 64; ++i) word |= static_cast<uint64_t>(x[i / 4][i % 4] >= 0.0f) << i;
+  return word;
+}
+ENGRAM_INLINE uint64_t signs_of(const uint16_t* x) {
+  bool nan = false;
+  return signs_of_64(x, 0x7F80, nan);
+}
+
+template <typename T>
+ENGRAM_INLINE Lanes widened(const T* from) {
+  return widened_plainly<Lanes>(from);
+}
+template <typename T>
+ENGRAM_INLINE void narrow(const Lanes* from, T* to) {
+  narrow_plainly(from, to);
+}
+
 constexpr int kTransposeSize = 4;
 template <typename T>
 ENGRAM_INLINE void transpose_block(const T* in, int64_t in_stride, T* out, int64_t out_stride) {

@@ -30,7 +30,7 @@ MIB, SECTOR, HEADER_SECTOR, CYLINDER = 1 << 20, 512, 64, 16 * 63 * 512
 MAGIC = 0x5452415453363158  # these numbers, and the layout of header and result, are those of machine.c
 PROGRAM_SPACE, INPUT_SPACE, OUTPUT_SPACE, ERROR_SPACE = 32 * MIB, 128 * MIB, 128 * MIB, 1 << 16
 
-# tigerlake: a processor model with all of AVX-512 that the kernels use, VPOPCNTDQ included
+# tigerlake: a processor model with all of AVX-512 that the kernels use, VBMI and VPOPCNTDQ included
 CONFIGURATION = """\
 config_interface: textconfig
 display_library: term
