@@ -90,10 +90,11 @@ ENGRAM_FUNCTION float reciprocal_of_scale(float scale) {
   return float_from_bits(bits == 0 ? 0u : (uint32_t{254} << 23) - bits);
 }
 
-// The noise of a moment, which is added to bits of which kDrop are cut off: the middle of one of 2^16 steps.
+// The noise of a moment by the low half of a draw, which is added to bits of which kDrop are cut off: the middle of one
+// of 2^16 steps.
 template <typename T>
-ENGRAM_FUNCTION T moment_noise(T random16) {
-  return (random16 << (kDrop - 16)) + (1u << (kDrop - 17));
+ENGRAM_FUNCTION T moment_noise(T random) {
+  return ((random << (kDrop - 16)) & (0xFFFFu << (kDrop - 16))) | (1u << (kDrop - 17));
 }
 
 ENGRAM_FUNCTION int8_t to_first_moment(float x, float reciprocal, uint32_t noise) {

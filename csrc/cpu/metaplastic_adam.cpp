@@ -52,8 +52,8 @@ ENGRAM_INLINE T four_times_power_of_two(T x) {
   return floats_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// How numbers are held in memory: `read` and `write` one, `load` and `store` a word. `noise` is what rounds a number,
-// of the random bits that it has; scales are those of a block.
+// How numbers are held in memory: `read` and `write` one, `load` and `store` a word. `noise` makes what rounds a moment
+// of the low half of a draw; scales are those of a block.
 struct Float32 {
   using Held = float;
   ENGRAM_INLINE float read(float held, float) { return held; }
@@ -73,8 +73,8 @@ struct BFloat16 {
   ENGRAM_INLINE float read(uint16_t held, float) { return from_bfloat16(held); }
   ENGRAM_INLINE uint16_t write(float x, float, uint32_t noise) { return to_bfloat16(x, noise); }
   template <typename T>
-  ENGRAM_INLINE T noise(T random16) {
-    return random16;
+  ENGRAM_INLINE T noise(T random) {
+    return random & 0xFFFFu;
   }
   ENGRAM_INLINE void load(const uint16_t* from, Floats* to) { read_bfloat16(from, to); }
   ENGRAM_INLINE void store(const Floats* x, const Lanes* noise, uint16_t* to) {
@@ -91,8 +91,8 @@ struct FirstScaled {
     return to_first_moment(x, reciprocal, noise);
   }
   template <typename T>
-  ENGRAM_INLINE T noise(T random16) {
-    return moment_noise(random16);
+  ENGRAM_INLINE T noise(T random) {
+    return moment_noise(random);
   }
   ENGRAM_INLINE void load(const int8_t* from, const float* scale, Floats* to) { read_first_moments(from, scale, to); }
   ENGRAM_INLINE void store(const Floats* x, const BlockScales& scales, const Lanes* noise, int8_t* to) {
@@ -143,7 +143,7 @@ ENGRAM_INLINE void draw(RoundingRow row, int64_t unit, Noise& noise) {
     for (int i = 0; i < kWordVectors; ++i) {
       const Lanes random = mixed(steps[i] + start, row.key);
       noise.of_weight[i] = random >> 16;
-      if constexpr (!kIsFloat<Moment>) noise.of_moments[i] = Moment::noise(random & 0xFFFFu);
+      if constexpr (!kIsFloat<Moment>) noise.of_moments[i] = Moment::noise(random);
     }
   } else {
     Lanes random[kWordVectors / 2];
@@ -201,16 +201,19 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Place<Weight, Gra
     if (any_at_least(largest_v, kInfinity)) return false;
   }
   const float slope = slope_of(p);
+  const Lanes least_power = Lanes{} + bits_from_float(kLeastPower), negative_zero = Lanes{} + kSign;
   for (int i = 0; i < kWordVectors; ++i) {
-    const Floats x = floats_of(bits_of(slope * w[i]) ^ (bits_of(mu[i]) & kSign));
-    t4[i] = four_times_power_of_two(larger(smaller_of(x, zero()), all(kLeastPower)));
+    // Negative where the step would shrink |W|. As integers negative numbers are above positive ones, -0 the least.
+    const Lanes x = bits_of(slope * w[i]) ^ (bits_of(mu[i]) & kSign);
+    t4[i] = four_times_power_of_two(floats_of(larger(smaller_of(x, least_power), negative_zero)));
   }
   for (int i = 0; i < kWordVectors; ++i) {
     const Floats one_and_t = add_product(all(1.0f), t4[i], all(0.25f));  // a quarter is exact
     w[i] = w[i] - p.step_size * ((mu[i] * t4[i]) / (root[i] * (one_and_t * one_and_t)));
   }
   if (any_nan(w)) return false;
-  for (int i = 0; i < kWordVectors; ++i) w[i] = within(w[i], all(p.weight_bound));
+  if (p.weight_bound < float_from_bits(kInfinity))
+    for (int i = 0; i < kWordVectors; ++i) w[i] = within(w[i], all(p.weight_bound));
   [[maybe_unused]] Noise noise;
   if constexpr (!kIsFloat<Weight> || !kIsFloat<First>) draw<Weight, First>(rounding, unit, noise);
   if constexpr (kIsScaled<First>) {

@@ -24,9 +24,9 @@
 //           and `look_up_subset` takes for each integer the entry that its 6 low bits name; `shorts_high_bytes` moves
 //           high bytes down; `add_twice` makes (y, or 0) + 2 sums - less. `at_least_64` compares 64 integers of 32
 //           bits.
-//   Lanes   the bits of Floats, integers of 32 bits with the operators of C++. `square_root` is IEEE's. `larger`,
-//           `smaller_of` and `within` (the bounds -bound and bound) order numbers that are no NaN. `largest_lane` and
-//           `any_at_least` compare unsigned. Of a word, 64 numbers in kWordVectors vectors: `any_nan`, `signs_of`.
+//   Lanes   the bits of Floats, unsigned integers of 32 bits with the operators of C++. `square_root` is IEEE's;
+//           `within` clips numbers that are no NaN to -bound and bound. Of a word, 64 numbers in kWordVectors vectors:
+//           `any_nan`, `signs_of`.
 //           `widened` loads as many short integers as there are lanes, `narrow` stores the low parts of 64 lanes.
 //   Compact the numbers of core/compact.h, 64 at a time. They are below, but where an instruction set has its own
 //           (ENGRAM_HAS_COMPACT).

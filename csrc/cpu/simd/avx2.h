@@ -139,14 +139,11 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
 
 using Lanes = uint32_t __attribute__((vector_size(kVectorBytes), aligned(kVectorBytes)));
 ENGRAM_INLINE Floats square_root(Floats v) { return _mm256_sqrt_ps(v); }
-ENGRAM_INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-ENGRAM_INLINE Floats smaller_of(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 ENGRAM_INLINE Floats within(Floats v, Floats bound) {
   return _mm256_max_ps(_mm256_min_ps(v, bound), _mm256_xor_ps(bound, _mm256_set1_ps(-0.0f)));
 }
-ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) {
-  return reinterpret_cast<Lanes>(_mm256_max_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-}
+ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+ENGRAM_INLINE Lanes smaller_of(Lanes a, Lanes b) { return a < b ? a : b; }
 ENGRAM_INLINE uint32_t largest_lane(Lanes v) {
   const auto both = reinterpret_cast<__m256i>(v);
   __m128i most = _mm_max_epu32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));

@@ -114,10 +114,9 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
 
 using Lanes = uint32_t __attribute__((vector_size(kVectorBytes), aligned(kVectorBytes)));
 ENGRAM_INLINE Floats square_root(Floats v) { return _mm512_sqrt_ps(v); }
-ENGRAM_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
-ENGRAM_INLINE Floats smaller_of(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 ENGRAM_INLINE Floats within(Floats v, Floats bound) { return _mm512_range_ps(v, bound, 0x2); }
 ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+ENGRAM_INLINE Lanes smaller_of(Lanes a, Lanes b) { return a < b ? a : b; }
 ENGRAM_INLINE uint32_t largest_lane(Lanes v) { return _mm512_reduce_max_epu32(reinterpret_cast<__m512i>(v)); }
 ENGRAM_INLINE bool any_at_least(Lanes v, uint32_t limit) {
   return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(v), _mm512_set1_epi32(static_cast<int>(limit))) != 0;

@@ -105,12 +105,9 @@ ENGRAM_INLINE uint64_t window_of_64(const float* x, float width) {
 
 using Lanes = uint32_t __attribute__((vector_size(16), aligned(16)));
 ENGRAM_INLINE Floats square_root(Floats v) { return vsqrtq_f32(v); }
-ENGRAM_INLINE Floats larger(Floats a, Floats b) { return vmaxq_f32(a, b); }
-ENGRAM_INLINE Floats smaller_of(Floats a, Floats b) { return vminq_f32(a, b); }
 ENGRAM_INLINE Floats within(Floats v, Floats bound) { return vmaxq_f32(vminq_f32(v, bound), vnegq_f32(bound)); }
-ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) {
-  return reinterpret_cast<Lanes>(vmaxq_u32(reinterpret_cast<uint32x4_t>(a), reinterpret_cast<uint32x4_t>(b)));
-}
+ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+ENGRAM_INLINE Lanes smaller_of(Lanes a, Lanes b) { return a < b ? a : b; }
 ENGRAM_INLINE uint32_t largest_lane(Lanes v) { return vmaxvq_u32(reinterpret_cast<uint32x4_t>(v)); }
 ENGRAM_INLINE bool any_at_least(Lanes v, uint32_t limit) { return largest_lane(v) >= limit; }
 ENGRAM_INLINE bool any_nan(const Floats* v) {

@@ -99,10 +99,12 @@ using Lanes = uint32_t __attribute__((vector_size(16), aligned(16)));
 ENGRAM_INLINE Floats square_root(Floats v) {
   return Floats{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]), __builtin_sqrtf(v[3])};
 }
-ENGRAM_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-ENGRAM_INLINE Floats smaller_of(Floats a, Floats b) { return a < b ? a : b; }
-ENGRAM_INLINE Floats within(Floats v, Floats bound) { return larger(smaller_of(v, bound), -bound); }
+ENGRAM_INLINE Floats within(Floats v, Floats bound) {
+  const Floats most = v > bound ? bound : v;
+  return most < -bound ? -bound : most;
+}
 ENGRAM_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+ENGRAM_INLINE Lanes smaller_of(Lanes a, Lanes b) { return a < b ? a : b; }
 ENGRAM_INLINE uint32_t largest_lane(Lanes v) {
   const uint32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
   return a > b ? a : b;
