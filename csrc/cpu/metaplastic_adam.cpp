@@ -165,10 +165,12 @@ ENGRAM_INLINE uint32_t bits_at(const float* p) {
   memcpy(&bits, p, sizeof bits);
   return bits;
 }
+// What a block with a scale of 0 is read as.
 alignas(64) constexpr uint8_t kNoCodes[kWordBits] = {};
 constexpr float kNoScale = 1.0f;
 
-// A whole word. False, and nothing written, if it has to be worked on number by number.
+// A whole word. False, and nothing written, if it has to be worked on number by number: where a scale cannot be shifted
+// or a second moment is not finite, as it is where a gradient is not, and where a weight would be a NaN.
 template <typename Weight, typename Grad, typename First, typename Second>
 ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Place<Weight, Grad, First, Second>& at,
                                RoundingRow rounding, int64_t unit, uint64_t* sign_bits) {
@@ -325,16 +327,14 @@ bool update_words(const MetaplasticAdam& p, Range words) {
   for (int64_t word = words.begin; word < words.end;) {
     const int64_t row = word / used, end = smaller(words.end, (row + 1) * used);
     const RoundingRow rounding = rounding_row(p.rounding, p.first_row + static_cast<uint64_t>(row));
-    const auto* grad =
-        static_cast<const typename Grad::Held*>(p.grad) + (row - p.grad_row) * p.grad_stride - p.grad_unit;
+    const auto* grad = static_cast<const typename Grad::Held*>(p.grad) + (row - p.grad_row) * p.grad_stride;
     for (; word < end; ++word) {
       const int64_t unit = (word - row * used) * kWordBits, i = row * p.K + unit, n = smaller(p.K - unit, kWordBits);
-      const Place<Weight, Grad, First, Second> at{static_cast<typename Weight::Held*>(p.weight) + i,
-                                                  grad + unit,
-                                                  static_cast<typename First::Held*>(p.exp_avg) + i,
-                                                  static_cast<typename Second::Held*>(p.exp_avg_sq) + i,
-                                                  p.exp_avg_scale + word,
-                                                  p.exp_avg_sq_scale + word};
+      constexpr bool kScales = kIsScaled<First>;
+      const Place<Weight, Grad, First, Second> at{
+          static_cast<typename Weight::Held*>(p.weight) + i, grad + (unit - p.grad_unit),
+          static_cast<typename First::Held*>(p.exp_avg) + i, static_cast<typename Second::Held*>(p.exp_avg_sq) + i,
+          kScales ? p.exp_avg_scale + word : nullptr,        kScales ? p.exp_avg_sq_scale + word : nullptr};
       if (p.ahead > 0) fetch(at.weight + p.ahead), fetch(at.exp_avg + p.ahead), fetch(at.exp_avg_sq + p.ahead);
       uint64_t* bits = p.sign_bits == nullptr ? nullptr : p.sign_bits + row * p.words + unit / kWordBits;
       if (n == kWordBits ? update_word(p, at, rounding, unit, bits) : update_tail(p, at, rounding, unit, n, bits))
