@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 GradientConsumer = Callable[["HiddenWeight", Callable[..., None]], None]
 
 
-class LayerGradient(NamedTuple):
+class LayerGradient:
     """The gradient of a linear layer's hidden weight, not made yet, as what :data:`GradientConsumer` is given.
 
     ``d`` (M, N) is the gradient of the layer's sums, ``x`` its input, floats (M, K) or packed signs (M, words), of
     which ``gate_bits`` recruits some.
     """
 
-    d: Tensor
-    x: Tensor
-    gate_bits: Tensor | None = None
+    __slots__ = ("d", "gate_bits", "x")
+
+    def __init__(self, d: Tensor, x: Tensor, gate_bits: Tensor | None = None) -> None:
+        self.d, self.x, self.gate_bits = d, x, gate_bits
 
     def __call__(self, *state: Any, **settings: Any) -> None:
         """An update by any kind of state."""

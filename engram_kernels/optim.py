@@ -267,9 +267,10 @@ class MetaplasticAdam(Optimizer):
         """As in torch. Raises: RuntimeError if a gradient has been consumed since the last step."""
         parameters = list(self._parameters())
         for parameter in parameters:
-            if type(parameter) is not nn.Parameter and isinstance(parameter, HiddenWeight):  # which takes longer to ask
-                if parameter.fused_backward is not None:
-                    parameter.fused_backward.refuse_access_to_gradient()
+            if type(parameter) is nn.Parameter:  # which isinstance takes longer to tell
+                continue
+            if isinstance(parameter, HiddenWeight) and parameter.fused_backward is not None:
+                parameter.fused_backward.refuse_access_to_gradient()
         with torch._C.DisableTorchFunctionSubclass():
             if not set_to_none:
                 super().zero_grad(set_to_none)
@@ -286,8 +287,8 @@ class MetaplasticAdam(Optimizer):
         self._check_updatable(weight)
         assert weight.fused_backward is not None
         weight.fused_backward.begin(weight)
-        one_call = isinstance(update, LayerGradient) and self.state_dtype == torch.float32
-        if one_call and _in_one_call(weight, update.d):  # type: ignore[attr-defined]
+        of_layer = isinstance(update, LayerGradient) and self.state_dtype == torch.float32
+        if of_layer and _in_one_call(weight, update.d):  # type: ignore[attr-defined]
             self._update_from_layer(weight, group, update)  # type: ignore[arg-type]
         else:
             self._update_hidden(weight, group, update)
@@ -491,7 +492,15 @@ class MetaplasticAdam(Optimizer):
         exp_avg, exp_avg_sq, sign_bits = state["exp_avg"], state["exp_avg_sq"], weight.begin_update()
         try:
             operators._update_from_layer(
-                *gradient, rows_of(weight), exp_avg, exp_avg_sq, sign_bits, state["step"], *_settings(group)
+                gradient.d,
+                gradient.x,
+                gradient.gate_bits,
+                rows_of(weight),
+                exp_avg,
+                exp_avg_sq,
+                sign_bits,
+                state["step"],
+                *_settings(group),
             )
         except RuntimeError as error:
             if type(error) is not RuntimeError:

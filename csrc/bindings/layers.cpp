@@ -97,11 +97,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_grad(const Tensor& d, double sc
   const Tensor& sums = scale == 1.0 ? in : own;
   const auto weight_grad = [&] {
     if (!x) return Tensor();
-    return x->scalar_type() == ScalarType::Long ? gated_weight_grad(sums, *x, k, gate_bits) : real_weight_grad(sums, *x);
+    return x->scalar_type() == ScalarType::Long ? gated_weight_grad(sums, *x, k, gate_bits)
+                                                : real_weight_grad(sums, *x);
   };
   return {own, needs_bias ? sum_over_samples(in) : Tensor(),
-          mask_bits ? masked_input_grad(sums, *w_bits, k, *mask_bits) : Tensor(),
-          weight_grad()};
+          mask_bits ? masked_input_grad(sums, *w_bits, k, *mask_bits) : Tensor(), weight_grad()};
 }
 
 }  // namespace

@@ -1,13 +1,15 @@
 // metaplastic_adam_: moments, consolidation, hidden weight and fresh sign bits in one pass over memory.
 //
 //   g   = grad + weight_decay * W
-//   mu  = beta1 mu + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+//   mu  = beta1 mu + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2        mu = 0 if |mu| < 2^-126
 //   mu' = mu (1 - tanh^2(m |W|))  if the step would shrink |W|, that is W mu > 0;  else mu
 //   W  -= step_size * mu' / (sqrt(v) + eps),   step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t)
 //   W   = weight_bound if W > weight_bound, -weight_bound if W < -weight_bound;  infinity bounds nothing
 //
 // Where g is not finite, W, mu and v stay as they are; where the new W would be a NaN, W does. Either is reported.
 // (Laborieux et al. 2021, eq. 2 and their published optimizer, which tests the sign of the momentum.)
+// Numbers below 2^-126 take a processor much longer than others, and a mu that only decays gets there in some 800 steps
+// and would never leave.
 // 1 - tanh^2(z) = 4 t / (1 + t)^2 with t = e^{-2z}. All tensors [N, K]: the weight float32 or bfloat16, the moments
 // float32 or in one of the compact formats of core/compact.h, rounded with random bits; the weight is clipped before,
 // so that a bound which bfloat16 represents holds after rounding too. Range in words of 64 weights. Bound by memory
@@ -47,6 +49,7 @@ ENGRAM_INLINE void update_moments(const MetaplasticAdam& p, int64_t n, const flo
                                   float* __restrict root, float* __restrict t) {
   constexpr float kLog2E = 1.44269504f;
   constexpr uint32_t kInfinity = 0x7F800000u, kNaN = 0x7FC00000u;
+  constexpr float kLeastNormal = 0x1p-126f;
   const float keep1 = p.beta1, take1 = p.one_minus_beta1, keep2 = p.beta2, take2 = p.one_minus_beta2;
   const float slope = -2.0f * kLog2E * p.metaplasticity;
   for (int64_t i = 0; i < n; ++i) {
@@ -55,7 +58,8 @@ ENGRAM_INLINE void update_moments(const MetaplasticAdam& p, int64_t n, const flo
     const bool finite = (bits_from_float(g) & kInfinity) != kInfinity;
     // computed for all and then chosen: arithmetic on one side of a choice would keep the loop from being vectorised
     const float old_mu = exp_avg[i], old_v = exp_avg_sq[i];
-    const float next_mu = keep1 * old_mu + take1 * g, next_v = keep2 * old_v + take2 * (g * g);
+    const float sum = keep1 * old_mu + take1 * g, next_v = keep2 * old_v + take2 * (g * g);
+    const float next_mu = __builtin_fabsf(sum) < kLeastNormal ? 0.0f : sum;
     const float next_root = __builtin_sqrtf(next_v) + p.eps;
     const float mu = finite ? next_mu : old_mu;
     exp_avg[i] = mu;
