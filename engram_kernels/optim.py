@@ -287,9 +287,9 @@ class MetaplasticAdam(Optimizer):
         self._check_updatable(weight)
         assert weight.fused_backward is not None
         weight.fused_backward.begin(weight)
-        of_layer = isinstance(update, LayerGradient) and self.state_dtype == torch.float32
-        if of_layer and _in_one_call(weight, update.d):  # type: ignore[attr-defined]
-            self._update_from_layer(weight, group, update)  # type: ignore[arg-type]
+        plain = self.state_dtype == torch.float32
+        if plain and isinstance(update, LayerGradient) and _in_one_call(weight, update.d):
+            self._update_from_layer(weight, group, update)
         else:
             self._update_hidden(weight, group, update)
 
