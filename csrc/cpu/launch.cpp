@@ -134,19 +134,20 @@ void product(const Runtime& rt, const Kernels& kernels, const BinaryMatmul& oper
     const int64_t rows = p.gate_stride == 0 ? 1 : p.M;
     p.gate = without_padding(rt, p.gate, rows, p.K);
     p.recruited = count_recruited(rt, kernels, p.gate, rows, p.K);
-    p.gate_parts = p.gate;
-    if (kernels.gate_parts > 1) {
-      const SplitGates split{p.gate, workspace<uint64_t>(rt, rows * p.words * kernels.gate_parts)};
-      share(rt, rows * p.words, 1, [&](Range words) { kernels.split_gates(split, words); });
-      p.gate_parts = split.parts;
-    }
+    const TileSamples tiled{p.x, p.gate,  p.gate_stride,
+                            p.M, p.words, workspace<uint64_t>(rt, p.M * p.words * (1 + kernels.gate_parts))};
+    share(rt, ceil_div(p.M, kernels.gated_tile), kernels.gated_tile * p.words,
+          [&](Range tiles) { kernels.tile_samples(tiled, tiles); });
+    p.tiles = tiled.tiles;
   }
   const int64_t panels = ceil_div(p.N, kernels.panel);
   if (enough_blocks(rt, panels) || panels >= p.M) {
     share(rt, panels, p.M * p.words * kernels.panel,
           [&](Range part) { kernels.binary_matmul(p, {{0, p.M}, items_of(part, kernels.panel, p.N)}); });
   } else {
-    share(rt, p.M, p.N * p.words, [&](Range samples) { kernels.binary_matmul(p, {samples, {0, p.N}}); });
+    const int64_t tile = p.gate == nullptr ? 1 : kernels.gated_tile;
+    share(rt, ceil_div(p.M, tile), tile * p.N * p.words,
+          [&](Range tiles) { kernels.binary_matmul(p, {items_of(tiles, tile, p.M), {0, p.N}}); });
   }
 }
 
