@@ -359,6 +359,8 @@ class MetaplasticAdam(Optimizer):
             )
 
     def _ends_consuming(self, parameter: Tensor) -> bool:
+        if type(parameter) is nn.Parameter:  # which isinstance takes longer to tell
+            return False
         if not isinstance(parameter, HiddenWeight) or parameter.fused_backward is None:
             return False
         consumer = gradient_consumer(parameter)
