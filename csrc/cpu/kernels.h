@@ -103,17 +103,21 @@ struct RealWeightGrad {
   int64_t dw_stride;
 };
 
-// Samples are taken in chunks of kSampleChunk. For each chunk and unit, `lists` holds the samples of the chunk that
-// recruited the unit, each as 2 * (its place in the chunk) + 1{its sign is -1}.
+// Samples are taken in chunks of kSampleChunk, units by words. For each chunk and word, `lists` holds from its start on
+// the samples of the chunk that recruited its units. How, and in which order, is between list_samples and
+// gated_weight_grad: units with about as many samples follow each other in `order`, and `steps` says how many.
+constexpr int64_t list_entries(int64_t recruited, int64_t samples) { return recruited + samples + kWordBits; }
 struct GatedWeightGrad {
-  const float* d;        // [M, N]
+  const float* d;  // row m lies at d[m * d_stride]
+  int64_t d_stride;
   const uint64_t* x;     // [M, words]
   const uint64_t* gate;  // [words] or [M, words]
   int64_t gate_stride;
-  int64_t capacity;  // entries kept for a unit: the lesser of M and kSampleChunk
-  uint8_t* lists;    // [chunks, K, capacity]
-  int32_t* counts;   // [chunks, K]
-  int64_t M, N, K, words;
+  const int64_t* starts;  // [chunks, words], list_entries apart
+  uint16_t* lists;
+  uint8_t* order;  // [chunks, words, kWordBits]
+  uint8_t* steps;  // likewise
+  int64_t M, K, words;
   float* dw;  // element (n, k) of a block lies at dw[(n - its first row) * dw_stride + k - its first column]
   int64_t dw_stride;
 };
