@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import ops
-from .fused_backward import gradient_consumer
+from .fused_backward import LayerGradient, gradient_consumer
 from .hidden_weight import HiddenWeight, from_rows, rows_of
 from .library import operators
 from .reference import Window, words_for
@@ -44,7 +44,7 @@ class _Function(torch.autograd.Function):
         if _transformed():
             return super().apply(*arguments)
         unwrap = torch._C._functorch.unwrap_if_dead
-        alive = [unwrap(a) if isinstance(a, Tensor) else a for a in arguments]
+        alive = [unwrap(a) if type(a) is Tensor else a for a in arguments]  # what wraps a tensor is a plain one
         return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
 
 
@@ -77,7 +77,8 @@ def _first_derivatives(d: Tensor, *gradients: Tensor | None) -> tuple[Tensor | N
 
 def _remember(ctx: Any, k: int, weight: Tensor, consumed: bool) -> None:
     """Keeps what the gradients need to know of ``weight`` (N, K), which takes longer to tell its K than its caller."""
-    ctx.k, ctx.weight_dtype = k, weight.dtype
+    with torch._C.DisableTorchFunctionSubclass():  # which takes longer to tell this, too
+        ctx.k, ctx.weight_dtype = k, weight.dtype
     ctx.weight = weight if consumed else None
 
 
@@ -172,10 +173,12 @@ def _remember_scale(ctx: Any, x: Tensor, scale: float, bias: Tensor | None) -> N
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _in_one_call(x: Tensor, *others: torch.dtype | None) -> bool:
+def _in_one_call(x: Tensor, bias_dtype: torch.dtype | None, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the operators of whole layers take such an x and others: float32 on the CPU, in eager code."""
     float32 = torch.float32
-    return x.dtype == float32 and x.is_cpu and all(d is None or d == float32 for d in others) and not _transformed()
+    if x.dtype != float32 or dtype != float32 or not (bias_dtype is None or bias_dtype == float32):
+        return False
+    return x.is_cpu and not _transformed()
 
 
 def _layer_grad(
@@ -184,19 +187,25 @@ def _layer_grad(
     needs_bias: bool,
     w_bits: Tensor | None = None,
     mask_bits: Tensor | None = None,
-    x_bits: Tensor | None = None,
+    x: Tensor | None = None,
     gate_bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the sums (M, N), of the bias (N,), of x where it has a mask, of the weight where x has bits."""
-    if _in_one_call(d, ctx.sums_dtype, ctx.bias_dtype, ctx.weight_dtype):
-        own, *others = operators._layer_grad(d, ctx.scale, needs_bias, ctx.k, w_bits, mask_bits, x_bits, gate_bits)
-        return (d if own is None else own, *others)
+    """Gradients of the sums (M, N), of the bias (N,), of x where it has a mask, of the weight where there is an x.
+
+    ``x`` is packed, or float32 where all is.
+    """
+    if ctx.sums_dtype == torch.float32 and _in_one_call(d, ctx.bias_dtype, ctx.weight_dtype):
+        own, db, dx, dw = operators._layer_grad(d, ctx.scale, needs_bias, ctx.k, w_bits, mask_bits, x, gate_bits)
+        return d if own is None else own, db, dx, dw
     db = sum_over_samples(d).squeeze(1).to(ctx.bias_dtype) if needs_bias else None
     own = d if d.dtype == ctx.sums_dtype else d.to(ctx.sums_dtype)
     own = own if ctx.scale == 1.0 else own * ctx.scale
     dx = None if mask_bits is None else ops.masked_input_grad(own, w_bits, ctx.k, mask_bits)  # type: ignore[arg-type]
-    dw = None if x_bits is None else ops.gated_weight_grad(own.to(ctx.weight_dtype), x_bits, ctx.k, gate_bits)
-    return own, db, dx, dw
+    if x is None:
+        return own, db, dx, None
+    if x.dtype == torch.int64:
+        return own, db, dx, ops.gated_weight_grad(own.to(ctx.weight_dtype), x, ctx.k, gate_bits)
+    return own, db, dx, ops.real_weight_grad(own, x).to(ctx.weight_dtype)
 
 
 def _undifferentiated(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -275,8 +284,7 @@ class GatedSignProduct(_Function):
             gate_bits,
         )
         # after dx: the update changes w_bits
-        update = functools.partial(ops.gated_metaplastic_adam_, own, x_bits, gate_bits)
-        if may_be_consumed and not _consume(ctx, update):
+        if may_be_consumed and not _consume(ctx, LayerGradient(own, x_bits, gate_bits)):
             dw = ops.gated_weight_grad(own.to(ctx.weight_dtype), x_bits, ctx.k, gate_bits)
         return (*_first_derivatives(d, dx, dw, db), None, None, None, None, None, None)
 
@@ -316,23 +324,25 @@ class SignProduct(_Function):
         _refuse_second_gradient(ctx.weight)
         x, w_bits = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        own, db, _, _ = _layer_grad(ctx, d.detach(), needs_bias)
-        dx = dw = None
-        if needs_x:
-            dx = _undifferentiated(ops.sign_matmul, own, w_bits, ctx.k)
         if needs_weight:
             dtype = ctx.backward_dtype
-            x = x.detach().to(own.dtype if dtype is None else dtype)
-            if own.dtype == x.dtype == torch.float32:
-                if not _consume(ctx, functools.partial(ops.real_metaplastic_adam_, own, x)):
-                    dw = ops.real_weight_grad(own, x).to(ctx.weight_dtype)
-            else:
+            x = x.detach().to(ctx.sums_dtype if dtype is None else dtype)
+        in_float32 = needs_weight and ctx.sums_dtype == x.dtype == torch.float32
+        may_be_consumed = needs_weight and ctx.weight is not None
+        own, db, _, dw = _layer_grad(ctx, d.detach(), needs_bias, x=x if in_float32 and not may_be_consumed else None)
+        dx = None
+        if needs_x:
+            dx = _undifferentiated(ops.sign_matmul, own, w_bits, ctx.k)
+        if in_float32:
+            if may_be_consumed and not _consume(ctx, LayerGradient(own, x)):
+                dw = ops.real_weight_grad(own, x).to(ctx.weight_dtype)
+        elif needs_weight:
 
-                def gradient_of_rows(rows: slice) -> Tensor:
-                    return _product_over_samples(own[:, rows], x)
+            def gradient_of_rows(rows: slice) -> Tensor:
+                return _product_over_samples(own[:, rows], x)
 
-                if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
-                    dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
+            if not _consume(ctx, functools.partial(_update_by_blocks, gradient_of_rows)):
+                dw = gradient_of_rows(slice(None)).to(ctx.weight_dtype)
         return (*_first_derivatives(d, dx, dw, db), None, None, None, None)
 
 

@@ -199,8 +199,9 @@ class TableCode:
         out = np.empty((*X.shape, self.per_feature), dtype=bool)
         steps = _steps(X, level)
         last = _steps(self.high, level)
-        for i in range(self.thresholds):
-            out[:, :, i] = (steps >= first + i) & (first + i <= last)
+        number = first[:, None] + np.arange(self.thresholds)
+        number[number > last[:, None]] = np.inf  # not a threshold of this range
+        np.greater_equal(steps[:, :, None], number, out=out[:, :, : self.thresholds])
         for i in range(self.digits):
             out[:, :, self.thresholds + i] = np.fmod(_steps(X, level - 1 - i), 2) != 0
         return out

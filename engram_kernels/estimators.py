@@ -5,8 +5,9 @@
     model.partial_fit(X_later, y_later)   # others, or more of the same
     model.predict(X)
 
-A random binary code of the features (:mod:`engram_kernels.codes`), counts of it (:mod:`engram_kernels.moments`), and a
-linear discriminant that is solved for when it is asked (:mod:`engram_kernels.discriminants`).
+A random binary code of the features (:mod:`engram_kernels.codes`) and counts of it (:mod:`engram_kernels.moments`). The
+counts give a linear discriminant when it is asked for (:mod:`engram_kernels.discriminants`). Or dendritic segments
+compete for the samples of their class (:mod:`engram_kernels.segments`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .codes import PatchCode, ProjectionCode, TableCode
 from .discriminants import DIRECT_UNITS, EXACT_UNITS, Discriminant, Discriminants, Prior
 from .files import write_tensors
 from .moments import SecondMoments
+from .segments import Segments
 
 _DEFAULT_UNITS = 2048
 _BATCH = 4096  # samples that are encoded and counted together
@@ -43,7 +45,10 @@ _LEAST_UNITS = 128
 _FORMAT = "engram_kernels.EngramClassifier"
 _VERSION = 2
 _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-_CODE_SETTINGS = ("n_features_in_", "n_units_", "seed_", "readout", "image_shape", "patch", "rate")
+_CODE_SETTINGS = ("n_features_in_", "n_units_", "seed_", "readout", "segments", "image_shape", "patch", "rate")
+_READOUTS = ("ridge", "prototype", "dendritic")
+_BUDGETED_CLASSES = 32  # whose segments a memory budget has room for
+_LEAST_THRESHOLDS = 16  # of a feature, for a code of thresholds alone
 
 
 class EngramClassifier(ClassifierMixin, BaseEstimator):
@@ -53,8 +58,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     the counts give a regularised linear discriminant whenever it is asked for. Counts are integers, and what a sample's
     code is depends on no other sample but for the ranges of the features, with which counts are carried over exactly:
     any order, any batches, any division into calls, and any split over estimators that are merged afterwards give the
-    same integers and the same predictions. (Random features with second moments: McDonnell et al. 2023, "RanPAC";
-    Prabhu et al. 2024, "RanDumb". The code, and its counting by popcounts, are ours.)
+    same integers and the same predictions, unless ``readout`` is "dendritic". (Random features with second moments:
+    McDonnell et al. 2023, "RanPAC"; Prabhu et al. 2024, "RanDumb". The code, and its counting by popcounts, are ours.)
 
     The code. Of images (``image_shape``): pooled random patches, :class:`~engram_kernels.codes.PatchCode`. Otherwise
     random projections of each sample, scaled by its own least and greatest feature,
@@ -65,8 +70,11 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     Args:
         n_units: bits of the code; None for 2048, or for what ``memory_budget`` allows. Work per sample and memory grow
             with its square.
-        readout: "ridge", the discriminant of the covariance within the classes; or "prototype", the nearest class mean,
-            which counts no pairs.
+        readout: "ridge", the discriminant of the covariance within the classes; "prototype", the nearest class mean,
+            which counts no pairs; or "dendritic", several binary prototypes for each class, which compete for its
+            samples (:class:`~engram_kernels.segments.Segments`). It counts no pairs either, takes classes of any shape,
+            and depends on the order of a class's samples. Features of a table are then thresholds alone.
+        segments: prototypes of a class with ``readout="dendritic"``.
         image_shape: height and width, or height, width and channels, if the features are an image's pixels.
         patch: side length of the patches, or several.
         rate: share of the units that fire, in (0, 1).
@@ -99,15 +107,17 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     classes_: np.ndarray
     n_features_in_: int
     table_: TableCode | None
-    projection_: ProjectionCode | PatchCode
+    projection_: ProjectionCode | PatchCode | None
     moments_: SecondMoments
     discriminants_: Discriminants
+    segments_: Segments | None
 
     def __init__(
         self,
         n_units: int | None = None,
         *,
         readout: str = "ridge",
+        segments: int = 100,
         image_shape: tuple[int, ...] | None = None,
         patch: int | tuple[int, ...] = (4, 6, 8),
         rate: float = 0.25,
@@ -121,6 +131,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         self.n_units = n_units
         self.readout = readout
+        self.segments = segments
         self.image_shape = image_shape
         self.patch = patch
         self.rate = rate
@@ -165,12 +176,16 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         with _threads(self.n_jobs):
             if self.table_ is not None:
                 self._widen(X.min(axis=0), X.max(axis=0))
-            self._count(self.moments_, X, torch.from_numpy(np.searchsorted(known, y)))
+            for bits, numbers in self._coded_batches(X, np.searchsorted(known, y)):
+                self.moments_.add(bits, numbers)
+                if self.segments_ is not None:
+                    self.segments_.add(bits, numbers)
         return self
 
-    def _count(self, moments: SecondMoments, X: np.ndarray, numbers: Tensor) -> None:
+    def _coded_batches(self, X: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """Codes, bits (M, words), and numbers of classes, int64 (M,)."""
         for i in range(0, len(X), _BATCH):
-            moments.add(self._encode(X[i : i + _BATCH]), numbers[i : i + _BATCH])
+            yield self._encode(X[i : i + _BATCH]), torch.from_numpy(numbers[i : i + _BATCH])
 
     def _place(self, known: np.ndarray, kept: dict[int, int]) -> None:
         """Makes ``known`` the classes; ``kept`` numbers those of before that are kept, former classes stay last."""
@@ -179,23 +194,50 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         places |= {len(old) + i: len(known) + i for i in range(former)}
         if len(known) != len(old):
             self.discriminants_.forget()
-        self.moments_.place_classes(places, len(known) + former)
+        self._place_counts(places, len(known) + former)
         self.classes_ = known
+
+    def _place_counts(self, places: dict[int, int], classes: int) -> None:
+        self.moments_.place_classes(places, classes)
+        if self.segments_ is not None:
+            self.segments_.place_classes(places, classes)
 
     def _start(self, seed: int | None = None, n_units: int | None = None) -> None:
         """Nothing learned: the code and counts of zero."""
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1)) if seed is None else seed
         self.n_units_ = self._width() if n_units is None else n_units
-        self.table_ = None if self.image_shape is not None else _table_code(self.n_features_in_, self.n_units_)
+        self.table_ = None if self.image_shape is not None else self._table_code()
         self._table_units = 0 if self.table_ is None else _whole_rows(self.table_.n_units)
         units = self.n_units_ - self._table_units
-        if self.image_shape is None:
+        if self.table_ is not None and self.readout == "dendritic":
+            self.projection_ = None
+        elif self.image_shape is None:
             self.projection_ = ProjectionCode(self.n_features_in_, units, seed=self.seed_, rate=self.rate)
         else:
             sizes = (self.patch,) if isinstance(self.patch, int) else tuple(self.patch)
             self.projection_ = PatchCode(self.image_shape, units, sizes=sizes, seed=self.seed_, rate=self.rate)
         self.moments_ = SecondMoments(self.n_units_, pairs=self.readout == "ridge")
         self.discriminants_ = Discriminants(self.moments_, self._prior(), self.penalty)
+        self.segments_ = Segments(self._rates(), self.segments) if self.readout == "dendritic" else None
+
+    def _table_code(self) -> TableCode | None:
+        """The finest that its share of the units allows; None if there are too many features.
+
+        Counted pairs see no more than two units together, and projections say more. Segments compare whole codes, and
+        a comparison of all features at the resolution of their ranges says more than one of projections.
+        """
+        if self.readout == "dendritic":
+            thresholds = self.n_units_ // self.n_features_in_
+            fine = thresholds >= _LEAST_THRESHOLDS
+            return TableCode(self.n_features_in_, thresholds=thresholds, digits=0) if fine else None
+        for thresholds, digits in ((16, 8), (8, 8), (4, 8), (4, 4)):
+            if _whole_rows(self.n_features_in_ * (thresholds + digits)) <= self.n_units_ // 2:
+                return TableCode(self.n_features_in_, thresholds=thresholds, digits=digits)
+        return None
+
+    def _rates(self) -> np.ndarray:
+        """How often each unit is expected to fire, float64 (n_units_,): a threshold half of the time."""
+        return np.full(self.n_units_, 0.5 if self.table_ is not None else self.rate)
 
     def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
         """Has the ranges of the features include these, and carries the counts over."""
@@ -205,9 +247,14 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             if self.moments_.total:
                 self.discriminants_.forget()  # of other units
                 self.moments_.transform(j * units, torch.from_numpy(T), torch.from_numpy(c))
+                if self.segments_ is not None:
+                    self.segments_.transform(j * units, T, c)
 
     def merge(self, other: EngramClassifier) -> EngramClassifier:
         """Takes over all that another estimator of the same settings has learned, as if its samples came here.
+
+        With ``readout="dendritic"`` that holds for classes that only one of the two knows. Of a class that both know
+        the segments are put together, and the most alike of them united until there are ``segments``.
 
         Raises: ValueError if the codes of the two differ.
         """
@@ -228,15 +275,17 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
             more._widen(self.table_.low, self.table_.high)
             self._widen(more.table_.low, more.table_.high)
         self.moments_.add_all(more.moments_)
+        if self.segments_ is not None and more.segments_ is not None:
+            self.segments_.add_all(more.segments_)
         return self
 
     def forget(self, classes: Any, X: Any = None, y: Any = None) -> EngramClassifier:
         """Forgets classes: they are no answers any more, and their counts are dropped.
 
-        With ``readout="prototype"`` the counts are then those of an estimator that never saw the classes. With "ridge"
-        pairs of units are counted over all classes together, so that the classes' pairs stay, unless their samples are
-        given once more as ``X`` and ``y``, in any order: then the pairs are taken off, and the counts are exact too.
-        Ranges of features that the classes widened stay wide in any case.
+        With ``readout="prototype"`` and "dendritic" the counts are then those of an estimator that never saw the
+        classes. With "ridge" pairs of units are counted over all classes together, so that the classes' pairs stay,
+        unless their samples are given once more as ``X`` and ``y``, in any order: then the pairs are taken off, and the
+        counts are exact too. Ranges of features that the classes widened stay wide in any case.
 
         Raises: ValueError for a class that is not known, if none would be left, or for samples that are not those that
         were learned of the classes; nothing is forgotten then.
@@ -255,7 +304,7 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         order = kept + (dropped if self.moments_.blocks and X is None else [])
         former = range(len(self.classes_), len(self.classes_) + self.discriminants_.former)
         places = {before: after for after, before in enumerate([*order, *former])}
-        self.moments_.place_classes(places, len(places))
+        self._place_counts(places, len(places))
         self.discriminants_.former = len(places) - len(kept)
         self.discriminants_.forget()
         self.classes_ = self.classes_[kept]
@@ -270,7 +319,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         theirs = SecondMoments(self.n_units_, pairs=bool(moments.blocks))
         theirs.place_classes({}, len(moments.samples))
         with _threads(self.n_jobs):
-            self._count(theirs, X, torch.from_numpy(np.searchsorted(self.classes_, y)))
+            for bits, numbers in self._coded_batches(X, np.searchsorted(self.classes_, y)):
+                theirs.add(bits, numbers)
         for i in dropped:
             if not torch.equal(theirs.counts[i], moments.counts[i]) or theirs.samples[i] != moments.samples[i]:
                 raise ValueError(
@@ -304,7 +354,9 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         """Probabilities of the classes, (M, classes).
 
         The log-odds of normal distributions, the classes' shares included, times a factor that follows from the counts:
-        :func:`engram_kernels.discriminants.temper_of`. With ``readout="prototype"`` the factor is 0.27.
+        :func:`engram_kernels.discriminants.temper_of`. With ``readout="prototype"`` the factor is 0.27. With
+        "dendritic" the scores of segments take the place of log-odds, all classes are taken to be as frequent, and the
+        factor is that of :meth:`engram_kernels.segments.Segments.temper`.
         """
         scores = self._scores(self._asked(X))
         odds = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -315,7 +367,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
         The mean of two numbers, for the likeliest class: how much farther from the class's mean code the sample is, and
         how much lower its score, than samples of the class are on average, each divided by its standard deviation.
-        With ``readout="prototype"`` deviations are those of independent units, and smaller than the true ones.
+        With ``readout="prototype"`` deviations are those of independent units, and smaller than the true ones. With
+        "dendritic" it is the second number alone, of samples that had not been learned yet.
         """
         return self._novelty(self._asked(X))
 
@@ -325,12 +378,19 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     def _scores(self, X: np.ndarray) -> np.ndarray:
         with _threads(self.n_jobs):
+            if self.segments_ is not None:
+                return self.segments_.temper() * self._coded(X, self.segments_.scores)
             weight, bias, temper = self.discriminants_.discriminant()
             samples = self.moments_.samples[: len(self.classes_)].double()
             y = self._coded(X, lambda bits: code_product(bits, weight) + bias)
         return temper * (y + (samples / samples.sum()).log().numpy())
 
     def _novelty(self, X: np.ndarray) -> np.ndarray:
+        if self.segments_ is not None:
+            mean, deviation = self.segments_.typical()
+            scores = self._coded(X, self.segments_.scores)
+            likeliest = scores.argmax(axis=1)
+            return (mean.numpy()[likeliest] - scores.max(axis=1)) / deviation.numpy()[likeliest]
         with _threads(self.n_jobs):
             weight, bias, _ = self.discriminants_.discriminant()
             typical = self.discriminants_.typical()
@@ -364,13 +424,15 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
 
     def _encode(self, X: np.ndarray) -> Tensor:
         """Samples (M, features) -> bits (M, words of n_units_)."""
-        bits = self.projection_.encode(X)
-        if self.table_ is None:
-            return bits
-        z = torch.from_numpy(self.table_.encode(np.asarray(X, dtype=np.float64)).reshape(len(X), -1))
-        signs = torch.full((len(X), self._table_units), -1.0)
-        signs[:, : z.shape[1]] += 2.0 * z
-        return torch.cat([ops.pack_signs(signs), bits], dim=1)
+        parts = []
+        if self.table_ is not None:
+            z = torch.from_numpy(self.table_.encode(np.asarray(X, dtype=np.float64)).reshape(len(X), -1))
+            signs = torch.full((len(X), self._table_units if self.projection_ is not None else self.n_units_), -1.0)
+            signs[:, : z.shape[1]] += 2.0 * z
+            parts.append(ops.pack_signs(signs))
+        if self.projection_ is not None:
+            parts.append(self.projection_.encode(X))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     # ---- files
 
@@ -382,6 +444,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self, "moments_")
         tensors = {"counts": self.moments_.counts, "samples": self.moments_.samples}
         tensors |= {f"pairs.{i}": block for i, block in enumerate(self.moments_.blocks)}
+        if self.segments_ is not None:
+            tensors |= {f"segments.{name}": tensor for name, tensor in self.segments_.state_dict().items()}
         if self.table_ is not None:
             tensors |= {"low": torch.from_numpy(self.table_.low), "high": torch.from_numpy(self.table_.high)}
         settings = self.get_params(deep=False)
@@ -424,6 +488,10 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         moments = model.moments_
         moments.counts, moments.samples = state_dict["counts"].clone(), state_dict["samples"].clone()
         moments.blocks = [state_dict[f"pairs.{i}"].clone() for i in range(len(moments.blocks))]
+        if model.segments_ is not None:
+            prefix = "segments."
+            own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+            model.segments_.load_state_dict(own)
         model.discriminants_.former = state["former_classes"]
         return model
 
@@ -434,9 +502,10 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         """
         tensors = self.state_dict()
         metadata = {"format": _FORMAT, "version": str(_VERSION), "state": tensors.pop("state")}
-        answer = self.discriminants_.discriminant()
-        temper = torch.tensor(answer.temper, dtype=torch.float64)
-        tensors |= {"weight": answer.weight, "bias": answer.bias, "temper": temper}
+        if self.segments_ is None:
+            answer = self.discriminants_.discriminant()
+            temper = torch.tensor(answer.temper, dtype=torch.float64)
+            tensors |= {"weight": answer.weight, "bias": answer.bias, "temper": temper}
         write_tensors(path, tensors, metadata)
 
     @classmethod
@@ -459,21 +528,24 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
                 f"{path}: expected a whole safetensors file, got a damaged or foreign one ({error})"
             ) from None
         model = cls.from_state_dict({**tensors, "state": metadata["state"]})
-        model.discriminants_.recall(Discriminant(tensors["weight"], tensors["bias"], float(tensors["temper"])))
+        if model.segments_ is None:
+            model.discriminants_.recall(Discriminant(tensors["weight"], tensors["bias"], float(tensors["temper"])))
         return model
 
     # ---- checks
 
     def _code_settings(self) -> tuple[Any, ...]:
-        return (self.n_features_in_, self.n_units_, self.seed_, self.readout, self.image_shape, self.patch, self.rate)
+        code = (self.image_shape, self.patch, self.rate)
+        return (self.n_features_in_, self.n_units_, self.seed_, self.readout, self.segments, *code)
 
     def _check_settings(self) -> None:
         if self.n_units is not None:
             check_size("n_units", self.n_units)
             if self.memory_budget is not None:
                 raise ValueError("memory_budget: expected None where n_units is given, which it would choose")
-        if self.readout not in ("ridge", "prototype"):
-            raise ValueError(f"readout: expected 'ridge' or 'prototype', got {self.readout!r}")
+        if self.readout not in _READOUTS:
+            raise ValueError(f"readout: expected one of {', '.join(map(repr, _READOUTS))}, got {self.readout!r}")
+        check_size("segments", self.segments)
         if check_number("rate", self.rate, "a share of the units above 0 and below 1", above=0.0) >= 1:
             raise ValueError(f"rate: expected a share of the units above 0 and below 1, got {self.rate!r}")
         if self.penalty is not None:
@@ -493,13 +565,12 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
         if self.memory_budget is None:
             return _DEFAULT_UNITS if self.n_units is None else operator.index(self.n_units)
         budget = _bytes(self.memory_budget)
-        pairs = self.readout == "ridge"
-        if learning_bytes(_LEAST_UNITS, pairs=pairs) > budget:
-            least = learning_bytes(_LEAST_UNITS, pairs=pairs)
+        least = learning_bytes(_LEAST_UNITS, self.readout, self.segments)
+        if least > budget:
             raise ValueError(f"memory_budget: expected at least {least} bytes, for {_LEAST_UNITS} units, got {budget}")
         width = _LEAST_UNITS
         for step in (2**k * 128 for k in range(12, -1, -1)):
-            if learning_bytes(width + step, pairs=pairs) <= budget:
+            if learning_bytes(width + step, self.readout, self.segments) <= budget:
                 width += step
         if self.verbose:
             print(f"memory_budget: {budget} bytes allow {width} units")
@@ -532,10 +603,15 @@ def code_product(bits: Tensor, weight: Tensor) -> Tensor:
     return 0.5 * (ops.sign_matmul_t(weight, bits, weight.shape[1]).T + weight.sum(1))
 
 
-def learning_bytes(n_units: int, *, pairs: bool) -> int:
-    """What learning with so many units takes at most, the solution included, beside the interpreter and the batch."""
-    if not pairs:
+def learning_bytes(n_units: int, readout: str, segments: int) -> int:
+    """What learning with so many units takes at most, the solution included, beside the interpreter and the batch.
+
+    Of segments: those of 32 classes.
+    """
+    if readout == "prototype":
         return n_units * 4096
+    if readout == "dendritic":
+        return n_units * (4096 + 5 * segments * _BUDGETED_CLASSES)
     counts = 4 * n_units * (n_units + 512) // 2
     if n_units <= DIRECT_UNITS:
         return counts + 3 * n_units**2 * (8 if n_units <= EXACT_UNITS else 4) + 2**25
@@ -549,14 +625,6 @@ def _bytes(budget: int | str) -> int:
         return int(float(found[1]) * _PREFIXES[found[2] or ""])  # type: ignore[index]
     except (TypeError, ValueError):
         raise ValueError(f"memory_budget: expected bytes, or text such as '64MB', got {budget!r}") from None
-
-
-def _table_code(n_features: int, n_units: int) -> TableCode | None:
-    """The finest that takes no more than half of the units; None if there are too many features."""
-    for thresholds, digits in ((16, 8), (8, 8), (4, 8), (4, 4)):
-        if _whole_rows(n_features * (thresholds + digits)) <= n_units // 2:
-            return TableCode(n_features, thresholds=thresholds, digits=digits)
-    return None
 
 
 def _whole_rows(n_units: int) -> int:

@@ -257,11 +257,11 @@ def _(x, w_bits, gate_bits, bias, scale, binary_input, window):
 
 
 @torch.library.register_fake("engram_kernels::_layer_grad")
-def _(d, scale, needs_bias, k, w_bits, mask_bits, x_bits, gate_bits):
+def _(d, scale, needs_bias, k, w_bits, mask_bits, x, gate_bits):
     m, n = d.shape
     own = None if scale == 1.0 else d.new_empty((m, n))
     db = d.new_empty((n,)) if needs_bias else None
-    return own, db, None if mask_bits is None else d.new_empty((m, k)), None if x_bits is None else d.new_empty((n, k))
+    return own, db, None if mask_bits is None else d.new_empty((m, k)), None if x is None else d.new_empty((n, k))
 
 
 _LEAST = {"top": 0, "bottom": 0, "left": 0, "right": 0}

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from . import ops
 
 if TYPE_CHECKING:
     from .hidden_weight import HiddenWeight
 
 # Receives a hidden weight and what applies its gradient: a function of ops.metaplastic_adam_'s arguments less grad.
 GradientConsumer = Callable[["HiddenWeight", Callable[..., None]], None]
+
+
+class LayerGradient:
+    """The gradient of a linear layer's hidden weight, not made yet, as what :data:`GradientConsumer` is given.
+
+    ``d`` (M, N) is the gradient of the layer's sums, ``x`` its input, floats (M, K) or packed signs (M, words), of
+    which ``gate_bits`` recruits some.
+    """
+
+    __slots__ = ("d", "gate_bits", "x")
+
+    def __init__(self, d: Tensor, x: Tensor, gate_bits: Tensor | None = None) -> None:
+        self.d, self.x, self.gate_bits = d, x, gate_bits
+
+    def __call__(self, *state: Any, **settings: Any) -> None:
+        """An update by any kind of state."""
+        if self.x.dtype == torch.int64:
+            ops.gated_metaplastic_adam_(self.d, self.x, self.gate_bits, *state, **settings)
+        else:
+            ops.real_metaplastic_adam_(self.d, self.x, *state, **settings)
 
 
 class FusedBackward:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 
 from . import ops, shards
-from .fused_backward import FusedBackward, gradient_consumer
+from .fused_backward import FusedBackward, LayerGradient, gradient_consumer
 from .hidden_weight import HiddenWeight, from_rows, is_hidden_weight, is_sharded, lies_in_rows, row_shape, rows_of
 from .library import operators
 from .reference import SCALE_BLOCK
@@ -56,16 +56,29 @@ def _shard_kind(parameter: Tensor) -> str | None:
     return None
 
 
-def _takes_list(parameter: Tensor) -> bool:
-    """Whether the operator that updates lists of weights takes a parameter and its gradient."""
+def _in_one_call(parameter: Tensor, grad: Any) -> bool:
+    """Whether the operators of whole steps take a parameter and its gradient: float32 on the CPU, updated in place."""
     values: Any = parameter
-    grad: Any = parameter.grad
     if is_sharded(parameter):
         if is_hidden_weight(parameter):
             return False
         values, grad = shards.local(parameter), shards.local(grad)
-    in_place = lies_in_rows(values) if is_hidden_weight(values) else values.is_contiguous()
-    return in_place and values.is_cpu and values.dtype == grad.dtype == torch.float32
+    if not (values.dtype == grad.dtype == torch.float32 and values.is_cpu):
+        return False
+    return lies_in_rows(values) if is_hidden_weight(values) else values.is_contiguous()
+
+
+def _settings(group: dict[str, Any]) -> tuple[float, ...]:
+    """Of a group, in the order in which the operators of whole steps take them."""
+    lr = float(group["lr"])
+    return (
+        lr,
+        *group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        group["metaplasticity"],
+        group["weight_bound"] if lr > 0 else float("inf"),  # as in _update_hidden
+    )
 
 
 def _apply_gradient(grad: Tensor, weight: Tensor, *state: Tensor, **settings: Any) -> None:
@@ -237,9 +250,9 @@ class MetaplasticAdam(Optimizer):
                 self._update_group([], others, group)
 
     def _update_group(self, hidden: list[Tensor], others: list[Tensor], group: dict[str, Any]) -> None:
-        """Updates parameters of a group, hidden weights first: in one call what :func:`_takes_list`."""
-        together = [parameter for parameter in others if _takes_list(parameter)]
-        if self.state_dtype == torch.float32 and all(map(_takes_list, hidden)):
+        """Updates parameters of a group, hidden weights first: in one call what :func:`_in_one_call` allows."""
+        together = [parameter for parameter in others if _in_one_call(parameter, parameter.grad)]
+        if self.state_dtype == torch.float32 and all(_in_one_call(weight, weight.grad) for weight in hidden):
             self._update_list(hidden, together, group)
         else:
             for parameter in hidden:
@@ -247,18 +260,22 @@ class MetaplasticAdam(Optimizer):
                 self._update_hidden(parameter, group, functools.partial(_apply_gradient, parameter.grad))
             self._update_list([], together, group)
         if len(together) < len(others):
-            self._update_by_torch([parameter for parameter in others if not _takes_list(parameter)], group)
+            kept = set(map(id, together))
+            self._update_by_torch([parameter for parameter in others if id(parameter) not in kept], group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. Raises: RuntimeError if a gradient has been consumed since the last step."""
-        for parameter in self._parameters():
+        parameters = list(self._parameters())
+        for parameter in parameters:
+            if type(parameter) is nn.Parameter:  # which isinstance takes longer to tell
+                continue
             if isinstance(parameter, HiddenWeight) and parameter.fused_backward is not None:
                 parameter.fused_backward.refuse_access_to_gradient()
         with torch._C.DisableTorchFunctionSubclass():
             if not set_to_none:
                 super().zero_grad(set_to_none)
                 return
-            for parameter in self._parameters():  # torch's reports to the profiler, which takes longer
+            for parameter in parameters:  # torch's reports to the profiler, which takes longer
                 parameter.grad = None
 
     def consume(self, weight: HiddenWeight, update: Callable[..., None]) -> None:
@@ -266,13 +283,15 @@ class MetaplasticAdam(Optimizer):
 
         ``update`` takes the arguments of :func:`engram_kernels.ops.metaplastic_adam_` less ``grad``.
         """
-        group = next((group for group in self.param_groups if any(weight is p for p in group["params"])), None)
-        if group is None:
-            raise RuntimeError("fuse_backward: expected a hidden weight that is still in param_groups")
+        group = self._group_of(weight)
         self._check_updatable(weight)
         assert weight.fused_backward is not None
         weight.fused_backward.begin(weight)
-        self._update_hidden(weight, group, update)
+        plain = self.state_dtype == torch.float32
+        if plain and isinstance(update, LayerGradient) and _in_one_call(weight, update.d):
+            self._update_from_layer(weight, group, update)
+        else:
+            self._update_hidden(weight, group, update)
 
     def abandon_step(self) -> None:
         """Begins anew after a ``backward()`` that failed with ``fuse_backward=True``; updates already made stay."""
@@ -288,6 +307,13 @@ class MetaplasticAdam(Optimizer):
                 "gradients to the hidden weights; go back to weights and state from before it"
             )
         return False
+
+    def _group_of(self, weight: HiddenWeight) -> dict[str, Any]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter is weight:
+                    return group
+        raise RuntimeError("fuse_backward: expected a hidden weight that is still in param_groups")
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.param_groups for parameter in group["params"])
@@ -333,6 +359,8 @@ class MetaplasticAdam(Optimizer):
             )
 
     def _ends_consuming(self, parameter: Tensor) -> bool:
+        if type(parameter) is nn.Parameter:  # which isinstance takes longer to tell
+            return False
         if not isinstance(parameter, HiddenWeight) or parameter.fused_backward is None:
             return False
         consumer = gradient_consumer(parameter)
@@ -460,13 +488,35 @@ class MetaplasticAdam(Optimizer):
         if seed is not None:
             state["seed"] = seed
 
+    def _update_from_layer(self, weight: HiddenWeight, group: dict[str, Any], gradient: LayerGradient) -> None:
+        """:meth:`_update_hidden` of a weight in float32 on the CPU by one call, which reads and counts the steps."""
+        state = self._state_of(weight)
+        exp_avg, exp_avg_sq, sign_bits = state["exp_avg"], state["exp_avg_sq"], weight.begin_update()
+        try:
+            operators._update_from_layer(
+                gradient.d,
+                gradient.x,
+                gradient.gate_bits,
+                rows_of(weight),
+                exp_avg,
+                exp_avg_sq,
+                sign_bits,
+                state["step"],
+                *_settings(group),
+            )
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            raise RuntimeError(f"{error} ({self._place_of(weight)})") from error
+        torch.autograd.graph.increment_version([weight, exp_avg, exp_avg_sq, sign_bits])
+        weight.end_update()
+
     def _update_list(self, hidden: list[Tensor], others: list[Tensor], group: dict[str, Any]) -> None:
         """Updates parameters of the CPU in float32 by one call."""
         parameters = hidden + others
         if not parameters:
             return
         states = [self._state_of(parameter) for parameter in parameters]
-        lr = float(group["lr"])
         tensors: list[list[Any]] = [
             [*map(rows_of, hidden), *others],
             [*[rows_of(weight.grad) for weight in hidden], *[other.grad for other in others]],  # type: ignore[arg-type]
@@ -484,12 +534,7 @@ class MetaplasticAdam(Optimizer):
             exp_avg_sqs,
             sign_bits,
             [state["step"] for state in states],
-            lr,
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            group["metaplasticity"],
-            group["weight_bound"] if lr > 0 else float("inf"),  # as in _update_hidden
+            *_settings(group),
         )
         torch.autograd.graph.increment_version([*weights, *exp_avgs, *exp_avg_sqs, *sign_bits])
         for weight in hidden if failed < 0 else hidden[:failed]:

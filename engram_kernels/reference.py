@@ -702,6 +702,9 @@ def metaplastic_adam_(
     metaplasticity ``m`` above 1e38 counts as 1e38, since infinity times a weight of 0 would be a NaN. ``W`` is then
     clipped to ``[-weight_bound, weight_bound]``.
 
+    A ``mu`` of a magnitude below 2^-126, the least normal float32, becomes 0: processors take much longer for such
+    numbers, and one that only decays would stay among them for ever.
+
     Where the gradient (with decay) is not finite, ``W``, ``mu`` and ``v`` stay as they are; where the new ``W`` would
     be a NaN, ``W`` does. Raises: RuntimeError in either case, once everything else is updated.
 
@@ -718,7 +721,9 @@ def metaplastic_adam_(
     v = decode_second_moment(exp_avg_sq, exp_avg_sq_scale) if scaled else _widened(exp_avg_sq)  # type: ignore[arg-type]
     g = _widened(grad) + weight_decay * w
     finite = g.isfinite()
-    mu = torch.where(finite, beta1 * mu + (1 - beta1) * g, mu)
+    next_mu = beta1 * mu + (1 - beta1) * g
+    next_mu = torch.where(next_mu.abs() < torch.finfo(torch.float32).tiny, 0.0, next_mu)
+    mu = torch.where(finite, next_mu, mu)
     v = torch.where(finite, beta2 * v + (1 - beta2) * (g * g), v)
     consolidation = torch.tanh(min(metaplasticity, 1e38) * w.abs()) ** 2
     step_avg = torch.where(w.sign() * mu.sign() > 0, mu * (1 - consolidation), mu)

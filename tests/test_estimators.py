@@ -20,7 +20,7 @@ def classifier(**settings):
     return ek.EngramClassifier(n_units=UNITS, **settings)
 
 
-@parametrize_with_checks([classifier()])
+@parametrize_with_checks([classifier(), classifier(readout="dendritic")])
 def test_scikit_learn_takes_it_for_an_estimator(estimator, check):
     check(estimator)
 
@@ -31,6 +31,10 @@ def same_counts(a, b):
     assert (a.moments_.samples == b.moments_.samples).all()
     assert (a.moments_.counts == b.moments_.counts).all()
     assert len(a.moments_.blocks) == len(b.moments_.blocks)
+    assert (a.segments_ is None) == (b.segments_ is None)
+    if a.segments_ is not None:
+        ours, theirs = a.segments_.state_dict(), b.segments_.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for block, other in zip(a.moments_.blocks, b.moments_.blocks, strict=True):
         assert (block == other).all()
     return True
@@ -56,28 +60,78 @@ def test_order_leaves_no_trace(table, readout, scale, offset):
         assert (together.decision_function(X) == other.decision_function(X)).all()
 
 
+DENDRITIC_IMAGES = {"readout": "dendritic", "image_shape": (8, 8), "patch": 4}
+
+
+def test_segments_keep_no_trace_of_the_order_of_classes():
+    X, y = TABLES["load_digits"]
+    together = classifier(**DENDRITIC_IMAGES).fit(X, y)
+    by_class = classifier(**DENDRITIC_IMAGES)
+    for label in np.unique(y)[::-1]:
+        for part in np.array_split(np.flatnonzero(y == label), 3):
+            by_class.partial_fit(X[part], y[part])
+    assert same_counts(together, by_class)
+    assert (together.decision_function(X) == by_class.decision_function(X)).all()
+
+
+@pytest.mark.parametrize("scale, offset", [(1.0, 0.0), (1e-3, 1e4), (1e5, -3.0)])
+def test_segments_learn_classes_that_no_line_parts(scale, offset):
+    rng = np.random.default_rng(0)
+    X = rng.random((1200, 2))
+    y = (X[:, 0] > 0.5) ^ (X[:, 1] > 0.5)
+    X = X * scale + offset
+    model = classifier(readout="dendritic")
+    for label in (False, True):
+        model.partial_fit(X[:600][y[:600] == label], y[:600][y[:600] == label])
+    assert model.score(X[600:], y[600:]) > 0.95
+    assert classifier().fit(X[:600], y[:600]).score(X[600:], y[600:]) < 0.7
+
+
+def test_segments_of_tables_do_as_well_whatever_order_the_ranges_come_in():
+    for table in TABLES:
+        X, y, X_test, y_test = split(table)
+        by_class = classifier(readout="dendritic")
+        for label in np.unique(y):
+            by_class.partial_fit(X[y == label], y[y == label])
+        together = classifier(readout="dendritic").fit(X, y)
+        assert by_class.score(X_test, y_test) > together.score(X_test, y_test) - 0.03 > 0.88
+
+
 def split(table="load_digits"):
     X, y = TABLES[table]
     return X[::2], y[::2], X[1::2], y[1::2]
 
 
-def test_merged_estimators_are_one_that_saw_all():
+@pytest.mark.parametrize("settings", [{}, DENDRITIC_IMAGES])
+def test_merged_estimators_are_one_that_saw_all(settings):
     X, y, X_test, _ = split()
-    one = classifier().fit(X, y)
-    a = classifier().partial_fit(X[y < 6], y[y < 6])
-    b = classifier().partial_fit(X[y >= 6], y[y >= 6])
+    one = classifier(**settings).fit(X, y)
+    a = classifier(**settings).partial_fit(X[y < 6], y[y < 6])
+    b = classifier(**settings).partial_fit(X[y >= 6], y[y >= 6])
     before = b.decision_function(X_test)
     assert a.merge(b) is a
     assert same_counts(a, one)
     assert (a.decision_function(X_test) == one.decision_function(X_test)).all()
     assert (b.decision_function(X_test) == before).all()
     with pytest.raises(ValueError, match="other: expected an estimator with seed_ = "):
-        a.merge(classifier(random_state=1).fit(X, y))
+        a.merge(classifier(random_state=1, **settings).fit(X, y))
 
 
-def test_prototypes_of_images_forget_exactly():
+def test_merged_segments_of_the_same_classes_are_of_both():
+    X, y, X_test, y_test = split()
+    a, b = (classifier(readout="dendritic", segments=20).fit(X[i::2], y[i::2]) for i in range(2))
+    alone = a.score(X_test, y_test)
+    a.merge(b)
+    assert a.moments_.total == len(y) == int(a.segments_.state_dict()["won"].sum())
+    assert a.score(X_test, y_test) > alone - 0.01
+    with pytest.raises(ValueError, match="other: expected an estimator with segments = 20, got 21"):
+        a.merge(classifier(readout="dendritic", segments=21).fit(X, y))
+
+
+@pytest.mark.parametrize("readout", ["prototype", "dendritic"])
+def test_classes_of_images_are_forgotten_exactly_without_their_samples(readout):
     X, y, X_test, _ = split()
-    settings = {"readout": "prototype", "image_shape": (8, 8), "patch": 4}
+    settings = {"readout": readout, "image_shape": (8, 8), "patch": 4}
     never = classifier(**settings).fit(X[y != 3], y[y != 3])
     forgot = classifier(**settings).fit(X, y).forget(3)
     assert same_counts(never, forgot)
@@ -98,7 +152,9 @@ def test_ridge_forgets_the_class_and_goes_on_learning():
         model.forget("three")
 
 
-@pytest.mark.parametrize("settings", [{}, {"readout": "prototype"}, {"image_shape": (8, 8), "patch": 4}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"readout": "prototype"}, {"image_shape": (8, 8), "patch": 4}, DENDRITIC_IMAGES]
+)
 def test_classes_whose_samples_are_shown_again_are_forgotten_exactly(settings):
     X, y, X_test, _ = split()
     gone, rest = np.isin(y, [3, 8]), ~np.isin(y, [3, 8])
@@ -120,7 +176,10 @@ def test_classes_whose_samples_are_shown_again_are_forgotten_exactly(settings):
     assert model.merge(classifier(**settings).fit(X[gone], y[gone])).score(X, y) > 0.9
 
 
-@pytest.mark.parametrize("settings", [{}, {"readout": "prototype"}, {"image_shape": (8, 8), "patch": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"readout": "prototype"}, {"image_shape": (8, 8), "patch": 4}, {"readout": "dendritic"}, DENDRITIC_IMAGES],
+)
 @pytest.mark.parametrize("names", [lambda y: y, lambda y: np.array([f"digit {i}" for i in y]), lambda y: y > 4])
 def test_a_saved_estimator_is_the_same(settings, names, tmp_path):
     X, y, X_test, _ = split()
@@ -155,16 +214,17 @@ def test_files_that_are_no_saved_estimator_are_refused_by_name(tmp_path):
             ek.EngramClassifier.load(path)
 
 
-def test_novelty_tells_unknown_classes_and_rejects_them():
+@pytest.mark.parametrize("readout, reject", [("ridge", 3.0), ("dendritic", 2.0)])
+def test_novelty_tells_unknown_classes_and_rejects_them(readout, reject):
     from sklearn.metrics import roc_auc_score
 
     X, y, X_test, y_test = split()
-    model = classifier().fit(X[y < 5], y[y < 5])
+    model = classifier(readout=readout).fit(X[y < 5], y[y < 5])
     assert roc_auc_score(y_test >= 5, model.novelty(X_test)) > 0.93
     assert abs(model.novelty(X_test[y_test < 5]).mean()) < 1
-    model.set_params(reject=3.0)
+    model.set_params(reject=reject)
     rejected = model.predict(X_test) == -1
-    assert (rejected == (model.novelty(X_test) > 3.0)).all()
+    assert (rejected == (model.novelty(X_test) > reject)).all()
     assert rejected[y_test >= 5].mean() > 0.5 > 0.1 > rejected[y_test < 5].mean()
 
 
@@ -211,7 +271,8 @@ def test_a_call_that_fails_leaves_the_estimator_as_it_was():
     "settings, message",
     [
         ({"n_units": 0}, "n_units: expected at least 1"),
-        ({"readout": "lasso"}, "readout: expected"),
+        ({"readout": "lasso"}, "readout: expected one of 'ridge', 'prototype', 'dendritic', got 'lasso'"),
+        ({"segments": 0}, "segments: expected at least 1"),
         ({"rate": 1.5}, "rate: expected"),
         ({"memory_budget": "1kB"}, "memory_budget: expected at least"),
         ({"memory_budget": "much"}, "memory_budget: expected bytes, or text"),
@@ -234,6 +295,10 @@ def test_a_memory_budget_chooses_the_width_and_says_so(capsys):
     ek.EngramClassifier(memory_budget="50MB", verbose=False).fit(X, y)
     assert capsys.readouterr().out == ""
     assert narrow.score(X_test, y_test) > 0.95
+    for readout in ("prototype", "dendritic"):
+        model = ek.EngramClassifier(memory_budget="30MB", readout=readout, verbose=False).fit(X, y)
+        assert model.n_units_ >= 1024
+        assert sum(a.nbytes for a in model.state_dict().values() if isinstance(a, torch.Tensor)) < 30e6
 
 
 def test_inputs_of_any_kind_are_the_same():
@@ -274,12 +339,13 @@ def test_frames_of_polars_are_the_same():
         classifier().fit(text, [0, 1])
 
 
-def test_features_may_be_constant_few_or_huge():
+@pytest.mark.parametrize("readout", ["ridge", "dendritic"])
+def test_features_may_be_constant_few_or_huge(readout):
     rng = np.random.default_rng(0)
     y = np.arange(60) % 3
     X = np.stack([np.full(60, 7.0), y * 1e-9 + 1.0, rng.normal(size=60) * 1e300, y * 0.0], axis=1)
-    assert classifier().fit(X, y).score(X, y) == 1.0
-    assert classifier().fit(X[:, 1:2], y).score(X[:, 1:2], y) == 1.0
+    assert classifier(readout=readout).fit(X, y).score(X, y) == 1.0
+    assert classifier(readout=readout).fit(X[:, 1:2], y).score(X[:, 1:2], y) == 1.0
 
 
 def test_it_works_in_pipelines_and_searches():
@@ -291,7 +357,9 @@ def test_it_works_in_pipelines_and_searches():
 
     X, y, X_test, y_test = split("load_wine")
     search = GridSearchCV(
-        make_pipeline(StandardScaler(), classifier()), {"engramclassifier__readout": ["ridge", "prototype"]}, n_jobs=1
+        make_pipeline(StandardScaler(), classifier()),
+        {"engramclassifier__readout": ["ridge", "prototype", "dendritic"]},
+        n_jobs=1,
     ).fit(X, y)
     assert search.score(X_test, y_test) > 0.9
     copy = pickle.loads(pickle.dumps(search.best_estimator_))

@@ -22,8 +22,8 @@ def test_every_operator_has_a_recipe():
         for schema in schemas
         if any("Tensor" in str(argument.type) for argument in schema.arguments)
     }
-    # the checks of metaplastic_adam_, for updates outside the library; whole layers; metaplastic_adam_ of a list
-    services = {"_check_update", "_layer", "_layer_grad", "_update_all"}
+    # the checks of metaplastic_adam_, for updates outside the library; whole layers; whole steps
+    services = {"_check_update", "_layer", "_layer_grad", "_update_all", "_update_from_layer"}
     assert services < taking_tensors and taking_tensors - services == set(fuzz.OPERATORS)
 
 

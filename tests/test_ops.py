@@ -407,6 +407,20 @@ def test_update_at_the_edges_of_its_formula(isa, eps, metaplasticity):
     torch.testing.assert_close(state, tuple(expected_state))
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_first_moment_that_only_decays_reaches_zero(isa, state_dtype):
+    least = torch.finfo(torch.float32).tiny
+    exp_avg = torch.tensor([[2.0, 1.05, -1.05, 0.5, -0.1, 0.0]]).mul(least).repeat(3, 20).to(state_dtype)
+    weight, seed = torch.randn(3, 120), torch.tensor([7, 0])
+    moments = exp_avg, torch.full_like(exp_avg, 1e-6)
+    theirs = [t.clone() for t in moments]
+    settings = ADAM | {"weight_decay": 0.0, "seed": seed}
+    ops.metaplastic_adam_(weight.clone(), torch.zeros(3, 120), *moments, None, **settings)
+    reference.metaplastic_adam_(weight, torch.zeros(3, 120), *theirs, None, **settings)
+    assert torch.equal(moments[0], theirs[0])
+    assert moments[0].tolist()[0][:6] == [pytest.approx(1.8 * least, rel=0.01), 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
 def test_update_refuses_arguments_that_share_memory(isa):
     names = ("weight", "grad", "exp_avg", "exp_avg_sq")
     for one, other in itertools.combinations(range(4), 2):

@@ -16,6 +16,7 @@ take no part in it. Tables have our defaults. Some of the tables come with the p
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -80,6 +81,7 @@ TABLES: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
 }
 IMAGES = ("mnist", "fashion-mnist")
 OURS = "EngramClassifier"
+DENDRITIC = "EngramClassifier, dendritic"
 
 
 class Task(NamedTuple):
@@ -124,8 +126,8 @@ def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
     return float(sum(abs((sure - right)[bins == b].sum()) for b in range(15)) / len(right))
 
 
-def ours(t: Task, seed: int) -> dict[str, float]:
-    model = ek.EngramClassifier(random_state=seed, **t.settings)
+def ours(t: Task, seed: int, readout: str = "ridge") -> dict[str, float]:
+    model = ek.EngramClassifier(random_state=seed, readout=readout, **t.settings)
     start = time.perf_counter()
     for part in by_class(t.y, seed):
         model.partial_fit(t.x[part], t.y[part])
@@ -194,6 +196,7 @@ OF_IMAGES: dict[str, Callable[[Task, int], dict[str, float]]] = {
 }
 METHODS: dict[str, Callable[[Task, int], dict[str, float]]] = {
     OURS: ours,
+    DENDRITIC: functools.partial(ours, readout="dendritic"),
     **OF_IMAGES,
     "LDA": whole(LinearDiscriminantAnalysis),
     "Gaussian naive Bayes": whole(GaussianNB),
@@ -204,6 +207,7 @@ METHODS: dict[str, Callable[[Task, int], dict[str, float]]] = {
 }
 WITH_UNITS = (
     OURS,
+    DENDRITIC,
     "RanPAC",
     "RanDumb",
     "joint logistic regression of our code",

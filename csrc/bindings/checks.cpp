@@ -101,19 +101,26 @@ Seed check_seed(const Tensor& seed) {
 }
 
 void check_apart(std::initializer_list<Named> written, std::initializer_list<Named> read) {
-  const auto share_memory = [](const Tensor& one, const Tensor& other) {
-    const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
-    const auto bytes = [](const Tensor& t) { return static_cast<uintptr_t>(t.numel() * t.element_size()); };
-    return begin(one) < begin(other) + bytes(other) && begin(other) < begin(one) + bytes(one);
+  struct Memory {
+    const char* name;
+    uintptr_t begin, end;
   };
-  const auto check = [&](const Named& one, const Named& other) {
-    require(one.tensor == nullptr || other.tensor == nullptr || !share_memory(*one.tensor, *other.tensor), one.name,
-            ": expected memory of its own, got some that ", other.name, " shares");
-  };
-  for (const Named& one : written) {
-    for (const Named* other = written.begin(); other != &one; ++other) check(one, *other);
-    for (const Named& other : read) check(other, one);
+  constexpr size_t kMost = 16;  // tensors of a call
+  Memory of[kMost];
+  size_t count = 0, changed = 0;
+  for (const auto& tensors : {written, read}) {
+    for (const Named& t : tensors) {
+      if (t.tensor == nullptr) continue;
+      if (count == kMost) throw std::logic_error("an operator of too many tensors");
+      const auto begin = reinterpret_cast<uintptr_t>(t.tensor->const_data_ptr());
+      of[count++] = {t.name, begin, begin + static_cast<uintptr_t>(t.tensor->numel() * t.tensor->element_size())};
+    }
+    changed = changed == 0 ? count : changed;
   }
+  for (size_t i = 1; i < count; ++i)
+    for (size_t j = 0; j < (i < changed ? i : changed); ++j)
+      require(!(of[i].begin < of[j].end && of[j].begin < of[i].end), of[i].name,
+              ": expected memory of its own, got some that ", of[j].name, " shares");
 }
 
 }  // namespace engram::bindings

@@ -71,10 +71,10 @@ Tensor sum_over_samples(const Tensor& d) {
 }
 
 // Gradients of the sums, which is d itself and not given for a scale of 1, of the bias, of the input where there is a
-// mask and of the weight where there are bits of the input.
+// mask and of the weight where there is the input, packed or in numbers.
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_grad(const Tensor& d, double scale, bool needs_bias, int64_t k,
                                                       std::optional<Tensor> w_bits, std::optional<Tensor> mask_bits,
-                                                      std::optional<Tensor> x_bits, std::optional<Tensor> gate_bits) {
+                                                      std::optional<Tensor> x, std::optional<Tensor> gate_bits) {
   const Place place = place_of("d", d);
   check_matrix("d", d, place);
   require(d.scalar_type() == ScalarType::Float, "d: expected float32, got ", describe(d));
@@ -95,9 +95,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_grad(const Tensor& d, double sc
                                  .y = data<float>(own)});
   }
   const Tensor& sums = scale == 1.0 ? in : own;
+  const auto weight_grad = [&] {
+    if (!x) return Tensor();
+    return x->scalar_type() == ScalarType::Long ? gated_weight_grad(sums, *x, k, gate_bits)
+                                                : real_weight_grad(sums, *x);
+  };
   return {own, needs_bias ? sum_over_samples(in) : Tensor(),
-          mask_bits ? masked_input_grad(sums, *w_bits, k, *mask_bits) : Tensor(),
-          x_bits ? gated_weight_grad(sums, *x_bits, k, gate_bits) : Tensor()};
+          mask_bits ? masked_input_grad(sums, *w_bits, k, *mask_bits) : Tensor(), weight_grad()};
 }
 
 }  // namespace

@@ -187,8 +187,6 @@ Tensor gated_weight_grad(const Tensor& d, const Tensor& x_bits, int64_t k, std::
                        .V = k});
 }
 
-namespace {
-
 Tensor real_weight_grad(const Tensor& d, const Tensor& x) {
   const Place place = place_of("d", d);
   check_matrix("d", d, place);
@@ -204,6 +202,8 @@ Tensor real_weight_grad(const Tensor& d, const Tensor& x) {
   cpu::real_weight_grad(rt.get(), {float_data(outputs), N, float_data(units), M, K, data<float>(dw), K}, N);
   return as_dtype(dw, d.scalar_type());
 }
+
+namespace {
 
 template <typename Library>
 void implement(Library& m) {

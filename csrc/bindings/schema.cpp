@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
       "_layer(Tensor x, Tensor w_bits, Tensor? gate_bits, Tensor? bias, float scale, bool binary_input, float? window) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "_layer_grad(Tensor d, float scale, bool needs_bias, int k, Tensor? w_bits, Tensor? mask_bits, Tensor? x_bits, "
+      "_layer_grad(Tensor d, float scale, bool needs_bias, int k, Tensor? w_bits, Tensor? mask_bits, Tensor? x, "
       "Tensor? gate_bits) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("value_signs(Tensor y, Tensor? threshold=None, Tensor? flip=None) -> Tensor");
   m.def("standardise(Tensor y, float eps=1e-5) -> (Tensor, Tensor)");
@@ -42,6 +42,10 @@ STABLE_TORCH_LIBRARY(engram_kernels, m) {
       "_update_all(Tensor(a!)[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] "
       "sign_bits, Tensor(e!)[] step, float lr, float beta1, float beta2, float eps, float weight_decay, float "
       "metaplasticity, float weight_bound) -> int");
+  m.def(
+      "_update_from_layer(Tensor d, Tensor x, Tensor? gate_bits, Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) "
+      "exp_avg_sq, Tensor(d!) sign_bits, Tensor(e!) step, float lr, float beta1, float beta2, float eps, float "
+      "weight_decay, float metaplasticity, float weight_bound) -> ()");
   m.def(update_schema("_check_update(Tensor weight, Tensor? grad", false, "float[]").c_str());
   m.def(
       "binary_threshold(Tensor x_bits, Tensor w_bits, int k, Tensor threshold, Tensor flip, Tensor? gate_bits=None) "

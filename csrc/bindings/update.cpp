@@ -207,6 +207,13 @@ void metaplastic_adam_(Stack stack) {
   require(!cpu::metaplastic_adam(rt.get(), with_gradient(u, g)), kNotFinite);
 }
 
+// The number of steps that a weight has taken, to be counted on.
+int64_t* check_step(const Tensor& step) {
+  require(step.scalar_type() == ScalarType::Long && step.numel() == 1 && step.is_cpu(),
+          "step: expected int64 () on the CPU, got ", describe(step));
+  return static_cast<int64_t*>(step.mutable_data_ptr());
+}
+
 // One step of many parameters, whose moments are float32: a call of torch's takes longer than the update of a small
 // layer. The first ones, as many as there are sign bits, as metaplastic_adam_; those after them, of any shape, by
 // torch's Adam, whose eps is added to the corrected root. Each has taken `steps` of its own, int64 on the CPU, which
@@ -223,9 +230,7 @@ int64_t update_all(const std::vector<Tensor>& weights, const std::vector<Tensor>
   for (size_t i = 0; i < count; ++i) {
     const bool plain = i >= hidden;
     const auto rows = [plain](const Tensor& t) { return plain ? as_one_row(t) : t; };
-    require(steps[i].scalar_type() == ScalarType::Long && steps[i].numel() == 1 && steps[i].is_cpu(),
-            "step: expected int64 () on the CPU, got ", describe(steps[i]));
-    auto* step = static_cast<int64_t*>(steps[i].mutable_data_ptr());
+    int64_t* step = check_step(steps[i]);
     if (weights[i].numel() == 0) {
       ++*step;
       continue;
@@ -245,11 +250,8 @@ int64_t update_all(const std::vector<Tensor>& weights, const std::vector<Tensor>
   return -1;
 }
 
-void gated_metaplastic_adam_(Stack stack) {
-  const Tensor d = stack.take<Tensor>(), x_bits = stack.take<Tensor>();
-  const auto gate_bits = stack.take<std::optional<Tensor>>();
-  Tensor own_weight = stack.take<Tensor>();
-  UpdateArguments u = stack.take_update(std::move(own_weight));
+void update_from_bits(UpdateArguments& u, const Tensor& d, const Tensor& x_bits,
+                      const std::optional<Tensor>& gate_bits) {
   const Place place = place_of("weight", u.weight);
   check_matrix("d", d, place);
   require(u.weight.dim() == 2, "weight: expected 2 dimensions, got ", describe(u.weight));
@@ -275,10 +277,7 @@ void gated_metaplastic_adam_(Stack stack) {
   require(!cpu::gated_metaplastic_adam(rt.get(), gradient, p), kNotFinite);
 }
 
-void real_metaplastic_adam_(Stack stack) {
-  const Tensor d = stack.take<Tensor>(), x = stack.take<Tensor>();
-  Tensor own_weight = stack.take<Tensor>();
-  UpdateArguments u = stack.take_update(std::move(own_weight));
+void update_from_numbers(UpdateArguments& u, const Tensor& d, const Tensor& x) {
   const Place place = place_of("weight", u.weight);
   check_matrix("d", d, place);
   check_matrix("x", x, place);
@@ -294,6 +293,39 @@ void real_metaplastic_adam_(Stack stack) {
   const cpu::RealWeightGrad gradient{
       .d = float_data(outputs), .d_stride = p.N, .x = float_data(units), .M = M, .K = p.K};
   require(!cpu::real_metaplastic_adam(rt.get(), gradient, p), kNotFinite);
+}
+
+void gated_metaplastic_adam_(Stack stack) {
+  const Tensor d = stack.take<Tensor>(), x_bits = stack.take<Tensor>();
+  const auto gate_bits = stack.take<std::optional<Tensor>>();
+  Tensor weight = stack.take<Tensor>();
+  UpdateArguments u = stack.take_update(std::move(weight));
+  update_from_bits(u, d, x_bits, gate_bits);
+}
+
+void real_metaplastic_adam_(Stack stack) {
+  const Tensor d = stack.take<Tensor>(), x = stack.take<Tensor>();
+  Tensor weight = stack.take<Tensor>();
+  UpdateArguments u = stack.take_update(std::move(weight));
+  update_from_numbers(u, d, x);
+}
+
+// One of the two, by the dtype of x, of a weight whose moments are float32: arguments with names and defaults take
+// longer to pass than a small layer to update. `step` counts the steps before it and this one.
+void update_from_layer(const Tensor& d, const Tensor& x, std::optional<Tensor> gate_bits, const Tensor& weight,
+                       const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& sign_bits, const Tensor& step,
+                       double lr, double beta1, double beta2, double eps, double weight_decay, double metaplasticity,
+                       double weight_bound) {
+  int64_t* steps = check_step(step);
+  UpdateArguments u{};
+  u.weight = weight, u.exp_avg = exp_avg, u.exp_avg_sq = exp_avg_sq, u.sign_bits = sign_bits;
+  u.lr = lr, u.beta1 = beta1, u.beta2 = beta2, u.eps = eps, u.weight_decay = weight_decay;
+  u.metaplasticity = metaplasticity, u.weight_bound = weight_bound, u.step = *steps + 1;
+  if (x.scalar_type() == ScalarType::Long)
+    update_from_bits(u, d, x, gate_bits);
+  else
+    update_from_numbers(u, d, x);
+  ++*steps;
 }
 
 // How torch calls an operator that unpacks its arguments itself.
@@ -324,6 +356,7 @@ STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CPU, m) {
   m.impl("gated_metaplastic_adam_", &boxed<&gated_metaplastic_adam_>);
   m.impl("real_metaplastic_adam_", &boxed<&real_metaplastic_adam_>);
   m.impl("_update_all", TORCH_BOX(&update_all));
+  m.impl("_update_from_layer", TORCH_BOX(&update_from_layer));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(engram_kernels, CompositeExplicitAutograd, m) {

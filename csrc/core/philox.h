@@ -50,25 +50,35 @@ ENGRAM_FUNCTION uint32_t bits_from_float(float f) {
 }
 
 // ln(x) for positive normal x, absolute error below 2e-7 * max(1, |ln x|).
-// x = 2^e * m with m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh(s), s = (m - 1) / (m + 1), by its series in s^2.
-ENGRAM_FUNCTION float natural_log(float x) {
+// x = 2^e * m with m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh(s), s = (m - 1) / (m + 1), by its series in s^2. In two
+// parts, between which cpu/draws.h keeps the numbers of many units.
+struct LogParts {
+  float e, s;
+};
+ENGRAM_FUNCTION LogParts parts_of_log(float x) {
   const uint32_t bits = bits_from_float(x);
   const int32_t e = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;
   const float m = float_from_bits(bits - (static_cast<uint32_t>(e) << 23));
-  const float s = (m - 1.0f) / (m + 1.0f);
+  return {static_cast<float>(e), (m - 1.0f) / (m + 1.0f)};
+}
+ENGRAM_FUNCTION float log_of_parts(float e, float s) {
   const float z = s * s;
   float p = z * 0.11111111f + 0.14285714f;
   p = p * z + 0.2f;
   p = p * z + 0.33333334f;
   p = p * z + 1.0f;
-  return static_cast<float>(e) * 0.6931472f + (s + s) * p;
+  return e * 0.6931472f + (s + s) * p;
+}
+ENGRAM_FUNCTION float natural_log(float x) {
+  const LogParts parts = parts_of_log(x);
+  return log_of_parts(parts.e, parts.s);
 }
 
 // Standard Gumbel variate from 32 random bits: -ln(-ln u), u = (r / 2^9 + 1/2) / 2^23, strictly inside (0, 1).
-ENGRAM_FUNCTION float gumbel(uint32_t r) {
-  const float u = (static_cast<float>(static_cast<int32_t>(r >> 9)) + 0.5f) * 0x1p-23f;
-  return 0.0f - natural_log(0.0f - natural_log(u));
+ENGRAM_FUNCTION float uniform(uint32_t r) {
+  return (static_cast<float>(static_cast<int32_t>(r >> 9)) + 0.5f) * 0x1p-23f;
 }
+ENGRAM_FUNCTION float gumbel(uint32_t r) { return 0.0f - natural_log(0.0f - natural_log(uniform(r))); }
 
 // Maps floats to unsigned integers of the same order; -0 and +0 map to the same integer. x must not be NaN.
 ENGRAM_FUNCTION uint32_t ordered_key(float x) {

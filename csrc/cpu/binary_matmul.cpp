@@ -43,15 +43,16 @@ ENGRAM_INLINE void relay_panel(const PreparedMatmul& p, int64_t n, int64_t word,
     for (int64_t j = 0; j < kPanel; ++j) panel[i * kPanel + j] &= valid_bits(word + i, p.K);
 }
 
+constexpr int64_t kTileWords = 1 + kGateParts;  // of a sample, for one of its words
+
 // Adds the distances of Rows samples within their gates, for one word.
 template <int Rows>
-ENGRAM_INLINE void add_gated(const uint64_t* x, int64_t x_stride, const uint64_t* g, int64_t g_stride, Bits w0, Bits w1,
-                             Bits partial[][2]) {
+ENGRAM_INLINE void add_gated(const uint64_t* samples, Bits w0, Bits w1, Bits partial[][2]) {
   if constexpr (kGateInStages) {
     Bits v[2 * Rows];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const Bits xr = bits_all(x[r * x_stride]), gr = bits_all(g[r * g_stride]);
+      const Bits xr = bits_all(samples[r * kTileWords]), gr = bits_all(samples[r * kTileWords + 1]);
       v[2 * r] = differ_within(xr, w0, gr);
       v[2 * r + 1] = differ_within(xr, w1, gr);
     }
@@ -62,9 +63,10 @@ ENGRAM_INLINE void add_gated(const uint64_t* x, int64_t x_stride, const uint64_t
   } else {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const Bits xr = bits_all(x[r * x_stride]);
-      partial[r][0] = add_count(partial[r][0], count_where(xr, w0, g + r * g_stride));
-      partial[r][1] = add_count(partial[r][1], count_where(xr, w1, g + r * g_stride));
+      const uint64_t* gate = samples + r * kTileWords + 1;
+      const Bits xr = bits_all(samples[r * kTileWords]);
+      partial[r][0] = add_count(partial[r][0], count_where(xr, w0, gate));
+      partial[r][1] = add_count(partial[r][1], count_where(xr, w1, gate));
     }
   }
 }
@@ -76,7 +78,7 @@ ENGRAM_INLINE void tile(const PreparedMatmul& p, int64_t m, int64_t word, int64_
   Bits wide[Rows][2];
   for (int r = 0; r < Rows; ++r) wide[r][0] = wide[r][1] = bits_zero();
   const uint64_t* x = p.x + m * p.words + word;
-  const uint64_t* g = Gated ? p.gate_parts + (m * p.gate_stride + word) * kGateParts : nullptr;
+  const uint64_t* samples = Gated ? p.tiles + (m * p.words + word * Rows) * kTileWords : nullptr;
   for (int64_t first = 0; first < block;) {
     const int64_t last = smaller(block, first + kCountSteps);
     Bits partial[Rows][2];
@@ -84,7 +86,7 @@ ENGRAM_INLINE void tile(const PreparedMatmul& p, int64_t m, int64_t word, int64_
     for (int64_t i = first; i < last; ++i) {
       const Bits w0 = bits_load(panel + i * kPanel), w1 = bits_load(panel + i * kPanel + kBitLanes);
       if constexpr (Gated) {
-        add_gated<Rows>(x + i, p.words, g + i * kGateParts, p.gate_stride * kGateParts, w0, w1, partial);
+        add_gated<Rows>(samples + i * Rows * kTileWords, w0, w1, partial);
       } else {
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
@@ -222,8 +224,16 @@ void product(const PreparedMatmul& p, Range samples, Range outputs) {
 
 }  // namespace
 
-void split_gates(const SplitGates& p, Range words) {
-  for (int64_t i = words.begin; i < words.end; ++i) split_gate(p.gate[i], p.parts + i * kGateParts);
+void tile_samples(const TileSamples& p, Range tiles) {
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    const int64_t first = tile * kGatedTileRows, rows = smaller<int64_t>(kGatedTileRows, p.M - first);
+    uint64_t* to = p.tiles + first * p.words * kTileWords;
+    for (int64_t word = 0; word < p.words; ++word)
+      for (int64_t m = first; m < first + rows; ++m, to += kTileWords) {
+        *to = p.x[m * p.words + word];
+        split_gate(p.gate[m * p.gate_stride + word], to + 1);
+      }
+  }
 }
 
 void binary_matmul(const PreparedMatmul& p, Block part) {

@@ -8,7 +8,9 @@
 
 namespace engram::cpu::ENGRAM_ISA {
 
-constexpr int64_t kDrawGroup = 64;  // units for which sample_engram draws together: 16 Philox counters
+// Units for which sample_engram draws together: enough that what waits for itself, the rounds of a counter and the
+// operations of a logarithm, is done for many in turn.
+constexpr int64_t kDrawGroup = 256;
 
 // A counter a lane, its words in the low halves; what gathers in the high halves is never read.
 class Draws {
@@ -69,5 +71,22 @@ class Draws {
   uint64_t lanes_[kBitLanes];
   uint32_t offset_;
 };
+
+// noise[i] = gumbel(draws[i]). In stages over all units: in one, the operations of a unit, each of which waits for the
+// one before, would fill the processor's window.
+template <int kUnits>
+ENGRAM_INLINE void gumbels(const uint32_t* __restrict draws, float* __restrict noise) {
+  alignas(64) float e[kUnits], s[kUnits];
+  const auto take_log = [&](const float* x) {
+    for (int i = 0; i < kUnits; ++i) {
+      const LogParts parts = parts_of_log(x[i]);
+      e[i] = parts.e, s[i] = parts.s;
+    }
+    for (int i = 0; i < kUnits; ++i) noise[i] = 0.0f - log_of_parts(e[i], s[i]);
+  };
+  for (int i = 0; i < kUnits; ++i) noise[i] = uniform(draws[i]);
+  take_log(noise);
+  take_log(noise);
+}
 
 }  // namespace engram::cpu::ENGRAM_ISA

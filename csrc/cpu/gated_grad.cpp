@@ -9,8 +9,10 @@
 // those three. Without a register that can be a table (NEON, plain C++): one masked addition a term.
 //
 // gated_weight_grad visits, per unit, only the samples that recruited it (listed once per call): vector additions of
-// rows of d into a tile of kTileUnits x kTileOutputs, transposed on its way out. Bound by additions, or at low rates by
-// writing dW once.
+// rows of d into a tile of a word of units x kTileOutputs, transposed on its way out. Bound by reading the rows from
+// the first-level cache, or at low rates by writing dW once. Units with about as many samples are worked on one after
+// the other, since the processor would mispredict the end of every other list, and kUnitsAtOnce together, since the
+// additions to one wait for each other.
 //
 // Where many units are recruited, the operator takes sign_product instead.
 #include <cstring>
@@ -148,35 +150,58 @@ class InputGradRow {
 
 #endif
 
-constexpr int kTileUnits = 64;
 constexpr int kTileOutputs = 64;
 constexpr int kVectors = kTileOutputs / kLanes;
+constexpr int kUnitsAtOnce = kVectors <= 4 ? 2 : 1;  // whose sums the registers hold
+constexpr int kStepSamples = 2;                      // of each of these units, that a step adds
+constexpr int kStepEntries = kStepSamples * kUnitsAtOnce;
+static_assert(kWordBits % kUnitsAtOnce == 0);
 
-// One row of the tile, or what is added to it: the sum over a unit's samples of +-d[m, n .. n + kTileOutputs). One loop
-// over both signs: its end is the only branch that a unit mispredicts.
-ENGRAM_INLINE void add_samples(const float* d, const uint8_t* list, int32_t count, bool go_on, float* out) {
+// An entry of a list: the sample's place in the chunk, which may be kNoSample, and whether its sign is -1.
+constexpr int kEntryShift = 8;
+constexpr int64_t kNoSample = kSampleChunk;  // a row of zeros
+constexpr uint16_t entry_of(int64_t sample, uint64_t negative) {
+  return static_cast<uint16_t>(sample << kEntryShift | static_cast<int64_t>(negative));
+}
+static_assert(kNoSample << kEntryShift <= UINT16_MAX);
+
+// kUnitsAtOnce rows of the tile, or what is added to them: the sums over the units' samples of +-d[m, n .. n +
+// kTileOutputs). One loop over both signs and all units.
+ENGRAM_INLINE void add_samples(const float* d, const uint16_t* list, int steps, bool go_on, float* const* out) {
   static constexpr float kSign[2] = {1.0f, -1.0f};
-  Floats acc[kVectors];
+  Floats acc[kUnitsAtOnce][kVectors];
+#pragma GCC unroll 2
+  for (int u = 0; u < kUnitsAtOnce; ++u)
 #pragma GCC unroll 16
-  for (int v = 0; v < kVectors; ++v) acc[v] = go_on ? load(out + v * kLanes) : zero();
-  for (int32_t i = 0; i < count; ++i) {
-    const float* row = d + (list[i] >> 1) * kTileOutputs;
-    const Floats sign = all(kSign[list[i] & 1]);
+    for (int v = 0; v < kVectors; ++v) acc[u][v] = go_on ? load(out[u] + v * kLanes) : zero();
+  for (int step = 0; step < steps; ++step, list += kStepEntries) {
+    uint64_t entries = 0;  // read at once
+    memcpy(&entries, list, kStepEntries * sizeof *list);
+#pragma GCC unroll 4
+    for (int i = 0; i < kStepEntries; ++i) {
+      const uint64_t entry = entries >> (16 * i) & 0xFFFFu;
+      const float* row = d + (entry >> kEntryShift) * kTileOutputs;
+      const Floats sign = all(kSign[entry & 1]);
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) acc[v] = add_product(acc[v], sign, load(row + v * kLanes));
+      for (int v = 0; v < kVectors; ++v)
+        acc[i % kUnitsAtOnce][v] = add_product(acc[i % kUnitsAtOnce][v], sign, load(row + v * kLanes));
+    }
   }
+#pragma GCC unroll 2
+  for (int u = 0; u < kUnitsAtOnce; ++u)
 #pragma GCC unroll 16
-  for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, acc[v]);
+    for (int v = 0; v < kVectors; ++v) store(out[u] + v * kLanes, acc[u][v]);
 }
 
 }  // namespace
 
 void gated_input_grad(const GatedInputGrad& p, Range samples) {
-  for (int64_t m = samples.begin; m < samples.end; ++m) {
-    float* dx = p.dx + m * p.K;
-    for (int64_t k = 0; k < p.K; ++k) dx[k] = 0.0f;
-    const uint64_t* mask = p.mask + m * p.mask_stride;
-    for (int64_t n = 0; n < p.N; n += smaller(kOutputsAtOnce, p.N)) {
+  for (int64_t m = samples.begin; m < samples.end; ++m)
+    for (int64_t k = 0; k < p.K; ++k) p.dx[m * p.K + k] = 0.0f;
+  // the signs of so many outputs stay in the second-level cache while they meet all samples
+  for (int64_t n = 0; n < p.N; n += smaller(kOutputsAtOnce, p.N)) {
+    for (int64_t m = samples.begin; m < samples.end; ++m) {
+      const uint64_t* mask = p.mask + m * p.mask_stride;
       const InputGradRow row(p, m, n);
       int64_t units[kUnits];
       int n_units = 0;
@@ -195,49 +220,74 @@ void gated_input_grad(const GatedInputGrad& p, Range samples) {
 }
 
 void list_samples(const GatedWeightGrad& p, Range words) {
+  uint16_t lists[kWordBits][kSampleChunk];
   for (int64_t first = 0; first < p.M; first += kSampleChunk) {
-    uint8_t* lists = p.lists + first / kSampleChunk * p.K * p.capacity;
-    int32_t* counts = p.counts + first / kSampleChunk * p.K;
     for (int64_t word = words.begin; word < words.end; ++word) {
-      const int64_t unit0 = word * kWordBits;
-      for (int64_t unit = unit0; unit < smaller(p.K, unit0 + kWordBits); ++unit) counts[unit] = 0;
+      uint8_t counts[kWordBits] = {};
       for (int64_t m = first; m < smaller(p.M, first + kSampleChunk); ++m) {
         const uint64_t signs = p.x[m * p.words + word];
         for (uint64_t left = p.gate[m * p.gate_stride + word] & valid_bits(word, p.K); left != 0; left &= left - 1) {
-          const int bit = __builtin_ctzll(left);
-          const int64_t unit = unit0 + bit;
-          lists[unit * p.capacity + counts[unit]++] = static_cast<uint8_t>(2 * (m - first) + (~signs >> bit & 1));
+          const int unit = __builtin_ctzll(left);
+          lists[unit][counts[unit]++] = entry_of(m - first, ~signs >> unit & 1);
         }
+      }
+      const int64_t at = first / kSampleChunk * p.words + word;
+      uint8_t *order = p.order + at * kWordBits, *steps = p.steps + at * kWordBits;
+      // sorted by the steps that they take alone, most first
+      constexpr int64_t kMostSteps = kSampleChunk / kStepSamples;
+      int places[kMostSteps + 2] = {};  // of those with one step less
+      for (const uint8_t count : counts) ++places[(count + kStepSamples - 1) / kStepSamples];
+      for (int64_t i = kMostSteps; i >= 0; --i) places[i] += places[i + 1];
+      for (int64_t unit = 0; unit < kWordBits; ++unit)
+        order[places[(counts[unit] + kStepSamples - 1) / kStepSamples + 1]++] = static_cast<uint8_t>(unit);
+      uint16_t* to = p.lists + p.starts[at];
+      for (int64_t i = 0; i < kWordBits; i += kUnitsAtOnce) {
+        const int most = (counts[order[i]] + kStepSamples - 1) / kStepSamples;  // the first has the most steps
+        steps[i] = static_cast<uint8_t>(most);
+        for (int place = 0; place < most * kStepSamples; ++place)
+          for (int u = 0; u < kUnitsAtOnce; ++u) {
+            const int unit = order[i + u];
+            *to++ = place < counts[unit] ? lists[unit][place] : entry_of(kNoSample, 0);
+          }
       }
     }
   }
 }
 
 void gated_weight_grad(const GatedWeightGrad& p, Block part) {
-  alignas(64) float d[kSampleChunk * kTileOutputs];
-  alignas(64) float tile[kTileUnits * kTileOutputs];
+  alignas(64) float d[(kSampleChunk + 1) * kTileOutputs];
+  alignas(64) float tile[kWordBits * kTileOutputs];
+  for (int64_t j = 0; j < kTileOutputs; ++j) d[kNoSample * kTileOutputs + j] = 0.0f;
   for (int64_t n = part.rows.begin; n < part.rows.end; n += kTileOutputs) {
     const int64_t outputs = smaller<int64_t>(kTileOutputs, part.rows.end - n);
     int64_t first = 0;
     do {  // at least once: an empty batch has a gradient of zeros
-      const uint8_t* lists = p.lists + first / kSampleChunk * p.K * p.capacity;
-      const int32_t* counts = p.counts + first / kSampleChunk * p.K;
       for (int64_t m = first; m < smaller(p.M, first + kSampleChunk); ++m) {
+        const float* from = p.d + m * p.d_stride + n;
         float* row = d + (m - first) * kTileOutputs;
-        for (int64_t j = 0; j < outputs; ++j) row[j] = p.d[m * p.N + n + j];
-        for (int64_t j = outputs; j < kTileOutputs; ++j) row[j] = 0.0f;
-      }
-      for (int64_t k = part.columns.begin; k < part.columns.end; k += kTileUnits) {
-        const int64_t units = smaller<int64_t>(kTileUnits, part.columns.end - k);
-        float* block = p.dw + (n - part.rows.begin) * p.dw_stride + k - part.columns.begin;
-        for (int64_t u = 0; u < units; ++u) {
-          float* sums = tile + u * kTileOutputs;
-          if (first > 0)  // go on from the chunks before
-            for (int64_t j = 0; j < outputs; ++j) sums[j] = block[j * p.dw_stride + u];
-          const int32_t count = p.M > 0 ? counts[k + u] : 0;
-          add_samples(d, lists + (k + u) * p.capacity, count, first > 0, sums);
+        if (outputs == kTileOutputs) {
+          memcpy(row, from, kTileOutputs * sizeof(float));
+        } else {
+          for (int64_t j = 0; j < kTileOutputs; ++j) row[j] = j < outputs ? from[j] : 0.0f;
         }
-        write_transposed(tile, kTileOutputs, units, outputs, block, p.dw_stride);
+      }
+      for (int64_t k = part.columns.begin; k < part.columns.end; k += kWordBits) {
+        const int64_t units_of_tile = smaller(kWordBits, part.columns.end - k);
+        float* block = p.dw + (n - part.rows.begin) * p.dw_stride + k - part.columns.begin;
+        if (first > 0)  // go on from the chunks before
+          write_transposed(block, p.dw_stride, outputs, units_of_tile, tile, kTileOutputs);
+        const int64_t at = first / kSampleChunk * p.words + k / kWordBits;
+        const uint16_t* list = p.lists + (p.M > 0 ? p.starts[at] : 0);
+        for (int64_t i = 0; i < kWordBits; i += kUnitsAtOnce) {
+          float* sums[kUnitsAtOnce];
+          int steps = 0;
+          for (int u = 0; u < kUnitsAtOnce; ++u)
+            sums[u] = tile + (p.M > 0 ? p.order[at * kWordBits + i + u] : i + u) * kTileOutputs;
+          if (p.M > 0) steps = p.steps[at * kWordBits + i];
+          add_samples(d, list, steps, first > 0, sums);
+          list += steps * kStepEntries;
+        }
+        write_transposed(tile, kTileOutputs, units_of_tile, outputs, block, p.dw_stride);
       }
       first += kSampleChunk;
     } while (first < p.M);

@@ -39,15 +39,19 @@ struct ZeroUnrecruited {
   int64_t mask_stride;   // in words, 0 or words_for(K)
 };
 
-struct SplitGates {
-  const uint64_t* gate;  // words
-  uint64_t* parts;       // Kernels::gate_parts times as many
+// Samples with their gates, for the panels of binary_matmul: tile by tile of Kernels::gated_tile samples, word by word,
+// each sample's word and the parts into which its gate's is split. So a tile is read in one stream.
+struct TileSamples {
+  const uint64_t* x;     // [M, words]
+  const uint64_t* gate;  // [M or 1, words]
+  int64_t gate_stride, M, words;
+  uint64_t* tiles;  // [M * words * (1 + Kernels::gate_parts)]
 };
 
 // x has padding 0 unless there is a gate, and the gate has.
 struct PreparedMatmul : BinaryMatmul {
-  const int32_t* recruited;    // [M or 1] popcount of each gate row; null without a gate
-  const uint64_t* gate_parts;  // what split_gates makes of the gate; the gate itself where Kernels::gate_parts is 1
+  const int32_t* recruited;  // [M or 1] popcount of each gate row; null without a gate
+  const uint64_t* tiles;     // what tile_samples makes; null without a gate. Parts of the work begin with a tile
 };
 
 struct PreparedSigns : ValueSigns {
@@ -99,17 +103,21 @@ struct RealWeightGrad {
   int64_t dw_stride;
 };
 
-// Samples are taken in chunks of kSampleChunk. For each chunk and unit, `lists` holds the samples of the chunk that
-// recruited the unit, each as 2 * (its place in the chunk) + 1{its sign is -1}.
+// Samples are taken in chunks of kSampleChunk, units by words. For each chunk and word, `lists` holds from its start on
+// the samples of the chunk that recruited its units. How, and in which order, is between list_samples and
+// gated_weight_grad: units with about as many samples follow each other in `order`, and `steps` says how many.
+constexpr int64_t list_entries(int64_t recruited, int64_t samples) { return recruited + samples + kWordBits; }
 struct GatedWeightGrad {
-  const float* d;        // [M, N]
+  const float* d;  // row m lies at d[m * d_stride]
+  int64_t d_stride;
   const uint64_t* x;     // [M, words]
   const uint64_t* gate;  // [words] or [M, words]
   int64_t gate_stride;
-  int64_t capacity;  // entries kept for a unit: the lesser of M and kSampleChunk
-  uint8_t* lists;    // [chunks, K, capacity]
-  int32_t* counts;   // [chunks, K]
-  int64_t M, N, K, words;
+  const int64_t* starts;  // [chunks, words], list_entries apart
+  uint16_t* lists;
+  uint8_t* order;  // [chunks, words, kWordBits]
+  uint8_t* steps;  // likewise
+  int64_t M, K, words;
   float* dw;  // element (n, k) of a block lies at dw[(n - its first row) * dw_stride + k - its first column]
   int64_t dw_stride;
 };
@@ -260,7 +268,7 @@ struct MetaplasticAdam {
 
 // The kernels: result, name, arguments, part of the work. A bool is true if there was a NaN: in x, in the score, or
 // where a weight could not be updated; of channels_of_pixels if pixels differ. transpose_bits and list_samples work on
-// words of units, split_gates on words, metaplastic_adam on words of weights, row-major; tap_sums on taps,
+// words of units, tile_samples on tiles, metaplastic_adam on words of weights, row-major; tap_sums on taps,
 // interleave_bits, pool_bits, channels_of_pixels, tap_planes and conv2d_weight_grad on samples, conv2d_input_grad on
 // channels, add_parts on blocks, patch_excitability on kPatchSamples samples each; unfold_bits and finish_pixels on
 // output pixels, of which the first of the range lies first in rows and sums.
@@ -270,7 +278,7 @@ struct MetaplasticAdam {
   KERNEL(void, unpack_signs, UnpackSigns, Range)        \
   KERNEL(void, popcount_rows, PopcountRows, Range)      \
   KERNEL(void, transpose_bits, TransposeBits, Range)    \
-  KERNEL(void, split_gates, SplitGates, Range)          \
+  KERNEL(void, tile_samples, TileSamples, Range)        \
   KERNEL(void, binary_matmul, PreparedMatmul, Block)    \
   KERNEL(void, sign_product, StridedSignProduct, Block) \
   KERNEL(bool, sample_engram, SampleEngram, Range)      \
@@ -305,7 +313,7 @@ struct MetaplasticAdam {
 struct Kernels {
   const char* isa;
   int64_t panel;                                          // rows of w that binary_matmul works on together
-  int64_t gate_parts;                                     // words into which it wants each word of a gate split
+  int64_t gated_tile, gate_parts;                         // samples of a tile, words for each word of a gate there
   void (*grouped_product)(const GroupedProduct&, Block);  // null where sign_product is the faster
 #define ENGRAM_POINTER(Result, name, Arguments, Part) Result (*name)(const Arguments&, Part);
   ENGRAM_CPU_KERNELS(ENGRAM_POINTER)

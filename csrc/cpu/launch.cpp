@@ -3,6 +3,8 @@
 #include "cpu/launch.h"
 
 #include <atomic>
+#include <cstring>
+#include <utility>
 
 #include "core/bits.h"
 #include "cpu/share.h"
@@ -135,19 +137,20 @@ void product(const Runtime& rt, const Kernels& kernels, const BinaryMatmul& oper
     const int64_t rows = p.gate_stride == 0 ? 1 : p.M;
     p.gate = without_padding(rt, p.gate, rows, p.K);
     p.recruited = count_recruited(rt, kernels, p.gate, rows, p.K);
-    p.gate_parts = p.gate;
-    if (kernels.gate_parts > 1) {
-      const SplitGates split{p.gate, workspace<uint64_t>(rt, rows * p.words * kernels.gate_parts)};
-      share(rt, rows * p.words, 1, [&](Range words) { kernels.split_gates(split, words); });
-      p.gate_parts = split.parts;
-    }
+    const TileSamples tiled{p.x, p.gate,  p.gate_stride,
+                            p.M, p.words, workspace<uint64_t>(rt, p.M * p.words * (1 + kernels.gate_parts))};
+    share(rt, ceil_div(p.M, kernels.gated_tile), kernels.gated_tile * p.words,
+          [&](Range tiles) { kernels.tile_samples(tiled, tiles); });
+    p.tiles = tiled.tiles;
   }
   const int64_t panels = ceil_div(p.N, kernels.panel);
   if (enough_blocks(rt, panels) || panels >= p.M) {
     share(rt, panels, p.M * p.words * kernels.panel,
           [&](Range part) { kernels.binary_matmul(p, {{0, p.M}, items_of(part, kernels.panel, p.N)}); });
   } else {
-    share(rt, p.M, p.N * p.words, [&](Range samples) { kernels.binary_matmul(p, {samples, {0, p.N}}); });
+    const int64_t tile = p.gate == nullptr ? 1 : kernels.gated_tile;
+    share(rt, ceil_div(p.M, tile), tile * p.N * p.words,
+          [&](Range tiles) { kernels.binary_matmul(p, {items_of(tiles, tile, p.M), {0, p.N}}); });
   }
 }
 
@@ -238,6 +241,12 @@ void share_gradient(const Runtime& rt, int64_t M, int64_t N, int64_t K, const Ma
   });
 }
 
+// Gradients of outputs: that of output n for sample m lies at data[m * stride + n].
+struct Outputs {
+  const float* data;
+  int64_t stride;
+};
+
 // The gradient of a hidden weight, made block by block by whichever kernel is the faster at this density of the gate.
 // Outputs are the rows of the product, units its columns, samples what it contracts.
 class WeightGrad {
@@ -245,6 +254,7 @@ class WeightGrad {
   WeightGrad(const Runtime& rt, const Kernels& kernels, const SignProduct& p) : kernels_(kernels) {
     const int64_t M = p.I, N = p.R, K = p.V, words = words_for(K), rows = p.gate_stride == 0 ? 1 : M;
     const auto* d = static_cast<const float*>(p.a);
+    own_d_ = {d, N};
     dense_ = {d, Element::kFloat32, 1, N, nullptr, nullptr, words_for(M), nullptr, 0, N, M, K};
     if (p.gate == nullptr) {
       dense_.plus = transposed(rt, p.signs, M, K);
@@ -252,10 +262,14 @@ class WeightGrad {
     }
     const uint64_t* gate = without_padding(rt, p.gate, rows, K);
     if (kDenseWeightGrad * total(count_recruited(rt, kernels, gate, rows, K), rows) <= rows * K) {
-      const int64_t capacity = M < kSampleChunk ? M : kSampleChunk, chunks = ceil_div(M, kSampleChunk);
-      auto* lists = workspace<uint8_t>(rt, chunks * K * capacity);
-      auto* counts = workspace<int32_t>(rt, chunks * K);
-      sparse_ = {d, p.signs, gate, p.gate_stride, capacity, lists, counts, M, N, K, words, nullptr, 0};
+      const int64_t chunks = ceil_div(M, kSampleChunk), lists = chunks * words;
+      auto* starts = workspace<int64_t>(rt, lists);
+      const int64_t entries = begin_lists(gate, p.gate_stride, M, words, starts);
+      sparse_.x = p.signs, sparse_.gate = gate, sparse_.gate_stride = p.gate_stride;
+      sparse_.starts = starts, sparse_.lists = workspace<uint16_t>(rt, entries);
+      sparse_.order = workspace<uint8_t>(rt, lists * kWordBits);
+      sparse_.steps = workspace<uint8_t>(rt, lists * kWordBits);
+      sparse_.M = M, sparse_.K = K, sparse_.words = words;
       share(rt, ceil_div(K, kWordBits), M * 16, [&](Range part) { kernels.list_samples(sparse_, part); });
       return;
     }
@@ -273,15 +287,17 @@ class WeightGrad {
   }
 
   // Element (n, k) of the block goes to dw[(n - its first row) * dw_stride + k - its first column].
-  void make(Block block, float* dw, int64_t dw_stride) const {
+  void make(Block block, float* dw, int64_t dw_stride) const { make(own_d_, block, dw, dw_stride); }
+  // The same from the gradient of other outputs in the place of d.
+  void make(Outputs d, Block block, float* dw, int64_t dw_stride) const {
     if (sparse_.lists != nullptr) {
       GatedWeightGrad p = sparse_;
-      p.dw = dw, p.dw_stride = dw_stride;
+      p.d = d.data, p.d_stride = d.stride, p.dw = dw, p.dw_stride = dw_stride;
       return kernels_.gated_weight_grad(p, block);
     }
     const auto [outputs, units] = block;
     StridedSignProduct p = dense_;
-    p.a = static_cast<const float*>(p.a) + outputs.begin;
+    p.a = d.data + outputs.begin, p.i_stride = d.stride;
     p.plus += units.begin * p.words;
     if (p.minus != nullptr) p.minus += units.begin * p.words;
     p.y = dw, p.y_stride = dw_stride;
@@ -290,7 +306,23 @@ class WeightGrad {
   }
 
  private:
+  // Where the lists of each chunk of samples and word of units begin. Returns their end.
+  static int64_t begin_lists(const uint64_t* gate, int64_t gate_stride, int64_t M, int64_t words, int64_t* starts) {
+    int64_t end = 0;
+    for (int64_t first = 0; first < M; first += kSampleChunk) {
+      const int64_t last = lesser(M, first + kSampleChunk);
+      for (int64_t word = 0; word < words; ++word) {
+        int64_t recruited = 0;
+        for (int64_t m = first; m < last; ++m) recruited += __builtin_popcountll(gate[m * gate_stride + word]);
+        *starts++ = end;
+        end += list_entries(recruited, last - first);
+      }
+    }
+    return end;
+  }
+
   const Kernels& kernels_;
+  Outputs own_d_{};
   StridedSignProduct dense_{};
   GatedWeightGrad sparse_{};
 };
@@ -388,33 +420,51 @@ void real_weight_grad(const Runtime& rt, const RealWeightGrad& p, int64_t N) {
 
 namespace {
 
-// make(block, dw, dw_stride) writes a block of the gradient over M samples.
+// A step with a gradient of d [M, N], made and consumed block by block: make(d, block, dw, dw_stride) writes a block.
+//
+// The columns of d that a block of outputs needs are copied to one place: rows a power of two apart share sets of the
+// cache. Reading them takes long but little work, so that it is done, sample by sample, while the weights of the block
+// before are updated.
 template <typename Make>
-bool update_by_blocks(const Runtime& rt, const Kernels& kernels, int64_t M, const MetaplasticAdam& p,
+bool update_by_blocks(const Runtime& rt, const Kernels& kernels, const float* d, int64_t M, const MetaplasticAdam& p,
                       const Make& make) {
   constexpr int64_t kUnits = 512;           // of a block of the gradient, which stays in the second-level cache
-  constexpr int64_t kStride = kUnits + 16;  // rows a power of two apart would share a set of the cache
+  constexpr int64_t kStride = kUnits + 16;  // see above
   const int64_t blocks = ceil_div(p.N, kGradOutputs), used = ceil_div(p.K, kWordBits);
-  const int64_t shares = rt.threads < blocks ? rt.threads : blocks;
-  float* scratch = workspace<float>(rt, shares * kGradOutputs * kStride);
   std::atomic<bool> nan{false};
-  const auto update_block = [&](Range outputs, float* block) {
-    for (int64_t k = 0; k < p.K; k += kUnits) {
-      const int64_t k_end = k + kUnits < p.K ? k + kUnits : p.K;
-      make(Block{outputs, {k, k_end}}, block, kStride);
-      MetaplasticAdam part = p;
-      part.grad = block, part.grad_element = Element::kFloat32;
-      part.grad_stride = kStride, part.grad_row = outputs.begin, part.grad_unit = k;
-      part.ahead = p.K;  // the next row: pieces of rows are too short for the processor to foresee it
-      for (int64_t n = outputs.begin; n < outputs.end; ++n)
-        if (kernels.metaplastic_adam(part, {n * used + k / kWordBits, n * used + ceil_div(k_end, kWordBits)}))
-          nan.store(true);
+  const auto outputs_of = [&](int64_t block) { return items_of({block, block + 1}, kGradOutputs, p.N); };
+  const auto copy_sample = [&](Range outputs, int64_t m, float* to) {
+    memcpy(to + m * kGradOutputs, d + m * p.N + outputs.begin,
+           static_cast<size_t>(outputs.end - outputs.begin) * kFloatBytes);
+  };
+  const auto update_blocks = [&](Range part, float* dw) {
+    float *own = dw + kGradOutputs * kStride, *next = own + kGradOutputs * M;
+    int64_t copied = 0;  // samples of the next block
+    for (int64_t block = part.begin; block < part.end; ++block) {
+      const Range outputs = outputs_of(block);
+      for (; copied < M; ++copied) copy_sample(outputs, copied, next);
+      std::swap(own, next);
+      copied = block + 1 < part.end ? 0 : M;
+      for (int64_t k = 0; k < p.K; k += kUnits) {
+        const int64_t k_end = lesser(k + kUnits, p.K);
+        make(Outputs{own, kGradOutputs}, Block{{0, outputs.end - outputs.begin}, {k, k_end}}, dw, kStride);
+        MetaplasticAdam step = p;
+        step.grad = dw, step.grad_element = Element::kFloat32;
+        step.grad_stride = kStride, step.grad_row = outputs.begin, step.grad_unit = k;
+        step.ahead = p.K;  // the next row: pieces of rows are too short for the processor to foresee it
+        for (int64_t n = outputs.begin; n < outputs.end; ++n) {
+          if (copied < M) copy_sample(outputs_of(block + 1), copied++, next);
+          if (kernels.metaplastic_adam(step, {n * used + k / kWordBits, n * used + ceil_div(k_end, kWordBits)}))
+            nan.store(true);
+        }
+      }
     }
   };
+  const int64_t shares = lesser(rt.threads, blocks), scratch = kGradOutputs * (kStride + 2 * M);
+  auto* memory = workspace<float>(rt, shares * scratch);
   share(rt, shares, shares == 0 ? 1 : p.N * p.K / shares * (M + 8), [&](Range part) {
     for (int64_t i = part.begin; i < part.end; ++i)
-      for (int64_t b = blocks * i / shares; b < blocks * (i + 1) / shares; ++b)
-        update_block(items_of({b, b + 1}, kGradOutputs, p.N), scratch + i * kGradOutputs * kStride);
+      update_blocks({blocks * i / shares, blocks * (i + 1) / shares}, memory + i * scratch);
   });
   return nan.load();
 }
@@ -424,19 +474,21 @@ bool update_by_blocks(const Runtime& rt, const Kernels& kernels, int64_t M, cons
 bool gated_metaplastic_adam(const Runtime& rt, const SignProduct& gradient, const MetaplasticAdam& p) {
   const Kernels& kernels = *active().load();
   const WeightGrad blockwise(rt, kernels, gradient);
-  return update_by_blocks(rt, kernels, gradient.I, p,
-                          [&](Block block, float* dw, int64_t dw_stride) { blockwise.make(block, dw, dw_stride); });
+  return update_by_blocks(
+      rt, kernels, static_cast<const float*>(gradient.a), gradient.I, p,
+      [&](Outputs d, Block block, float* dw, int64_t dw_stride) { blockwise.make(d, block, dw, dw_stride); });
 }
 
 bool real_metaplastic_adam(const Runtime& rt, RealWeightGrad gradient, const MetaplasticAdam& p) {
   const Kernels& kernels = *active().load();
-  return update_by_blocks(rt, kernels, gradient.M, p, [&](Block block, float* dw, int64_t dw_stride) {
-    RealWeightGrad own = gradient;
-    own.x += block.columns.begin, own.dw = dw, own.dw_stride = dw_stride;
-    own.d += block.rows.begin;
-    kernels.real_weight_grad(own,
-                             {{0, block.rows.end - block.rows.begin}, {0, block.columns.end - block.columns.begin}});
-  });
+  return update_by_blocks(
+      rt, kernels, gradient.d, gradient.M, p, [&](Outputs d, Block block, float* dw, int64_t dw_stride) {
+        const auto [outputs, units] = block;
+        RealWeightGrad own = gradient;
+        own.d = d.data + outputs.begin, own.d_stride = d.stride, own.x += units.begin;
+        own.dw = dw, own.dw_stride = dw_stride;
+        kernels.real_weight_grad(own, {{0, outputs.end - outputs.begin}, {0, units.end - units.begin}});
+      });
 }
 
 }  // namespace engram::cpu

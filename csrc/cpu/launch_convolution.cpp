@@ -38,16 +38,16 @@ void binary_conv2d(const Runtime& rt, const BinaryConv2d& p) {
   }
   const int64_t even = ceil_div(M, 4 * rt.threads), pixels = even < 16 ? 16 : lesser(even, kPixels);
   const int64_t rows = pixels * words;  // in words, as the other sizes of the scratch
-  const int64_t gate_rows = p.gate == nullptr ? 0 : rows, parts = kernels.gate_parts > 1 ? kernels.gate_parts : 0;
+  const int64_t gate_rows = p.gate == nullptr ? 0 : rows, tile_words = 1 + kernels.gate_parts;
   const bool in_place = p.sums != nullptr && groups == 1;  // sums lie as they come
   const int64_t own_sums = in_place ? 0 : pixels * N;
-  const int64_t scratch = (rows + gate_rows * (1 + parts)) * kWordBytes + (own_sums + pixels) * kCountBytes;
+  const int64_t scratch = (rows + gate_rows * (1 + tile_words)) * kWordBytes + (own_sums + pixels) * kCountBytes;
   share_blocks(rt, ceil_div(M, pixels), pixels * N * words, scratch, [&](int64_t block, char* memory) {
     const Range range = items_of({block, block + 1}, pixels, M);
     const int64_t count = range.end - range.begin;
     auto* x = reinterpret_cast<uint64_t*>(memory);
-    uint64_t *gate = x + rows, *gate_parts = gate + gate_rows;
-    auto* recruited = reinterpret_cast<int32_t*>(gate_parts + gate_rows * parts);
+    uint64_t *gate = x + rows, *tiles = gate + gate_rows;
+    auto* recruited = reinterpret_cast<int32_t*>(tiles + gate_rows * tile_words);
     int32_t* sums = in_place ? p.sums + range.begin * N : recruited + pixels;
     for (int64_t group = 0; group < groups; ++group) {
       kernels.unfold_bits({p.x, p.samples, words_for(units(window)), window, group, x, words}, range);
@@ -58,8 +58,8 @@ void binary_conv2d(const Runtime& rt, const BinaryConv2d& p) {
       if (p.gate != nullptr) {
         kernels.unfold_bits({p.gate, p.samples, p.gate_stride, window, group, gate, words}, range);
         kernels.popcount_rows({gate, words, recruited}, {0, count});
-        if (parts > 0) kernels.split_gates({gate, gate_parts}, {0, count * words});
-        product.gate = gate, product.recruited = recruited, product.gate_parts = parts > 0 ? gate_parts : gate;
+        kernels.tile_samples({x, gate, words, count, words, tiles}, {0, ceil_div(count, kernels.gated_tile)});
+        product.gate = gate, product.recruited = recruited, product.tiles = tiles;
       }
       kernels.binary_matmul(product, {{0, count}, {0, N}});
       const int32_t* missing = tap_sums == nullptr ? nullptr : tap_sums + group * taps(window) * N;

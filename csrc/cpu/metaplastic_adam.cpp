@@ -1,13 +1,15 @@
 // metaplastic_adam_: moments, consolidation, hidden weight and fresh sign bits in one pass over memory.
 //
 //   g   = grad + weight_decay * W
-//   mu  = beta1 mu + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+//   mu  = beta1 mu + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2        mu = 0 if |mu| < 2^-126
 //   mu' = mu (1 - tanh^2(m |W|))  if the step would shrink |W|, that is W mu > 0;  else mu
 //   W  -= step_size * mu' / (sqrt(v) + eps),   step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t)
 //   W   = weight_bound if W > weight_bound, -weight_bound if W < -weight_bound;  infinity bounds nothing
 //
 // Where g is not finite, W, mu and v stay as they are; where the new W would be a NaN, W does. Either is reported.
 // (Laborieux et al. 2021, eq. 2 and their published optimizer, which tests the sign of the momentum.)
+// Numbers below 2^-126 take a processor much longer than others, and a mu that only decays gets there in some 800 steps
+// and would never leave.
 // 1 - tanh^2(z) = 4 t / (1 + t)^2 with t = e^{-2z}. All tensors [N, K]: the weight float32 or bfloat16, the moments
 // float32 or in one of the compact formats of core/compact.h, rounded with random bits; the weight is clipped before,
 // so that a bound which bfloat16 represents holds after rounding too. Range in words of 64 weights. float32 is bound by
@@ -32,7 +34,7 @@ namespace {
 static_assert(kScaleBlock == kWordBits, "a word has one scale");
 
 constexpr uint32_t kSign = 0x80000000u, kInfinity = 0x7F800000u, kNaN = 0x7FC00000u;
-constexpr float kLeastPower = -125.0f;
+constexpr float kLeastPower = -125.0f, kLeastNormal = 0x1p-126f;
 
 // Of the exponent of t: slope * |W| is its binary logarithm.
 ENGRAM_INLINE float slope_of(const MetaplasticAdam& p) { return -2.0f * 1.44269504f * p.metaplasticity; }
@@ -190,7 +192,8 @@ ENGRAM_INLINE bool update_word(const MetaplasticAdam& p, const Place<Weight, Gra
   Lanes largest_mu = {}, largest_v = {};
   for (int i = 0; i < kWordVectors; ++i) {
     const Floats step = g[i] + p.weight_decay * w[i];
-    mu[i] = p.beta1 * mu[i] + p.one_minus_beta1 * step;
+    const Floats sum = p.beta1 * mu[i] + p.one_minus_beta1 * step;
+    mu[i] = floats_of(bits_of(sum) & ~kSign) < all(kLeastNormal) ? zero() : sum;
     v[i] = p.beta2 * v[i] + p.one_minus_beta2 * (step * step);
     root[i] = square_root(v[i]) + p.eps;
     largest_v = larger(largest_v, bits_of(v[i]));
@@ -251,7 +254,8 @@ __attribute__((noinline)) bool update_weights(const MetaplasticAdam& p, const Pl
     const float old_mu = First::read(at.exp_avg[i], first_scale), old_v = Second::read(at.exp_avg_sq[i], second_scale);
     const float g = Grad::read(at.grad[i], 1.0f) + p.weight_decay * weight;
     const bool finite = (bits_from_float(g) & kInfinity) != kInfinity;
-    mu[i] = finite ? p.beta1 * old_mu + p.one_minus_beta1 * g : old_mu;
+    const float sum = p.beta1 * old_mu + p.one_minus_beta1 * g;
+    mu[i] = !finite ? old_mu : __builtin_fabsf(sum) < kLeastNormal ? 0.0f : sum;
     v[i] = finite ? p.beta2 * old_v + p.one_minus_beta2 * (g * g) : old_v;
     const float root = finite ? __builtin_sqrtf(v[i]) + p.eps : float_from_bits(kNaN);  // no step
     const float x = float_from_bits(bits_from_float(slope * weight) ^ (bits_from_float(mu[i]) & kSign));

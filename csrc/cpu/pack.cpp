@@ -87,8 +87,13 @@ void unpack_signs(const UnpackSigns& p, Range rows) {
 
 void popcount_rows(const PopcountRows& p, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    int64_t sum = 0;
-    for (int64_t word = 0; word < p.words; ++word) sum += scalar_popcount(p.bits[row * p.words + word]);
+    const uint64_t* bits = p.bits + row * p.words;
+    Bits counts = bits_zero();
+    int64_t word = 0;
+    for (; word + kBitLanes <= p.words; word += kBitLanes)
+      counts = add_wide(counts, widen(count(bits_load(bits + word))));
+    int64_t sum = bits_total(counts);
+    for (; word < p.words; ++word) sum += scalar_popcount(bits[word]);
     p.counts[row] = static_cast<int32_t>(sum);
   }
 }

@@ -1,6 +1,8 @@
 // The largest of a row of integers.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/simd.h"
 
 namespace engram::cpu::ENGRAM_ISA {
@@ -15,13 +17,26 @@ ENGRAM_INLINE void pack_at_least(const int32_t* y, int64_t n, const Threshold& t
   }
 }
 
+// By several vectors of counts, which need not wait for each other.
 ENGRAM_INLINE int64_t number_at_least(const int32_t* y, int64_t k, int32_t threshold) {
-  int64_t number = 0;
+  using Ints = int32_t __attribute__((vector_size(kVectorBytes)));
+  constexpr int kInts = kVectorBytes / static_cast<int>(sizeof(int32_t)), kVectors = 4;
   constexpr int64_t kChunk = int64_t{1} << 30;  // whose number an int32 holds
+  int64_t number = 0;
   for (int64_t first = 0; first < k; first += kChunk) {
-    int32_t of_chunk = 0;
-    for (int64_t i = first; i < smaller(first + kChunk, k); ++i) of_chunk += y[i] >= threshold;
-    number += of_chunk;
+    const int64_t end = smaller(first + kChunk, k);
+    Ints minus_below[kVectors] = {};  // a comparison that holds is -1
+    int64_t i = first;
+    for (; i + kVectors * kInts <= end; i += kVectors * kInts)
+      for (int v = 0; v < kVectors; ++v) {
+        Ints own;
+        memcpy(&own, y + i + v * kInts, sizeof own);
+        minus_below[v] += own < threshold;
+      }
+    const Ints sum = (minus_below[0] + minus_below[1]) + (minus_below[2] + minus_below[3]);
+    number += i - first;
+    for (int j = 0; j < kInts; ++j) number += sum[j];
+    for (; i < end; ++i) number += y[i] >= threshold;
   }
   return number;
 }

@@ -22,8 +22,10 @@ constexpr decltype(Kernels::grouped_product) kGroupedProduct = nullptr;
 #define ENGRAM_TRAINING_ENTRY ENGRAM_ENTRY
 #endif
 extern const Kernels kernels;
-const Kernels kernels = {ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes, kGateParts, kGroupedProduct,
-                         ENGRAM_PREDICTION_KERNELS(ENGRAM_ENTRY) ENGRAM_TRAINING_KERNELS(ENGRAM_TRAINING_ENTRY)};
+const Kernels kernels = {
+    ENGRAM_TEXT(ENGRAM_ISA), 2 * kBitLanes,
+    kGatedTileRows,          kGateParts,
+    kGroupedProduct,         ENGRAM_PREDICTION_KERNELS(ENGRAM_ENTRY) ENGRAM_TRAINING_KERNELS(ENGRAM_TRAINING_ENTRY)};
 #undef ENGRAM_TRAINING_ENTRY
 #undef ENGRAM_ENTRY
 

@@ -3,7 +3,7 @@
 ::
 
     g   = grad + weight_decay * W
-    mu  = beta1 mu + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+    mu  = beta1 mu + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2        mu = 0 if |mu| < 2^-126
     mu' = mu (1 - tanh^2(m |W|))  if the step would shrink |W|, that is W mu > 0;  else mu
     W  -= step_size * mu' / (sqrt(v) + eps),   step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t)
     W   = weight_bound if W > weight_bound, -weight_bound if W < -weight_bound;  infinity bounds nothing
@@ -52,6 +52,7 @@ _NOISE_MIDDLE = tl.constexpr(1 << (_DROPPED.value - 17))
 # carry into the exponent the bits of what is above the largest code
 _FIRST_CARRY, _SECOND_CARRY = tl.constexpr((1 << 20) + (1 << 8) - 1), tl.constexpr((1 << 20) - 1)
 _EXPONENT = tl.constexpr(0x7F800000)  # the bits of a float's exponent, all 1 where it is not finite
+_LEAST_NORMAL = tl.constexpr(2.0**-126)
 _LARGEST_SCALE = tl.constexpr(253 << 23)
 _SCALE_AND_RECIPROCAL = tl.constexpr(254 << 23)  # the bits of a power of two and of its reciprocal add up to this
 
@@ -234,7 +235,8 @@ def metaplastic_adam_kernel(
 
     g = g + weight_decay * w
     finite = (_bits(g) & _EXPONENT) != _EXPONENT
-    mu = tl.where(finite, beta1 * mu + one_minus_beta1 * g, mu)
+    next_mu = beta1 * mu + one_minus_beta1 * g
+    mu = tl.where(finite, tl.where(tl.abs(next_mu) < _LEAST_NORMAL, 0.0, next_mu), mu)
     v = tl.where(finite, beta2 * v + one_minus_beta2 * (g * g), v)
     # Same signs: the step would shrink |W|. Otherwise t = 1, and the factor 4 t / (1 + t)^2 is exactly 1, as it is
     # where the weight is 0.

@@ -6,7 +6,6 @@
 #include "core/bits.h"
 #include "core/compact.h"
 #include "cpu/simd/common.h"
-#include "cpu/simd/x86.h"
 
 namespace engram::cpu::ENGRAM_ISA {
 
@@ -52,6 +51,35 @@ ENGRAM_INLINE void store_low(uint32_t* p, Bits v) {
 }
 ENGRAM_INLINE Bits interleave_first(Bits a, Bits b) { return _mm512_unpacklo_epi64(a, b); }
 ENGRAM_INLINE Bits interleave_second(Bits a, Bits b) { return _mm512_unpackhi_epi64(a, b); }
+
+constexpr int kTransposeSize = 16;
+template <typename T>
+ENGRAM_INLINE void transpose_block(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+  static_assert(sizeof(T) == sizeof(float));
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * in_stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  // r[4 i + j]: column j of each 4 x 4 block of rows 4 i .. 4 i + 3
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low_even = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88);
+    const __m512 low_odd = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xDD);
+    const __m512 high_even = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512 high_odd = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xDD);
+    _mm512_storeu_ps(out + j * out_stride, _mm512_shuffle_f32x4(low_even, high_even, 0x88));
+    _mm512_storeu_ps(out + (4 + j) * out_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_ps(out + (8 + j) * out_stride, _mm512_shuffle_f32x4(low_even, high_even, 0xDD));
+    _mm512_storeu_ps(out + (12 + j) * out_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xDD));
+  }
+}
 
 using Floats = __m512;
 using Mask = __mmask16;

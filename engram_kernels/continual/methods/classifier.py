@@ -81,6 +81,7 @@ class ClassifierMethod(Method):
         estimator = EngramClassifier(
             sum(hidden),
             readout=config.readout,
+            segments=config.segments,
             rate=config.rate,
             penalty=config.penalty,
             random_state=int(torch.randint(2**31 - 1, (), device="cpu")),

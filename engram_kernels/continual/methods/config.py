@@ -118,7 +118,7 @@ class BinaryConfig(GradientConfig):
     )  # fmt: skip
     readout: str = parameter(
         "read-out of engram: a binary output layer, dendritic segments, counted prototypes, ridge regression; of "
-        "classifier: counted moments of pairs (ridge) or means alone (prototype)",
+        "classifier: counted moments of pairs (ridge), means alone (prototype), or dendritic segments",
         "linear", choices=READOUTS, group=READOUT_GROUP,
     )  # fmt: skip
     segments: int = parameter(**_SEGMENTS)
@@ -235,9 +235,10 @@ class ClassifierConfig(MethodConfig):
 
     batch_size: int = parameter("samples per step", 4096, at_least=1)
     readout: str = parameter(
-        "the discriminant of counted pairs, or the nearest counted class mean", "ridge",
-        choices=COUNTED_READOUTS[::-1], group=READOUT_GROUP,
+        "the discriminant of counted pairs, the nearest counted class mean, or dendritic segments", "ridge",
+        choices=("ridge", "prototype", "dendritic"), group=READOUT_GROUP,
     )  # fmt: skip
+    segments: int = parameter(**_SEGMENTS, group=READOUT_GROUP)
     rate: float = parameter("share of the code's units that fire", 0.25, above=0, below=1)
     penalty: float | None = parameter(
         "penalty of the discriminant, a share of the code's variance; none: by generalised cross-validation", None,

@@ -40,6 +40,13 @@ def test_a_run_gives_the_counts_and_the_accuracy_of_the_estimator(dataset, shape
     assert float(right) == pytest.approx(alone.score(data.x_test.numpy(), data.y_test.numpy()))
 
 
+def test_segments_are_those_asked_for():
+    options = {"hidden": (512,), "readout": "dendritic", "segments": 20, "classes_per_task": 1}
+    method, result = run(digits(), method="classifier", **options)
+    assert set(method.model.estimator.segments_.state_dict()["used"].tolist()) == {20}
+    assert np.mean(result.accuracy_matrix[-1]) > 0.9
+
+
 def test_a_permutation_leaves_no_image():
     method, _ = run(digits(), method="classifier", hidden=[128], scenario="permuted", tasks=2)
     assert method.model.estimator.image_shape is None

@@ -92,7 +92,7 @@ def test_overrides_win_and_none_keeps_the_default():
         ("engram-fp", {"lr": (0.1, 0.2)}, "lr: expected one value with a full-precision method"),
         ("classifier", {"lr": 0.1}, "lr: expected only with methods that have it, got it with method classifier"),
         ("classifier", {"rate": 1.0}, r"rate: expected a number in \(0, 1\), got 1.0"),
-        ("classifier", {"readout": "linear"}, "readout: expected one of ridge, prototype, got 'linear'"),
+        ("classifier", {"readout": "linear"}, "readout: expected one of ridge, prototype, dendritic, got 'linear'"),
         ("classifier", {"penalty": 0.0}, "penalty: expected a finite number > 0, got 0.0"),
     ],
 )
