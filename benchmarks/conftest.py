@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _seeded():
 
 @pytest.fixture
 def side_by_side(request, benchmark):
-    """Runs every baseline before every round of ``ours`` and adds a row to the report.
+    """Measures ``ours`` and every baseline in rounds of random order and adds a row to the report.
 
     ``baselines`` maps names to calls or, for other settings than ours, to :class:`measure.Contender`; ``bound`` is a
     :class:`bound.Bound`. ``work`` is what a call of ours does, in the bound's unit and in 1e-9 ``rate_unit`` seconds.
@@ -100,11 +101,17 @@ def side_by_side(request, benchmark):
         if mine.error:
             pytest.fail(f"{what}: {mine.error}", pytrace=False)
 
-        def others_turn():
-            for each in everyone:
+        order, after_mine = random.Random(0), []
+
+        def others_turn():  # as in measure.alternate, those after ours before the next round
+            turns = order.sample([mine, *everyone], 1 + len(everyone))
+            for each in [*after_mine, *turns[: turns.index(mine)]]:
                 each.sample()
+            after_mine[:] = turns[turns.index(mine) + 1 :]
 
         benchmark.pedantic(mine.sample, setup=others_turn, rounds=rounds)
+        for each in after_mine:
+            each.sample()
         row = report.Row(group, what, target.isa, torch.get_num_threads(), mine.median, len(mine.samples))
         if rate_unit:
             row.rate, row.rate_unit = work / mine.median / 1e9, rate_unit
