@@ -535,8 +535,9 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     # ---- checks
 
     def _code_settings(self) -> tuple[Any, ...]:
+        segments = self.segments if self.readout == "dendritic" else None
         code = (self.image_shape, self.patch, self.rate)
-        return (self.n_features_in_, self.n_units_, self.seed_, self.readout, self.segments, *code)
+        return (self.n_features_in_, self.n_units_, self.seed_, self.readout, segments, *code)
 
     def _check_settings(self) -> None:
         if self.n_units is not None:

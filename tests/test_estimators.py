@@ -126,6 +126,7 @@ def test_merged_segments_of_the_same_classes_are_of_both():
     assert a.score(X_test, y_test) > alone - 0.01
     with pytest.raises(ValueError, match="other: expected an estimator with segments = 20, got 21"):
         a.merge(classifier(readout="dendritic", segments=21).fit(X, y))
+    classifier(segments=20).fit(X, y).merge(classifier(segments=21).fit(X, y))  # which the ridge has no use for
 
 
 @pytest.mark.parametrize("readout", ["prototype", "dendritic"])
