@@ -223,8 +223,8 @@ class EngramClassifier(ClassifierMixin, BaseEstimator):
     def _table_code(self) -> TableCode | None:
         """The finest that its share of the units allows; None if there are too many features.
 
-        Counted pairs see no more than two units together, and projections say more. Segments compare whole codes, and
-        a comparison of all features at the resolution of their ranges says more than one of projections.
+        Half of the units are left to projections. With dendritic segments none are: segments compare whole codes, and
+        projections of features that differ in scale would blur the comparison.
         """
         if self.readout == "dendritic":
             thresholds = self.n_units_ // self.n_features_in_

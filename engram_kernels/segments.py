@@ -17,8 +17,8 @@ from torch import Tensor
 from . import ops
 from .reference import words_for
 
-_SPEAKERS = 3  # segments whose mean activation is the score: a single one is noisy, many blur the class
-_CONSCIENCE = 0.3
+_TOP_SEGMENTS = 3  # whose mean activation is the score: a single one is noisy, many blur the class
+_CONSCIENCE = 0.3  # advantage in activation of a segment without wins over one with as many as the mean
 _RECENT = 256  # samples of a class that say what its scores are like
 _CERTAINTY = 15.0  # log-odds of a difference of scores of 1, if their standard deviation were 1
 _CHUNK = 256  # samples that are unpacked together
@@ -184,7 +184,7 @@ class _OwnSegments:
             won[kept] += won[gone]
             rest = np.arange(len(won)) != gone
             fired, won, bits, alike = fired[rest], won[rest], bits[torch.from_numpy(rest)], alike[rest][:, rest]
-            bits[kept] = self._weights(fired[kept], int(won[kept]))
+            bits[kept] = _packed(fired[kept] - self.rates * won[kept])
             alike[kept] = alike[:, kept] = ops.binary_matmul(bits[kept, None], bits, len(self.rates))[0].numpy()
             alike[kept, kept] = np.iinfo(np.int32).min
         self.take(fired, won)
@@ -224,23 +224,27 @@ class _OwnSegments:
         self._offset = np.concatenate([self._offset, np.zeros(more)])
         self._bits = torch.cat([self._bits, self._bits.new_zeros(more, self._bits.shape[1])])
 
-    def _weights(self, fired: np.ndarray, won: int) -> Tensor:
-        """The packed signs of the hidden weights, bits (words,)."""
-        return ops.pack_signs(torch.from_numpy((fired - self.rates * won).astype(np.float32))[None])[0]
-
     def _derive(self, j: int) -> None:
         """Weights of segment j from its counts."""
-        self._bits[j] = self._weights(self.fired[j], int(self.won[j]))
-        on = self.fired[j] >= self.rates * self.won[j]
-        self._offset[j] = (0.5 - self.rates) @ np.where(on, 1.0, -1.0)
+        hidden = self.fired[j] - self.rates * self.won[j]
+        self._bits[j] = _packed(hidden)
+        self._offset[j] = (0.5 - self.rates) @ np.where(hidden >= 0, 1.0, -1.0)
+
+
+def _packed(hidden: np.ndarray) -> Tensor:
+    """The signs of hidden weights, float64 (K,) -> bits (words,)."""
+    return ops.pack_signs(torch.from_numpy(hidden.astype(np.float32))[None])[0]
 
 
 def _score(activations: np.ndarray) -> Any:
-    """Activations of a class's segments (..., used) -> their score (...)."""
+    """Activations of a class's segments (..., used) -> their score (...).
+
+    As ``readouts.segment_scores``, in NumPy, whose calls take less of the time that one sample takes to learn.
+    """
     used = activations.shape[-1]
-    if used <= _SPEAKERS:
+    if used <= _TOP_SEGMENTS:
         return activations.mean(axis=-1)
-    return np.partition(activations, used - _SPEAKERS, axis=-1)[..., used - _SPEAKERS :].mean(axis=-1)
+    return np.partition(activations, used - _TOP_SEGMENTS, axis=-1)[..., used - _TOP_SEGMENTS :].mean(axis=-1)
 
 
 __all__ = ["Segments"]
